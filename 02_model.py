@@ -1,0 +1,419 @@
+"""Stage 2 · the reward model: a Qwen-VL backbone and a 2-layer SiLU head, and the one forward of this codebase
+
+    torchrun --standalone --nproc_per_node=2 02_model.py                            # tests/tiny + a new head
+    torchrun --standalone --nproc_per_node=8 02_model.py --backbone Qwen/Qwen2.5-VL-7B-Instruct
+
+In    A backbone in the Hugging Face layout: a Qwen2.5-VL, or a text-only Qwen2.
+Out   artifacts/model/: the same layout without the LM head, plus reward_head.safetensors; printed: what it is made of,
+      and the shapes on one comparison's way through it.
+
+A comparison is encoded ONCE. The row is [prompt | response 1 | ... | response N]. Every response attends to the prompt
+and to itself, never to a sibling; each one's positions continue where the prompt's end; its score is read at its own
+last token, the <|im_end|> that closes it. Comparisons stand one behind the other in one row with no padding. The scores
+are those of one forward per response, for about N(P + R) / (P + NR) times less work and N times fewer images:
+
+                     keys   prompt      response 1   response 2
+      queries  prompt       causal
+               response 1   all         causal
+               response 2   all                      causal
+
+The paper (section 4.2, Algorithm 1, Table 3): the LM head is replaced by an MLP of 2 layers with SiLU between, chosen
+from depths 1-5 and no activation, tanh, SiLU. It does not give the width (we take the hidden size, as its
+predecessor MM-RLHF does) nor the token at which the score is read (we take the last, as the authors' public command).
+Deviation: the head computes in float32 even where the backbone computes in bfloat16, whose spacing near 4 is 0.03.
+"""
+
+import importlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModel
+from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging as transformers_logging
+
+data = importlib.import_module("01_data")  # a module name that starts with a digit cannot be written after `import`
+option, Comparison, Processors, UserError = data.option, data.Comparison, data.Processors, data.UserError
+
+ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
+
+
+@dataclass
+class HeadSettings:
+    head_layers: int = option(2, "linear layers of the reward head, 1 to 5 (paper: 2)")
+    head_activation: Literal["none", "tanh", "relu", "silu"] = option("silu", "between the head's layers (paper: silu)")
+    head_width: int = option(
+        0, "width of the head's inner layers; 0: the backbone's hidden size (the paper gives none)"
+    )
+
+
+@dataclass
+class Settings(HeadSettings):
+    backbone: str = option("tests/tiny", "checkpoint in the Hugging Face layout: a directory or a hub name")
+    out: str = option("artifacts/model", "folder for the initial reward model")
+    data: str = option("artifacts/data/train", "prepared shards; their first comparison is shown on its way through")
+    seed: int = option(0, "seed of the head's initial weights")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The packed row: what a batch of comparisons looks like to the model.
+
+
+@dataclass
+class PackedRow:
+    """Comparisons one behind the other: T tokens in all, N responses in all, no padding."""
+
+    lengths: list[tuple[int, list[int]]]  # per comparison: P, [R_1, ..., R_N]
+    input_ids: torch.Tensor  # [1, T]
+    position_ids: torch.Tensor  # [3, 1, T]: time, height, width of M-RoPE; equal for text
+    last: torch.Tensor  # [N] where each response's last token stands in the row
+    pixel_values: torch.Tensor | None = None  # [patches, 3 * 2 * 14 * 14]
+    image_grid_thw: torch.Tensor | None = None  # [images, 3] in patches
+    masks: list = field(default_factory=list)  # per response [R, P + R]: all of the prompt, then causal on itself
+
+    def to(self, device: torch.device) -> "PackedRow":
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return PackedRow(**{**vars(self), **moved, "masks": [mask.to(device) for mask in self.masks]})
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention over the row: query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d].
+
+        One call for each prompt, causal; one for each response against [its prompt's keys | its own keys]. `split`
+        rather than slices: the backward of a slice fills a whole row with zeros, that of `split` is one concatenation.
+        """
+        segments = [length for prompt, responses in self.lengths for length in (prompt, *responses)]
+        queries, keys, values = (iter(tensor.split(segments, dim=2)) for tensor in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
+        masks, outputs = iter(self.masks), []
+        for _, responses in self.lengths:
+            k, v = next(keys), next(values)  # the prompt's, [1, kv heads, P, d]
+            outputs.append(
+                F.scaled_dot_product_attention(next(queries), k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+            )
+            for _ in responses:
+                k_r, v_r = (
+                    torch.cat([k, next(keys)], dim=2),
+                    torch.cat([v, next(values)], dim=2),
+                )  # [1, kv heads, P + R, d]
+                outputs.append(
+                    F.scaled_dot_product_attention(
+                        next(queries), k_r, v_r, attn_mask=next(masks), scale=scale, enable_gqa=grouped
+                    )
+                )
+        return torch.cat(outputs, dim=2)
+
+    def response_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For language modelling, two index tensors [all response tokens]: where each response token stands in the row,
+        and where the token stands that predicts it (the prompt's last for a response's first, else the one before
+        it)."""
+        places, predictors, start = [], [], 0
+        for prompt, responses in self.lengths:
+            end = start + prompt
+            for response in responses:
+                places.append(torch.arange(end, end + response))
+                predictors.append(torch.cat([torch.tensor([start + prompt - 1]), places[-1][:-1]]))
+                end += response
+            start = end
+        return tuple(
+            torch.cat(parts or [torch.zeros(0, dtype=torch.long)]).to(self.input_ids.device)
+            for parts in (places, predictors)
+        )
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling, row=None, **_):
+    """The attention function that transformers calls in every decoder layer; `row` is what we passed to `forward`."""
+    return row.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None  # [1, T, heads, d]
+
+
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+
+
+def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | None, merge: int) -> np.ndarray:
+    """M-RoPE position ids [3, P] of a prompt (Qwen2-VL, arXiv 2409.12191, section 2.1).
+
+    Text counts up on all three axes. The tokens of an image share one time, count rows and columns from there, and the
+    text after it continues after the largest of them.
+    """
+    positions, start, next_position = [], 0, 0
+    for time, height, width in grids:
+        t, h, w = int(time), int(height) // merge, int(width) // merge
+        at = start + int(np.argmax(prompt[start:] == image_token))  # where this image's tokens begin
+        positions.append(np.tile(np.arange(at - start) + next_position, (3, 1)))
+        next_position += at - start
+        positions.append(
+            np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij")).reshape(3, -1)
+            + next_position
+        )
+        next_position += max(h, w)
+        start = at + t * h * w
+    positions.append(np.tile(np.arange(len(prompt) - start) + next_position, (3, 1)))
+    return np.concatenate(positions, axis=1)
+
+
+def pack(comparisons: list[Comparison], processors: Processors, dummy_image: bool = False) -> PackedRow:
+    """Packs comparisons into one row and decodes their images.
+
+    `dummy_image` appends a comparison that nobody reads: a prompt of one blank image and no responses. It contributes
+    exactly zero to every gradient, and is for FSDP, where a rank without an image would not join the vision tower's
+    all-gather and all ranks would wait for it for ever.
+    """
+    if dummy_image:
+        comparisons = [*comparisons, blank_comparison(processors)]
+    merge = processors.image.merge_size if processors.image else 1
+    ids, positions, lengths, masks = [], [], [], []
+    for comparison in comparisons:
+        prompt = prompt_positions(comparison.prompt, comparison.grids, processors.image_token, merge)
+        begin = prompt.max() + 1  # where every response's positions begin
+        ids += [comparison.prompt, *comparison.responses]
+        positions += [
+            prompt,
+            *(np.tile(np.arange(begin, begin + len(response)), (3, 1)) for response in comparison.responses),
+        ]
+        lengths.append((len(comparison.prompt), [len(response) for response in comparison.responses]))
+        masks += [torch.ones(r, lengths[-1][0] + r, dtype=torch.bool).tril(lengths[-1][0]) for r in lengths[-1][1]]
+    ends = np.cumsum([length for p, rs in lengths for length in (p, *rs)]) - 1
+    is_response = [i > 0 for _, rs in lengths for i in range(1 + len(rs))]
+    row = PackedRow(
+        lengths,
+        torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None],
+        torch.from_numpy(ends[np.array(is_response, bool)].astype(np.int64)),
+        masks=masks,
+    )
+    images = [data.open_image(file) for comparison in comparisons for file in comparison.images]
+    if images:
+        pixels = processors.image(images, return_tensors="pt")
+        row.pixel_values, row.image_grid_thw = pixels["pixel_values"], pixels["image_grid_thw"]
+        prepared = np.concatenate([comparison.grids for comparison in comparisons])
+        if not np.array_equal(prepared, row.image_grid_thw.numpy()):
+            raise UserError(
+                "the images' patch grids differ from those they were prepared with: "
+                "the model's image processor has other pixel limits; run 01_data.py again with --backbone set to it"
+            )
+    return row
+
+
+def blank_comparison(processors: Processors) -> Comparison:
+    """A prompt of the smallest possible image and no responses (of one token where the backbone is text-only)."""
+    if processors.image is None:
+        return Comparison(np.array([processors.tokenizer.eos_token_id], np.int32), [], [])
+    side = processors.image.patch_size * processors.image.merge_size
+    file = data.read_image(data.Image.new("RGB", (side, side)), Path())
+    grid = np.array([data.patch_grid((side, side), processors.image)], np.int32)
+    tokens = int(grid.prod()) // processors.image.merge_size**2
+    return Comparison(np.full(tokens, processors.image_token, np.int32), [], [], [file], grid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model.
+
+
+class RewardHead(nn.Module):
+    """Hidden states [N, hidden] -> scores [N]: `layers` linear layers with an activation between them (paper, Table 3).
+
+    The last layer has no bias: it would cancel in every difference of two scores, and its gradient be rounding noise,
+    of which AdamW makes whole steps.
+    """
+
+    def __init__(self, hidden: int, layers: int = 2, activation: str = "silu", width: int = 0):
+        super().__init__()
+        if not 1 <= layers <= 5:
+            raise UserError(f"--head_layers {layers}: must be 1 to 5")
+        self.settings = {"hidden": hidden, "layers": layers, "activation": activation, "width": width or hidden}
+        sizes = [hidden, *[width or hidden] * (layers - 1), 1]
+        parts = []
+        for i in range(layers):
+            parts += [nn.Linear(sizes[i], sizes[i + 1], bias=i < layers - 1)] + [ACTIVATIONS[activation]()] * (
+                i < layers - 1
+            )
+        self.mlp = nn.Sequential(*parts)
+        nn.init.normal_(
+            parts[-1].weight, std=1 / math.sqrt(sizes[-2] + 1)
+        )  # scores start near 0 (arXiv 2009.01325, appendix B.1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mlp(hidden.float()).sum(-1)  # of one element; a view would trip FSDP's backward hooks
+
+
+class RewardModel(nn.Module):
+    """A backbone and a reward head: `model(row)` gives one score for each response of a PackedRow.
+
+    reward = RewardModel.from_pretrained("artifacts/reward")
+    reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
+    """
+
+    def __init__(self, backbone: nn.Module, head: RewardHead, processors: Processors, trained_with: dict | None = None):
+        super().__init__()
+        self.backbone, self.head, self.processors = backbone, head, processors
+        self.trained_with = trained_with or {}  # what the head was trained with; empty: not at all
+
+    @classmethod
+    def from_backbone(cls, path: str, head: HeadSettings, max_pixels: int = 0) -> "RewardModel":
+        """A backbone from a Hugging Face checkpoint with a new head."""
+        backbone = load_backbone(path)
+        hidden = backbone.config.get_text_config().hidden_size
+        return cls(
+            backbone,
+            RewardHead(hidden, head.head_layers, head.head_activation, head.head_width),
+            data.load_processors(path, max_pixels),
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> "RewardModel":
+        """A reward model that `save_pretrained` wrote. Raises UserError where there is none."""
+        path = Path(folder, "reward_head.safetensors")
+        if not path.is_file():
+            raise UserError(
+                f"{folder}: no reward model there (no reward_head.safetensors); run 02_model.py or 03_train.py"
+            )
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["reward_head"])
+            head = RewardHead(**about["head"])
+            head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+        return cls(load_backbone(folder), head, data.load_processors(folder), about["trained_with"])
+
+    def save_pretrained(self, folder: str, state: dict | None = None) -> None:
+        """Writes the Hugging Face layout plus reward_head.safetensors.
+
+        `state` is a full state dict where the model's own is sharded. All files are written beside their place first;
+        the head goes last and an old one first, so that a folder with a head is a whole model.
+        """
+        state = self.state_dict() if state is None else state
+        part = lambda prefix: {
+            name.removeprefix(prefix): tensor.contiguous() for name, tensor in state.items() if name.startswith(prefix)
+        }
+        out = Path(folder)
+        writing = out / ".writing"
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        self.backbone.save_pretrained(writing, state_dict=part("backbone."))
+        self.processors.save(str(writing))
+        about = {"head": self.head.settings, "trained_with": self.trained_with}
+        save_file(part("head."), writing / "reward_head.safetensors", metadata={"reward_head": json.dumps(about)})
+        (out / "reward_head.safetensors").unlink(missing_ok=True)
+        for path in sorted(writing.iterdir(), key=lambda path: path.name == "reward_head.safetensors"):
+            os.replace(path, out / path.name)
+        writing.rmdir()
+
+    def hidden_states(self, row: PackedRow) -> torch.Tensor:
+        """The backbone's last hidden states, [T, hidden]."""
+        return run_backbone(self.backbone, row)
+
+    def forward(self, row: PackedRow) -> torch.Tensor:
+        return self.head(self.hidden_states(row)[row.last])  # [T, hidden] -> [N, hidden] -> [N]
+
+    @torch.inference_mode()
+    def score(self, messages: list[dict], responses: list[str], images: list = ()) -> torch.Tensor:
+        """Scores N responses to one prompt, [N] float32; they do not depend on each other or on their order.
+
+        Args:
+            messages: the prompt's turns; an image is {"type": "image", "image": path, bytes or PIL image}, or {"type":
+                "image"} with the images in order in `images`.
+            responses: the assistant's answers.
+        Raises:
+            ValueError: says what is wrong with the prompt, an image or a response.
+        """
+        prompt, files, grids = data.encode_prompt(messages, images, self.processors)
+        encoded = [
+            data.encode_response(data.text_of(text, f"responses[{i}]"), self.processors)
+            for i, text in enumerate(responses)
+        ]
+        comparison = Comparison(prompt, encoded, [1] * len(encoded), files, grids)
+        return self(pack([comparison], self.processors).to(self.device)).cpu()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.mlp[0].weight.device
+
+
+def load_backbone(path: str, auto=AutoModel) -> nn.Module:
+    """A Hugging Face checkpoint, float32, whose decoder layers attend by `shared_prefix_attention`; without its LM head
+    unless `auto` is a class that has one."""
+    transformers_logging.disable_progress_bar()
+    config = data.AutoConfig.from_pretrained(path)
+    if config.model_type not in ("qwen2_5_vl", "qwen2"):
+        raise UserError(f"{path}: a {config.model_type}; supported are qwen2_5_vl and qwen2")
+    attention = (
+        "shared_prefix" if config.model_type == "qwen2" else {"text_config": "shared_prefix", "vision_config": "sdpa"}
+    )
+    return auto.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+
+
+def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
+    """One forward of a transformers backbone over a packed row -> last hidden states [T, hidden].
+
+    Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
+    """
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False, "row": row}
+    if hasattr(backbone.config, "vision_config"):
+        inputs |= {"pixel_values": row.pixel_values, "image_grid_thw": row.image_grid_thw}
+    else:
+        inputs["position_ids"] = row.position_ids[0]  # M-RoPE on text alone is RoPE
+    return backbone(**inputs).last_hidden_state[0]
+
+
+def main(settings: Settings) -> None:
+    if dist.get_rank() > 0:
+        return
+    torch.manual_seed(settings.seed)
+    model = RewardModel.from_backbone(settings.backbone, settings)
+    model.save_pretrained(settings.out)
+    count = lambda module: f"{sum(p.numel() for p in module.parameters()):>13,}"
+    vision, language = (
+        getattr(model.backbone, "visual", None),
+        getattr(model.backbone, "language_model", model.backbone),
+    )
+    print(
+        f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}) and a new reward head\n\nparameters"
+    )
+    for name, module in (
+        ("vision tower", vision),
+        ("language model", language),
+        ("reward head", model.head),
+        ("all", model),
+    ):
+        if module is not None:
+            print(f"  {name:<15}{count(module)}")
+    print(f"  head: {' -> '.join(map(str, model.head.mlp))}")
+    if Path(settings.data, "dataset.json").is_file():
+        comparison = data.Comparisons(settings.data, model.processors.fingerprint)[0]
+        row = pack([comparison], model.processors)
+        hidden = model.hidden_states(row)
+        lengths = " and ".join(str(len(response)) for response in comparison.responses)
+        print(
+            f"\none comparison of {settings.data}: {len(comparison.images)} image(s), {len(comparison.prompt)} tokens of"
+        )
+        print(f"prompt, {lengths} tokens of responses")
+        shapes = [
+            ("input_ids", row.input_ids),
+            ("position_ids", row.position_ids),
+            ("pixel_values", row.pixel_values),
+            ("image_grid_thw", row.image_grid_thw),
+            ("hidden states", hidden),
+            ("at each response's end", hidden[row.last]),
+            ("scores", model(row)),
+        ]
+        for name, tensor in shapes:
+            print(f"  {name:<23}{'none (text only)' if tensor is None else list(tensor.shape)}")
+    print("\nNext: torchrun --standalone --nproc_per_node=2 03_train.py")
+
+
+if __name__ == "__main__":
+    data.run_stage(main, Settings, __doc__)

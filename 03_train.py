@@ -1,0 +1,489 @@
+"""Stage 3 · training the reward model: FSDP2 written out, the plain pairwise ranking loss
+
+    torchrun --standalone --nproc_per_node=2 03_train.py                   # artifacts/model on artifacts/data/train
+    torchrun --standalone --nproc_per_node=8 03_train.py --learning_rate 3e-6 --batch_size 128 --micro_tokens 16384
+
+In    An initial reward model (02) and prepared comparisons (01); their holdout, if there is one, for validation.
+Out   artifacts/reward/: the trained reward model; metrics.jsonl, one line a step; checkpoints/, from which --resume
+      continues the very same run, on the same or another number of ranks.
+
+The loss is -log sigmoid(r_chosen - r_rejected), the mean over the batch, and nothing else (paper, section 3.1). Of a
+ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155, section 3.5). Both
+regularisers of the paper (Algorithm 1) are there and off, as it found neither to help: a penalty on (r_w + r_l)^2, and
+r / log(length + 1).
+
+The paper trains with learning rate 3e-6 and batches of 128 pairs on 64 GPUs. It does not state epochs, optimizer,
+schedule or whether the vision tower was frozen. The defaults fill that in from the authors' public command for a
+text-only reward model (AdamW with weight decay 0.1 and beta2 0.95, 5% warm-up, cosine; it freezes the vision
+tower: --freeze_vision), but for the learning rate and batch size, which suit the embedded 1.3 M-parameter backbone.
+
+The gradient of a step does not depend on the number of ranks: which comparisons make up a step follows from the seed
+alone; they are dealt to ranks by length; and each loss is divided by the number of comparisons in the step, whoever
+holds them.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+data = importlib.import_module("01_data")
+model_stage = importlib.import_module("02_model")
+option, UserError = data.option, data.UserError
+
+DEFAULT_DATA = "artifacts/data/train"
+
+
+@dataclass
+class Settings:
+    model: str = option("artifacts/model", "initial reward model, or a trained one to continue from")
+    data: list[str] = option([], "prepared training shards, repeatable; none: artifacts/data/train")
+    validation: str = option("auto", "prepared comparisons to validate on; auto: <data>_holdout if there; '' for none")
+    out: str = option("artifacts/reward", "folder for the trained reward model, metrics.jsonl and checkpoints/")
+    steps: int = option(0, "optimizer steps; 0: as many as --epochs give")
+    epochs: float = option(2.0, "passes over the data when --steps is 0 (authors: 1)")
+    batch_size: int = option(64, "comparisons an optimizer step, over all ranks (paper: 128)")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW (paper: 3e-6, for 7B)")
+    warmup: float = option(0.05, "share of the steps that warm up linearly; then cosine to zero (authors: 0.05)")
+    weight_decay: float = option(0.1, "AdamW's, on matrices only (authors: 0.1)")
+    beta2: float = option(0.95, "AdamW's second-moment decay (authors: 0.95)")
+    clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
+    zero_coefficient: float = option(
+        0.0, "weight of the penalty on (r_w + r_l)^2 (paper: tried 0.001, 0.01, 0.1; uses 0)"
+    )
+    length_normalisation: bool = option(False, "train on r / log(tokens of the response + 1) (paper: tried, not used)")
+    freeze_vision: bool = option(
+        False, "do not train the vision tower (the paper does not say; authors' command: frozen)"
+    )
+    activation_checkpointing: bool = option(
+        False, "recompute each layer in the backward pass: less memory, a third more time"
+    )
+    micro_tokens: int = option(8192, "budget of one micro-batch on one rank, in tokens of the packed row")
+    validate_every: int = option(25, "steps between validations; 0: only at the end")
+    validation_size: int = option(256, "comparisons of a validation")
+    checkpoint_every: int = option(50, "steps between checkpoints; 0: none")
+    resume: bool = option(False, "continue from the newest checkpoint in --out")
+    workers: int = option(0, "processes a rank that decode images ahead of the step (0: in the step itself)")
+    seed: int = option(0, "seed of the order of the data")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: which rank reads which comparisons in which micro-batch of which step. Known to all ranks from lengths
+# alone.
+
+
+@dataclass
+class MicroBatch:
+    step: int
+    comparisons: list[int]
+    last: bool  # of its step
+    size: int  # comparisons in the whole step, over all ranks and micro-batches
+    dummy_image: bool  # another rank has an image here and this one has none
+
+
+def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
+    """Spreads comparisons over bins of nearly equal cost: the dearest first, each into the bin that is lightest."""
+    dealt, load = [[] for _ in range(bins)], [0] * bins
+    for i in sorted(indices, key=lambda i: (-cost[i], i)):
+        lightest = load.index(min(load))
+        dealt[lightest].append(i)
+        load[lightest] += cost[i]
+    return dealt
+
+
+def plan(
+    steps: list[list[int]], tokens: np.ndarray, patches: np.ndarray, micro_tokens: int, rank: int, world: int
+) -> list[MicroBatch]:
+    """The micro-batches of one rank. In each, all ranks have about equal work, of at most `micro_tokens` tokens unless
+    a single comparison is longer; every rank has the same number of them, some possibly empty."""
+    cost = tokens + patches // 4  # a patch is cheaper than a token: the vision tower is the smaller model
+    micro_batches = []
+    for step, indices in enumerate(steps):
+        count = max(1, -(-int(cost[indices].sum()) // (micro_tokens * world)))
+        while True:
+            dealt = deal(indices, cost, count * world)
+            if count * world >= len(indices) or max(sum(cost[i] for i in bin) for bin in dealt) <= micro_tokens:
+                break
+            count += 1
+        dealt.sort(
+            key=lambda bin: -sum(cost[i] for i in bin)
+        )  # neighbours, which run at the same time, cost about the same
+        for k in range(count):
+            together = dealt[k * world : (k + 1) * world]
+            has_image = [bool(patches[bin].any()) if bin else False for bin in together]
+            dummy = any(has_image) and not has_image[rank]
+            micro_batches.append(MicroBatch(step, together[rank], k == count - 1, len(indices), dummy))
+    return micro_batches
+
+
+def order_of_training(n: int, settings: Settings) -> list[list[int]]:
+    """The comparisons of every step: one shuffle an epoch, all from the seed. A last incomplete batch is filled from
+    the next shuffle, so nothing is left out."""
+    steps = settings.steps or math.ceil(n * settings.epochs / settings.batch_size)
+    needed = steps * settings.batch_size
+    rng = np.random.default_rng(settings.seed)
+    order = np.concatenate([rng.permutation(n) for _ in range(-(-needed // n))])[:needed]
+    return order.reshape(steps, settings.batch_size).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches: rows and the ordered pairs in them.
+
+
+@dataclass
+class Pairs:
+    """All (better, worse) pairs within the comparisons of a row, as indices into its N scores."""
+
+    better: torch.Tensor  # [pairs]
+    worse: torch.Tensor  # [pairs]
+    weight: torch.Tensor  # [pairs] 1 / (pairs of the same comparison): each comparison counts once
+    lengths: torch.Tensor  # [N] tokens of each response
+
+    def to(self, device) -> "Pairs":
+        return Pairs(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+
+def pairs_of(comparisons: list) -> Pairs:
+    better, worse, weight, start = [], [], [], 0
+    for comparison in comparisons:
+        ranks = comparison.ranks
+        found = [(start + i, start + j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+        better += [i for i, _ in found]
+        worse += [j for _, j in found]
+        weight += [1 / max(1, len(found))] * len(found)
+        start += len(ranks)
+    lengths = [len(response) for comparison in comparisons for response in comparison.responses]
+    as_long = lambda values: torch.tensor(values, dtype=torch.long)
+    return Pairs(as_long(better), as_long(worse), torch.tensor(weight), as_long(lengths))
+
+
+def pack_micro_batch(batch: MicroBatch, comparisons, processors) -> tuple[list, "model_stage.PackedRow"]:
+    """The comparisons and the row of a planned micro-batch. Where there are fewer comparisons than ranks, one that
+    nobody reads: all ranks step together."""
+    read = [comparisons[i] for i in batch.comparisons]
+    if not read and not batch.dummy_image:
+        read = [data.Comparison(np.array([processors.tokenizer.eos_token_id], np.int32), [], [])]
+    return read, model_stage.pack(read, processors, batch.dummy_image)
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """Reads, decodes and packs the micro-batches of a plan; runs in the loader's worker processes."""
+
+    def __init__(self, comparisons, micro_batches: list[MicroBatch], processors):
+        self.comparisons, self.plan, self.processors = comparisons, micro_batches, processors
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, k: int):
+        read, row = pack_micro_batch(self.plan[k], self.comparisons, self.processors)
+        return self.plan[k], row, pairs_of(read)
+
+
+def load(comparisons, micro_batches, processors, device, workers: int):
+    """Yields (micro-batch, row, pairs) with the tensors on the device."""
+    dataset = MicroBatches(comparisons, micro_batches, processors)
+    for batch, row, pairs in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers):
+        yield batch, row.to(device), pairs.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss.
+
+
+def ranking_loss(
+    scores: torch.Tensor, pairs: Pairs, zero_coefficient: float = 0.0, length_normalisation: bool = False
+) -> torch.Tensor:
+    """The paper's loss (section 3.1, Algorithm 1), summed over comparisons; the caller divides by their number.
+
+    Args: scores [N], pairs within them. Each comparison counts once, however many pairs it has.
+    """
+    if length_normalisation:
+        scores = scores / torch.log(pairs.lengths + 1.0)
+    better, worse = scores[pairs.better], scores[pairs.worse]  # [pairs]
+    loss = -F.logsigmoid(better - worse) + zero_coefficient * (better + worse) ** 2
+    return (pairs.weight * loss).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FSDP2, in the order in which it has to be done.
+
+
+def shard(
+    model, backbone, device: torch.device, activation_checkpointing: bool = False, in_float32: tuple = ()
+) -> None:
+    """Shards a model's parameters over all ranks, in place; `backbone` is the transformers model in it.
+
+    On a GPU the float32 masters stay sharded, layers compute in bfloat16 and gradients are reduced in float32: with
+    bfloat16 parameters a step of 3e-6 would be rounded away. On a CPU all is float32. Units that are gathered together:
+    each vision and decoder layer, then what is left. What is named in `in_float32`, the reward head, is its own unit
+    and stays float32.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if device.type == "cuda"
+        else MixedPrecisionPolicy()
+    )
+    language = getattr(backbone, "language_model", backbone)
+    vision = getattr(backbone, "visual", None)
+    if activation_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    model.to(device)
+    if vision is not None:
+        fully_shard(vision, mesh=mesh, mp_policy=policy)
+    for layer in language.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for module in in_float32:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def make_optimizer(model, settings: Settings, device: torch.device) -> torch.optim.AdamW:
+    """AdamW with its state allocated at once, so that a checkpoint has something to load into. Decay on matrices
+    only."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=fused)
+    for p in trained:
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=device if fused else "cpu"),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer
+
+
+def learning_rate_at(step: int, steps: int, settings: Settings) -> float:
+    """Linear warm-up, then cosine to zero."""
+    warmup = max(1, round(settings.warmup * steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: model and optimizer as sharded safetensors, written by torch.distributed.checkpoint, which reads them
+# back on any number of ranks. The position in the data is the step, since the plan follows from the seed.
+
+
+def training_state(model, optimizer) -> dict[str, torch.Tensor]:
+    """All that a step changes, as one flat dict of tensors, each the very one in use."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        state[f"model.{name}"] = parameter.detach()
+        state |= {f"{key}.{name}": tensor for key, tensor in optimizer.state.get(parameter, {}).items()}
+    return state
+
+
+def save_checkpoint(folder: Path, step: int, model, optimizer, settings: Settings, keep: int = 2) -> None:
+    """Writes `step_000050/` under a temporary name and renames it when all ranks are done; then removes old ones."""
+    final, writing = folder / f"step_{step:06d}", folder / f".writing_{step:06d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(
+        training_state(model, optimizer),
+        storage_writer=dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True),
+    )
+    if dist.get_rank() == 0:
+        data.write_file(
+            writing / "run.json", json.dumps({"step": step, "settings": dataclasses.asdict(settings)}, indent=1)
+        )
+        shutil.rmtree(final, ignore_errors=True)
+        writing.rename(final)
+        for old in sorted(folder.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(folder: Path, model, optimizer, settings: Settings) -> int:
+    """Loads the newest checkpoint in place and returns its step, or 0 where there is none.
+
+    Raises UserError where it was made with other settings that change the run."""
+    found = sorted(folder.glob("step_*"))
+    if not found:
+        return 0
+    run = json.loads((found[-1] / "run.json").read_text())
+    free = {
+        "resume",
+        "out",
+        "workers",
+        "checkpoint_every",
+        "validate_every",
+        "validation",
+        "validation_size",
+        "micro_tokens",
+        "activation_checkpointing",
+    }
+    differ = [
+        f"--{key} {run['settings'].get(key)} (now {value})"
+        for key, value in dataclasses.asdict(settings).items()
+        if key not in free and run["settings"].get(key) != value
+    ]
+    if differ:
+        raise UserError(f"{found[-1]} was made with {', '.join(differ)}; give the same, or start anew in another --out")
+    dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(found[-1])))
+    return run["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+@torch.no_grad()
+def validate(model, comparisons, micro_batches, device) -> dict[str, float]:
+    """Loss and pair accuracy over a fixed set of comparisons, each comparison counting once."""
+    model.eval()
+    sums = torch.zeros(3, device=device)
+    for _, row, pairs in load(comparisons, micro_batches, model.processors, device, 0):
+        scores = model(row)
+        right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
+        sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
+    dist.all_reduce(sums)
+    model.train()
+    return {"validation_loss": (sums[0] / sums[2]).item(), "validation_accuracy": (sums[1] / sums[2]).item()}
+
+
+def open_data(settings: Settings, processors) -> tuple:
+    """The training comparisons, their sizes in tokens and patches [n], and the comparisons to validate on, or None.
+
+    Raises UserError where they are no training data for this model."""
+    folders = settings.data or [DEFAULT_DATA]
+    sets = [data.Comparisons(folder, processors.fingerprint) for folder in folders]
+    comparisons = torch.utils.data.ConcatDataset(sets)
+    tokens, patches = (np.concatenate(sizes) for sizes in zip(*(each.sizes() for each in sets)))
+    named = ", ".join(folders)
+    if not len(comparisons):
+        raise UserError(f"{named}: no comparisons in there; see rejected.jsonl for why")
+    if not all(np.concatenate([each.response_counts() for each in sets])):
+        raise UserError(f"{named}: has prompts without responses; a reward model is trained on pairs or rankings")
+    if processors.image is None and patches.any():
+        raise UserError(f"{named}: {(patches > 0).sum()} comparisons have images, and {settings.model} is text-only")
+    data.use_pixel_limits(processors, sets)
+    validation = settings.validation
+    if validation == "auto":
+        beside = f"{folders[0].rstrip('/')}_holdout"
+        validation = beside if Path(beside, "dataset.json").is_file() else ""
+    held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
+    return comparisons, tokens, patches, held_out if len(held_out) else None
+
+
+def train(settings: Settings) -> dict:
+    """Trains a reward model as the settings say and exports it to `settings.out`; returns the last line of metrics."""
+    rank, world, device = data.start_distributed()
+    torch.manual_seed(settings.seed)
+    model = model_stage.RewardModel.from_pretrained(settings.model)
+    processors, began_with = model.processors, model.trained_with
+    comparisons, tokens, patches, held_out = open_data(settings, processors)
+    order = order_of_training(len(comparisons), settings)
+    steps = len(order)
+    micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world)
+    if held_out is not None:
+        chosen = list(range(min(settings.validation_size, len(held_out))))
+        validation_plan = plan([chosen], *held_out.sizes(), settings.micro_tokens, rank, world)
+
+    if settings.freeze_vision and hasattr(model.backbone, "visual"):
+        model.backbone.visual.requires_grad_(False)
+    shard(model, model.backbone, device, settings.activation_checkpointing, in_float32=(model.head,))
+    model.train()
+    optimizer = make_optimizer(model, settings, device)
+    checkpoints, log = Path(settings.out, "checkpoints"), Path(settings.out, "metrics.jsonl")
+    start = load_checkpoint(checkpoints, model, optimizer, settings) if settings.resume else 0
+    if rank == 0:
+        if not settings.resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        logged = log.read_text().splitlines() if start and log.is_file() else []
+        data.write_file(log, "".join(f"{line}\n" for line in logged if json.loads(line)["step"] <= start))
+        head = f"a head trained on {', '.join(began_with['data'])}" if began_with else "a new head"
+        images = int((patches > 0).sum())
+        print(f"{settings.model} with {head}; {len(comparisons)} comparisons, {images} of them with images", flush=True)
+        print(f"steps {start + 1} to {steps} of {settings.batch_size} comparisons on {world} rank(s)", flush=True)
+
+    line = {}
+    progress = tqdm(total=steps, initial=start, desc="train", unit=" step", disable=rank > 0, mininterval=1)
+    sums, began = torch.zeros(4, device=device), time.perf_counter()
+    remaining = [batch for batch in micro_batches if batch.step >= start]
+    for batch, row, pairs in load(comparisons, remaining, processors, device, settings.workers):
+        scores = model(row)  # [N]
+        loss = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
+        # FSDP averages gradients over ranks; times the number of ranks that is their sum, and the sum over all
+        # comparisons of the step divided by their number is what one rank would have computed.
+        (loss * world / batch.size).backward()
+        with torch.no_grad():
+            margins = scores[pairs.better] - scores[pairs.worse]  # [pairs]
+            right, margin = (pairs.weight * (margins > 0)).sum(), (pairs.weight * margins).sum()
+            sums += torch.stack([loss, right, margin, loss.new_tensor(row.input_ids.numel())])
+        if not batch.last:
+            continue
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf).full_tensor()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(batch.step, steps, settings)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = batch.step + 1
+        dist.all_reduce(sums)
+        loss_sum, right, margin, row_tokens = sums.tolist()
+        line = {
+            "step": done,
+            "loss": loss_sum / batch.size,  # with the regularisers, if any
+            "accuracy": right / batch.size,  # share of training pairs whose better response scores higher
+            "margin": margin / batch.size,  # mean score of the better response minus that of the worse
+            "grad_norm": norm.item(),  # before clipping
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "tokens": int(row_tokens),  # of the packed rows, over all ranks
+            "seconds": time.perf_counter() - began,
+        }
+        sums.zero_()
+        due = settings.validate_every and done % settings.validate_every == 0
+        if held_out is not None and (due or done == steps):
+            line |= validate(model, held_out, validation_plan, device)
+        if rank == 0:
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        progress.update()
+        progress.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.2f}", refresh=False)
+        if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < steps:
+            save_checkpoint(checkpoints, done, model, optimizer, settings)
+        began = time.perf_counter()
+    progress.close()
+
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.trained_with = {"data": settings.data or [DEFAULT_DATA], "steps": began_with.get("steps", 0) + steps}
+        model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
+        model.save_pretrained(settings.out, state)
+    dist.barrier()
+    return line
+
+
+def main(settings: Settings) -> None:
+    last = train(settings)
+    if dist.get_rank() == 0:
+        validated = f", validation accuracy {last['validation_accuracy']:.3f}" if "validation_accuracy" in last else ""
+        print(f"{settings.out}: the trained reward model{validated}; metrics in {settings.out}/metrics.jsonl")
+        print("Next: torchrun --standalone --nproc_per_node=2 04_eval.py")
+
+
+if __name__ == "__main__":
+    data.run_stage(main, Settings, __doc__)

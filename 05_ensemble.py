@@ -1,0 +1,208 @@
+"""Stage 5 · several reward models together: averaging, weighting, routing
+
+    torchrun --standalone --nproc_per_node=2 05_ensemble.py                    # trains two more members, then compares
+    torchrun --standalone --nproc_per_node=2 05_ensemble.py --member artifacts/reward --member artifacts/other
+    --text_member ""
+
+In    Reward models (03). With no --member: artifacts/reward and one that this stage trains, by calling 03's own code,
+      on other data with another seed; and a text-only one, trained on text alone from the language half of the
+      backbone.
+Out   artifacts/ensemble/: the members trained here, summary.json; printed: members and combinations side by side.
+
+The paper (section 4.6) compares the plain mean of raw scores, weights by accuracy and weights by confidence (the mean
+margin), both fitted on 1,000 held-out training pairs, and finds the plain mean best; and sending text-only inputs to a
+reward model trained from a text-only LLM (section 4.4) better still for text. All four are here. It does not give the
+weights' formulas: we take each member's accuracy, or its mean margin, over their sum.
+
+Raw scores of different models live on different scales, and in a plain mean the widest scale has the loudest voice. So
+the spread of every member's scores on the held-out pairs is printed beside its weights.
+"""
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoModel, Qwen2Config
+
+data = importlib.import_module("01_data")
+model_stage = importlib.import_module("02_model")
+training = importlib.import_module("03_train")
+evaluation = importlib.import_module("04_eval")
+option, UserError = data.option, data.UserError
+
+
+@dataclass
+class Settings:
+    member: list[str] = option([], "reward models to combine, repeatable; none: artifacts/reward and one trained here")
+    text_member: str = option(
+        "auto",
+        "text-only reward model for comparisons without images; '' for none; auto: one trained here if no --member",
+    )
+    heldout: str = option(
+        "artifacts/data/train_holdout", "held-out training pairs on which the weights are fitted; never a benchmark"
+    )
+    benchmark: list[str] = option([], "prepared comparisons to score, repeatable; none: the embedded held-out sets")
+    out: str = option("artifacts/ensemble", "folder for the members trained here and summary.json")
+    backbone: str = option("tests/tiny", "backbone of the members trained here")
+    steps: int = option(0, "training steps of each member trained here; 0: one pass over its data")
+    learning_rate: float = option(2e-4, "of the members trained here")
+    seed: int = option(1, "of the members trained here")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Combinations. Scores are [members, responses]; whatever is returned is [responses].
+
+
+def mean_of_scores(scores: np.ndarray) -> np.ndarray:
+    """The plain mean of raw scores (the paper's choice)."""
+    return scores.mean(0)
+
+
+def weighted_mean(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`weights` [members], any positive numbers."""
+    return np.average(scores, axis=0, weights=weights)
+
+
+def route(multimodal: np.ndarray, text: np.ndarray, has_image: np.ndarray) -> np.ndarray:
+    """The text-only model's score where the comparison has no image. All [responses]."""
+    return np.where(has_image, multimodal, text)
+
+
+def fit_weights(scores: np.ndarray, ranks: list[list[int]]) -> dict[str, np.ndarray]:
+    """Accuracy and confidence weights [members] from held-out training pairs, each summing to 1.
+
+    Args: scores [members, responses], and for each comparison the ranks of its responses.
+    """
+    starts = np.cumsum([0, *map(len, ranks)])
+    better, worse = np.array(
+        [(s + i, s + j) for s, r in zip(starts, ranks) for i in range(len(r)) for j in range(len(r)) if r[i] < r[j]]
+    ).T
+    margins = scores[:, better] - scores[:, worse]  # [members, pairs]
+    accuracy, confidence = (margins > 0).mean(1), np.abs(margins).mean(1)
+    return {"accuracy": accuracy / accuracy.sum(), "confidence": confidence / confidence.sum()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The members that a run without --member trains.
+
+
+def language_half(backbone: str, out: str) -> None:
+    """Writes the language model of a Qwen2.5-VL as a plain Qwen2 checkpoint: on text alone, M-RoPE is RoPE and the
+    weights the same."""
+    language = model_stage.load_backbone(backbone).language_model
+    config = {
+        key: value
+        for key, value in language.config.to_dict().items()
+        if key not in ("model_type", "rope_parameters", "rope_scaling")
+    }
+    rope = {key: value for key, value in language.config.rope_parameters.items() if key != "mrope_section"}
+    half = AutoModel.from_config(Qwen2Config(**config, rope_parameters=rope))
+    half.load_state_dict(language.state_dict())
+    half.save_pretrained(out)
+    processors = data.load_processors(backbone)
+    processors.tokenizer.save_pretrained(out)
+
+
+def train_member(name: str, backbone: str, train_data: str, settings: Settings) -> str:
+    """02 and 03 in one: a new head on the backbone, trained. Returns the folder of the reward model."""
+    out = f"{settings.out}/{name}"
+    if dist.get_rank() == 0:
+        print(f"\n{name}: {backbone} on {train_data}", flush=True)
+        torch.manual_seed(settings.seed)
+        model_stage.RewardModel.from_backbone(backbone, model_stage.HeadSettings()).save_pretrained(f"{out}/initial")
+    dist.barrier()
+    training.train(
+        training.Settings(
+            model=f"{out}/initial",
+            data=[train_data],
+            out=out,
+            steps=settings.steps,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+            validate_every=0,
+            checkpoint_every=0,
+        )
+    )
+    return out
+
+
+def train_members(settings: Settings) -> tuple[list[str], str]:
+    """The default ensemble: the reward model of stage 3, one of other data, and a text-only one."""
+    second = train_member("second", settings.backbone, "artifacts/data/train_other", settings)
+    if dist.get_rank() == 0:
+        language_half(settings.backbone, f"{settings.out}/language_half")
+    dist.barrier()
+    return ["artifacts/reward", second], train_member(
+        "text", f"{settings.out}/language_half", "artifacts/data/train_text", settings
+    )
+
+
+def main(settings: Settings) -> None:
+    rank, _, device = data.start_distributed()
+    members, text_member = settings.member, "" if settings.text_member == "auto" else settings.text_member
+    if not members:
+        members, trained = train_members(settings)
+        text_member = trained if settings.text_member == "auto" else text_member
+    names = [Path(member).name for member in members]
+    if len(set(names)) < len(names):
+        names = members
+
+    def score(folder: str):
+        """Every member's scores [members, responses], the text-only one's [responses], and which responses have images.
+
+        The text-only model scores a benchmark of text alone; elsewhere its scores are not a number.
+        """
+        rows, comparisons = [], data.Comparisons(folder)
+        for member in members:
+            model = model_stage.RewardModel.from_pretrained(member)
+            comparisons = data.Comparisons(folder, model.processors.fingerprint)
+            rows.append(np.concatenate(evaluation.score_comparisons(model, comparisons, device)))
+        counts = comparisons.response_counts()
+        has_image = comparisons.sizes()[1] > 0  # [comparisons]
+        text = np.full(len(rows[0]), np.nan)
+        if text_member and not has_image.all():
+            model = model_stage.RewardModel.from_pretrained(text_member)
+            subset = data.Comparisons(folder, model.processors.fingerprint, text_only=True)
+            text[~np.repeat(has_image, counts)] = np.concatenate(evaluation.score_comparisons(model, subset, device))
+        return comparisons, np.array(rows), text, np.repeat(has_image, counts)
+
+    heldout, scores, _, _ = score(settings.heldout)
+    weights = fit_weights(scores, [heldout[i].ranks for i in range(len(heldout))])
+    if rank == 0:
+        print(f"\nfitted on {settings.heldout}, {len(heldout)} comparisons")
+        for i, name in enumerate(names):
+            by = ", ".join(f"by {key} {values[i]:.3f}" for key, values in weights.items())
+            print(f"  {name:<12} spread of its scores {scores[i].std():6.3f}; weight {by}")
+    summary = {
+        "members": members,
+        "text_member": text_member,
+        "weights": {key: value.tolist() for key, value in weights.items()},
+        "benchmarks": {},
+    }
+    for folder in settings.benchmark or evaluation.DEFAULT_BENCHMARKS:
+        comparisons, scores, text, has_image = score(folder)
+        systems = dict(zip(names, scores))
+        systems["mean"] = mean_of_scores(scores)
+        systems["by accuracy"] = weighted_mean(scores, weights["accuracy"])
+        systems["by confidence"] = weighted_mean(scores, weights["confidence"])
+        if text_member:
+            systems["mean, text routed"] = route(systems["mean"], text, has_image)
+            if not has_image.any():
+                systems["text-only"] = text
+        if rank == 0:
+            items = evaluation.Items.of(comparisons)
+            split = lambda flat: np.split(flat, np.cumsum(comparisons.response_counts())[:-1])
+            results = {name: evaluation.metrics(split(flat), items) for name, flat in systems.items()}
+            summary["benchmarks"][comparisons.info["name"]] = results
+            print("\n" + evaluation.table(comparisons.info["name"], results), flush=True)
+    if rank == 0:
+        data.write_file(Path(settings.out, "summary.json"), json.dumps(summary, indent=1))
+        print(f"\n{settings.out}/summary.json\nNext: torchrun --standalone --nproc_per_node=2 06_grpo.py")
+
+
+if __name__ == "__main__":
+    data.run_stage(main, Settings, __doc__)

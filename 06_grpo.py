@@ -1,0 +1,512 @@
+"""Stage 6 · GRPO with the hybrid reward: the reward model improves a policy
+
+    torchrun --standalone --nproc_per_node=2 06_grpo.py                          # tests/tiny on the embedded questions
+    torchrun --standalone --nproc_per_node=2 06_grpo.py --reward rule
+
+In    A policy (a vision-language model with its LM head), a reward model (03), prepared questions (01), closed ones
+      with an `answer` and open ones.
+Out   artifacts/policy/: the trained policy in the Hugging Face layout, metrics.jsonl, evaluation.json, and
+      samples.jsonl with its answers to the held-out questions before and after.
+
+For each prompt the policy writes G answers; each is rewarded; what is better than its group's mean becomes likelier.
+Rewards, as in the paper (section 5.3, Table 11): `rule`, 1 on an exact match; `model`, the reward model's raw score;
+`hybrid`, 1 on a match, else sigmoid(score). The paper's run: Qwen2.5-VL-3B, 8 rollouts, 1 epoch, batch 256; KL,
+learning rate, clipping, temperature not stated.
+
+Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), and from the paper's hybrid:
+  - The advantage is reward - group mean, not divided by the group's standard deviation. With the hybrid reward a group
+    that is all wrong has rewards like 0.48-0.52, and dividing blows their noise up to advantages of 1.4, as large as
+    that of a right answer.
+  - The loss is the sum over all tokens of the step divided by their number over all ranks, not a mean within each
+    answer first, which favours long wrong answers.
+  - One update for each batch of rollouts, so the probability ratio is 1 and clipping would be inert: there is none.
+  - No KL penalty unless --kl_coefficient is set; the KL to the start is logged all the same (the k3 estimator).
+  - An answer cut at the length limit is rewarded as it stands. Special tokens, vision tokens above all, are never
+    sampled: a policy that writes <|image_pad|> crashes some hundred steps later.
+  - hybrid: sigmoid(score) of a wrong closed answer is scaled by --fallback_scale, so that no wrong answer that the
+    reward model likes comes near a right one.
+"""
+
+import importlib
+import json
+import math
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+data = importlib.import_module("01_data")
+model_stage = importlib.import_module("02_model")
+training = importlib.import_module("03_train")
+option, UserError, Comparison = data.option, data.UserError, data.Comparison
+
+
+@dataclass
+class Settings:
+    backbone: str = option(
+        "tests/tiny", "the policy to start from, a checkpoint with its LM head (paper: Qwen2.5-VL-3B)"
+    )
+    model: str = option("artifacts/reward", "the reward model")
+    data: str = option("artifacts/data/questions", "prepared questions to train on")
+    benchmark: str = option(
+        "artifacts/data/new_questions", "prepared questions to evaluate on, before and after; '' for none"
+    )
+    out: str = option(
+        "artifacts/policy", "folder for the trained policy, metrics.jsonl, evaluation.json and samples.jsonl"
+    )
+    reward: Literal["rule", "model", "hybrid"] = option(
+        "hybrid", "what an answer is rewarded by (paper's best: hybrid)"
+    )
+    steps: int = option(60, "updates; each from fresh rollouts")
+    batch_size: int = option(32, "prompts a step, over all ranks (paper: 256)")
+    group_size: int = option(8, "rollouts a prompt (paper: 8)")
+    max_new_tokens: int = option(64, "longest answer, in tokens")
+    rollout_batch: int = option(
+        64, "prompts that one rank answers at the same time; their answers' keys and values are what takes memory"
+    )
+    temperature: float = option(1.0, "of sampling; the loss uses the same")
+    learning_rate: float = option(3e-4, "of AdamW, constant after 5 warm-up steps (for a 3B policy about 1e-6)")
+    fallback_scale: float = option(0.5, "hybrid: factor on sigmoid(score) of a wrong closed answer (paper: 1)")
+    kl_coefficient: float = option(0.0, "weight of the KL divergence to the start")
+    clip: float = option(1.0, "largest norm of the gradient")
+    micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens of the packed row")
+    evaluate_size: int = option(400, "held-out questions of the evaluation")
+    seed: int = option(0, "of the order of the prompts and of sampling; rollouts do not depend on the number of ranks")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy. Its log-probabilities come from the same packed row as a reward model's scores: a group is a comparison.
+
+
+class Policy(nn.Module):
+    """A transformers model with its LM head; `policy(row)` gives the log-probability of every response token of a
+    PackedRow."""
+
+    def __init__(self, path: str, temperature: float):
+        super().__init__()
+        config = data.AutoConfig.from_pretrained(path)
+        auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        self.lm = model_stage.load_backbone(path, auto)
+        self.processors, self.temperature = data.load_processors(path), temperature
+        tokenizer = self.processors.tokenizer
+        forbidden = {
+            *tokenizer.get_added_vocab().values(),
+            *range(len(tokenizer), config.get_text_config().vocab_size),
+        } - {tokenizer.eos_token_id}
+        self.register_buffer("forbidden", torch.tensor(sorted(forbidden)), persistent=False)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, vocabulary], float32, at the sampling temperature; what must not be sampled is at -inf."""
+        logits = self.lm.lm_head(hidden).float() / self.temperature
+        return logits.index_fill(-1, self.forbidden, -math.inf)
+
+    def forward(self, row) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy (without gradient) at each response token of the row, both [response tokens]."""
+        places, predictors = row.response_tokens()
+        log_p = self.logits(model_stage.run_backbone(self.lm.model, row)[predictors]).log_softmax(
+            -1
+        )  # [tokens, vocabulary]
+        taken = log_p.gather(-1, row.input_ids[0, places, None]).sum(
+            -1
+        )  # of one element; a view would trip FSDP's backward hooks
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
+        return taken, entropy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts: each prompt, with its images, is read once; its keys and values serve all G samples, and samples that have
+# ended leave the row.
+
+
+class PromptRow(model_stage.PackedRow):
+    """A packed row of prompts that keeps every layer's keys and values."""
+
+    def attend(self, layer, query, key, value, scale):
+        self.cache[layer] = (key, value)  # [1, kv heads, T, d]
+        return super().attend(layer, query, key, value, scale)
+
+
+class DecodeRow:
+    """One new token for each sample that goes on: n tokens of n different answers stand in one row.
+
+    Queries attend to their prompt's keys, kept once for its G samples, and to their own answer's.
+    """
+
+    pixel_values = image_grid_thw = None
+
+    def __init__(self, prompts: PromptRow, group: int, max_new_tokens: int):
+        lengths = [prompt for prompt, _ in prompts.lengths]
+        self.prompts, self.group, self.longest = len(lengths), group, max(lengths)
+        pad = lambda tensor: nn.utils.rnn.pad_sequence(
+            [part[0].transpose(0, 1) for part in tensor.split(lengths, dim=2)], batch_first=True
+        ).transpose(1, 2)
+        self.prompt_cache = {
+            layer: (pad(key), pad(value)) for layer, (key, value) in prompts.cache.items()
+        }  # [prompts, kv heads, longest, d]
+        device = prompts.input_ids.device
+        self.padding = (
+            torch.arange(self.longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
+        )  # [prompts, longest]
+        self.answer_cache = {
+            layer: [key.new_empty(self.prompts * group, key.shape[1], max_new_tokens, key.shape[3]) for _ in range(2)]
+            for layer, (key, _) in prompts.cache.items()
+        }  # [samples, kv heads, max_new_tokens, d]
+
+    def advance(self, alive: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, t: int) -> "DecodeRow":
+        """The next row: `tokens` [n] at `positions` [n], the t-th of the samples `alive` [n]."""
+        self.alive, self.t = alive, t
+        self.input_ids, self.position_ids = tokens[None], positions.expand(3, 1, -1)
+        return self
+
+    def attend(self, layer, query, key, value, scale):
+        heads, n, d = query.shape[1:]
+        kv = key.shape[1]
+        shared = heads // kv  # query heads that share a key
+        prompt_k, prompt_v = self.prompt_cache[layer]
+        own_k, own_v = self.answer_cache[layer]
+        own_k[self.alive, :, self.t], own_v[self.alive, :, self.t] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        own_k, own_v = own_k[self.alive, :, : self.t + 1], own_v[self.alive, :, : self.t + 1]  # [n, kv, t + 1, d]
+        q = query[0].transpose(0, 1).reshape(n, kv, shared, d) * scale
+
+        def by_prompt(x):  # [n, kv, shared, ...] -> [prompts, kv, group * shared, ...], zeros for ended samples
+            grid = x.new_zeros(self.prompts * self.group, *x.shape[1:])
+            grid[self.alive] = x
+            return grid.view(self.prompts, self.group, kv, shared, -1).transpose(1, 2).flatten(2, 3)
+
+        def by_sample(x):  # and back
+            return x.unflatten(2, (self.group, shared)).transpose(1, 2).flatten(0, 1)[self.alive]
+
+        to_prompt = by_sample(
+            (by_prompt(q) @ prompt_k.transpose(-1, -2)).masked_fill(self.padding[:, None, None], -math.inf)
+        )
+        weights = torch.cat([to_prompt, q @ own_k.transpose(-1, -2)], dim=-1).softmax(
+            -1
+        )  # [n, kv, shared, longest + t + 1]
+        out = by_sample(by_prompt(weights[..., : self.longest]) @ prompt_v) + weights[..., self.longest :] @ own_v
+        return out.reshape(1, n, heads, d).transpose(1, 2)
+
+
+@torch.inference_mode()
+def rollout(
+    policy: Policy, prompts: list[Comparison], group: int, max_new_tokens: int, noise: np.ndarray | None
+) -> torch.Tensor:
+    """Samples `group` answers to each prompt: token ids [prompts, group, max_new_tokens], -1 after the end-of-turn
+    token.
+
+    `noise` [prompts, group, max_new_tokens], uniform in [0, 1), decides every token by inversion of the distribution,
+    so a sample does not depend on what else is in the batch; None decodes greedily.
+    """
+    device = policy.forbidden.device
+    eos = policy.processors.tokenizer.eos_token_id
+    packed = model_stage.pack([Comparison(p.prompt, [], [], p.images, p.grids) for p in prompts], policy.processors).to(
+        device
+    )
+    row = PromptRow(**vars(packed))
+    row.cache = {}
+    hidden = model_stage.run_backbone(policy.lm.model, row)  # [T, hidden]
+    ends = torch.tensor([length for length, _ in row.lengths], device=device).cumsum(0)
+    begin = torch.stack(
+        [
+            positions.max() + 1
+            for positions in row.position_ids[:, 0].split([length for length, _ in row.lengths], dim=1)
+        ]
+    )
+    hidden = hidden[ends - 1].repeat_interleave(group, 0)  # [samples, hidden]
+    begin = begin.repeat_interleave(group)  # [samples] position of the answer's first token
+    tokens = torch.full((len(prompts) * group, max_new_tokens), -1, device=device)
+    uniform = None if noise is None else torch.from_numpy(noise).to(device).view(len(tokens), max_new_tokens)
+    alive, decode = torch.arange(len(tokens), device=device), DecodeRow(row, group, max_new_tokens)
+    for t in range(max_new_tokens):
+        logits = policy.logits(hidden)  # [n, vocabulary]
+        if uniform is None:
+            chosen = logits.argmax(-1)
+        else:
+            cumulated = logits.double().softmax(-1).cumsum(-1)
+            chosen = torch.searchsorted(cumulated, uniform[alive, t, None] * cumulated[:, -1:], right=True)[:, 0]
+        tokens[alive, t] = chosen
+        going = chosen != eos
+        alive, chosen = alive[going], chosen[going]
+        if len(alive) == 0 or t + 1 == max_new_tokens:
+            break
+        hidden = model_stage.run_backbone(policy.lm.model, decode.advance(alive, chosen, begin[alive] + t, t))
+    return tokens.view(len(prompts), group, max_new_tokens)
+
+
+def texts_of(tokens: torch.Tensor, tokenizer) -> list[str]:
+    """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
+    return [
+        tokenizer.decode([t for t in sample if t not in (-1, tokenizer.eos_token_id)]) for sample in tokens.tolist()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards.
+
+
+def normalise(text: str) -> str:
+    """What an exact match compares: lower case, no leading article, no punctuation but in numbers, single spaces."""
+    words = re.findall(r"[+-]?\d+(?:[.,]\d+)*|\w+", text.lower())
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
+
+
+def is_match(text: str, answer) -> bool:
+    """Whether a text is the answer, by exact match; never where there is no answer to match."""
+    return answer is not None and normalise(text) == normalise(str(answer))
+
+
+def reward_of(
+    kind: str, match: torch.Tensor, closed: torch.Tensor, score: torch.Tensor | None, fallback_scale: float
+) -> torch.Tensor:
+    """Rewards [groups, G] from exact matches [groups, G], which prompts are closed [groups, 1], and raw scores [groups,
+    G]."""
+    if kind == "rule":
+        return match
+    if kind == "model":
+        return score
+    return torch.where(match > 0, 1.0, torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0))
+
+
+@torch.inference_mode()
+def score_groups(reward_model, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> torch.Tensor:
+    """The reward model's scores [groups, G]. Answers are tokenized anew, as the reward model saw them in training."""
+    processors = reward_model.processors
+    groups = [
+        Comparison(p.prompt, [data.encode_response(text, processors) for text in group], [], p.images, p.grids)
+        for p, group in zip(prompts, texts)
+    ]
+    scores, batch = [], []
+    for i, group in enumerate(groups):
+        batch.append(group)
+        if i + 1 == len(groups) or sum(g.length for g in batch) + groups[i + 1].length > settings.micro_tokens:
+            scores.append(reward_model(model_stage.pack(batch, processors).to(reward_model.device)))
+            batch = []
+    return torch.cat(scores).float().view(len(groups), -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation.
+
+
+def evaluate(
+    policy: Policy, questions, settings: Settings, device: torch.device
+) -> tuple[dict[str, float], list[dict]]:
+    """Greedy answers to held-out questions, shared among the ranks: exact match of closed ones, the world's grade of
+    open ones.
+
+    Returns {"exact_match", "open_grade", "closed", "open", and the exact match of each category}, and the answers.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    n = min(settings.evaluate_size, len(questions))
+    tokens = torch.full((n, settings.max_new_tokens), -1, device=device)
+    mine = list(range(rank, n, world))
+    for start in range(0, len(mine), settings.rollout_batch):
+        part = mine[start : start + settings.rollout_batch]
+        tokens[part] = rollout(policy, [questions[i] for i in part], 1, settings.max_new_tokens, None)[:, 0]
+    dist.all_reduce(tokens, dist.ReduceOp.MAX)
+    answers, exact, grades = [], {}, []
+    for i, text in enumerate(texts_of(tokens, policy.processors.tokenizer)):
+        record = questions[i].record
+        answers.append({"id": record.get("id", i), "answer": text})
+        if "answer" in record:
+            exact.setdefault(record.get("category", "closed"), []).append(is_match(text, record["answer"]))
+        elif "truth" in record:
+            grades.append(data.embedded_world().grade(text, record["truth"]))
+    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
+    closed = [outcome for outcomes in exact.values() for outcome in outcomes]
+    result = {"exact_match": mean(closed), "open_grade": mean(grades), "closed": len(closed), "open": len(grades)}
+    return result | {category: mean(outcomes) for category, outcomes in sorted(exact.items())}, answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step: sample, reward, update. B prompts, G answers to each; what a function returns is the same on all ranks.
+
+
+def sample(actor: Policy, prompts: list[Comparison], seeds: list, settings: Settings) -> torch.Tensor:
+    """Every rank answers its share of the prompts; all ranks get all answers, [B, G, max_new_tokens], -1 after the end.
+
+    `seeds` has one for each prompt, so that its answers do not depend on who else is asked, nor by which rank."""
+    rank, world, device = data.start_distributed()
+    shape = (settings.group_size, settings.max_new_tokens)
+    samples = torch.full((len(prompts), *shape), -1, device=device)
+    mine = training.deal(list(range(len(prompts))), np.array([len(p.prompt) for p in prompts]), world)[rank]
+    for start in range(0, len(mine), settings.rollout_batch):
+        part = mine[start : start + settings.rollout_batch]
+        noise = np.stack([np.random.default_rng(seeds[i]).random(shape) for i in part])
+        samples[part] = rollout(actor, [prompts[i] for i in part], *shape, noise)
+    dist.all_reduce(samples, dist.ReduceOp.MAX)
+    return samples
+
+
+def judge(reward_model, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> tuple:
+    """Which prompts are closed [B, 1], exact matches [B, G], raw scores [B, G] (zero without a reward model), rewards."""
+    rank, world, device = data.start_distributed()
+    closed = torch.tensor([["answer" in p.record] for p in prompts], device=device)
+    right = [[is_match(text, p.record.get("answer")) for text in group] for p, group in zip(prompts, texts)]
+    match = torch.tensor(right, dtype=torch.float32, device=device)
+    score = torch.zeros_like(match)
+    mine = list(range(rank, len(prompts), world))
+    if reward_model and mine:
+        score[mine] = score_groups(reward_model, [prompts[i] for i in mine], [texts[i] for i in mine], settings)
+    dist.all_reduce(score)
+    return closed, match, score, reward_of(settings.reward, match, closed, score, settings.fallback_scale)
+
+
+def update(policy, frozen, optimizer, prompts, samples, advantage, settings: Settings) -> dict[str, float]:
+    """One step of the optimizer on the groups, packed and dealt as in stage 3. `advantage` [B, G], `samples` as above."""
+    rank, world, device = data.start_distributed()
+    lengths = (samples >= 0).sum(-1)  # [B, G]
+    answers = [[tokens[tokens >= 0].cpu().numpy().astype(np.int32) for tokens in group] for group in samples]
+    groups = [Comparison(p.prompt, answer, [], p.images, p.grids) for p, answer in zip(prompts, answers)]
+    sizes = np.array([group.length for group in groups])
+    patches = np.array([group.grids.prod(1).sum() for group in groups], int)
+    total = int(lengths.sum())  # tokens of all answers on all ranks
+    sums = torch.zeros(2, device=device)
+    for batch in training.plan([list(range(len(groups)))], sizes, patches, settings.micro_tokens, rank, world):
+        row = training.pack_micro_batch(batch, groups, policy.processors)[1].to(device)
+        log_p, entropy = policy(row)  # [tokens of the answers]
+        with torch.no_grad():
+            start_log_p = frozen(row)[0]
+        weight = [advantage[i].repeat_interleave(lengths[i]) for i in batch.comparisons]
+        weight = torch.cat(weight or [log_p.new_zeros(0)])  # [tokens of the answers]
+        kl = (start_log_p - log_p).exp() - (start_log_p - log_p) - 1  # k3 estimator: unbiased, never negative
+        ratio = (log_p - log_p.detach()).exp()  # 1, since these answers were sampled from this very policy
+        (((settings.kl_coefficient * kl - weight * ratio).sum()) * world / total).backward()
+        sums += torch.stack([kl.detach().sum(), entropy.sum()])
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip).full_tensor()
+    optimizer.step()
+    optimizer.zero_grad()
+    dist.all_reduce(sums)
+    kl, entropy = (sums / total).tolist()
+    return {"kl": kl, "entropy": entropy, "grad_norm": norm.item()}
+
+
+def train(settings: Settings) -> dict:
+    """Trains the policy; returns {"before": ..., "after": ...} of the evaluation."""
+    rank, _, device = data.start_distributed()
+    policy = Policy(settings.backbone, settings.temperature)  # trained and sharded
+    actor = Policy(
+        settings.backbone, settings.temperature
+    )  # a whole copy that samples: FSDP would gather every token anew
+    frozen = Policy(settings.backbone, settings.temperature)  # the start
+    for copy in (actor, frozen):
+        copy.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval().requires_grad_(False)
+    fingerprint = policy.processors.fingerprint
+    reward_model = None
+    if settings.reward != "rule":
+        reward_model = model_stage.RewardModel.from_pretrained(settings.model).eval().to(device)
+        if reward_model.processors.fingerprint != fingerprint:
+            raise UserError(
+                f"{settings.model} has another tokenizer or chat template than the policy, {settings.backbone}"
+            )
+    questions = data.Comparisons(settings.data, fingerprint)
+    held_out = data.Comparisons(settings.benchmark, fingerprint) if settings.benchmark else None
+    if not len(questions):
+        raise UserError(f"{settings.data}: no questions to train on")
+    for model in (policy, actor, frozen, reward_model):
+        if model:
+            data.use_pixel_limits(model.processors, [questions])
+    training.shard(policy, policy.lm.model, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
+    before, answers_before = evaluate(actor, held_out, settings, device) if held_out else ({}, [])
+    out, tokenizer = Path(settings.out), policy.processors.tokenizer
+    if rank == 0:
+        data.write_file(out / "metrics.jsonl", "")
+        if held_out:
+            print(f"before: exact match {before['exact_match']:.3f} of {before['closed']} closed questions, ", end="")
+            print(f"grade {before['open_grade']:.3f} of {before['open']} open ones", flush=True)
+
+    B, G = settings.batch_size, settings.group_size
+    epochs = -(-settings.steps * B // len(questions))
+    shuffles = [np.random.default_rng([settings.seed, epoch]).permutation(len(questions)) for epoch in range(epochs)]
+    order = np.concatenate([*shuffles, []]).astype(int)
+    progress = tqdm(range(settings.steps), desc="grpo", unit=" step", disable=rank > 0, mininterval=1)
+    for step in progress:
+        times = [time.perf_counter()]
+        chosen = order[step * B : (step + 1) * B].tolist()
+        prompts = [questions[i] for i in chosen]
+        samples = sample(actor, prompts, [[settings.seed, step, i] for i in chosen], settings)  # [B, G, max_new_tokens]
+        texts = texts_of(samples.flatten(0, 1), tokenizer)
+        texts = [texts[i : i + G] for i in range(0, B * G, G)]
+        times.append(time.perf_counter())
+
+        closed, match, score, reward = judge(reward_model, prompts, texts, settings)
+        advantage = reward - reward.mean(1, keepdim=True)  # [B, G]
+        times.append(time.perf_counter())
+
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1, (step + 1) / 5)
+        updated = update(policy, frozen, optimizer, prompts, samples, advantage, settings)
+        with torch.no_grad():
+            for target, source in zip(actor.parameters(), policy.parameters()):
+                target.copy_(source.full_tensor())
+        times.append(time.perf_counter())
+
+        cut = (samples[..., -1] >= 0) & (samples[..., -1] != tokenizer.eos_token_id)
+        truths = [
+            (text, p.record["truth"]) for p, group in zip(prompts, texts) if "truth" in p.record for text in group
+        ]
+        line = {
+            "step": step + 1,
+            "reward": reward.mean().item(),
+            "reward_std": reward.std().item(),
+            "match": (match.sum() / max(1, G * closed.sum())).item(),  # exact matches among answers to closed questions
+            "score": score.mean().item(),  # the reward model's, raw
+            "score_std": score.std().item(),
+            "zero_variance": (reward.amax(1) - reward.amin(1) < 1e-6)
+            .float()
+            .mean()
+            .item(),  # groups that teach nothing
+            "cut": cut.float().mean().item(),  # answers that reached the length limit
+            "length": (samples >= 0).float().sum(-1).mean().item(),  # mean tokens of an answer
+            **updated,  # KL to the start and entropy, both per token; norm of the gradient before clipping
+            "seconds_sample": times[1] - times[0],
+            "seconds_judge": times[2] - times[1],
+            "seconds_update": times[3] - times[2],
+        }
+        if truths:
+            line["open_grade"] = float(np.mean([data.embedded_world().grade(*pair) for pair in truths]))
+        if rank == 0:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        progress.set_postfix(reward=f"{line['reward']:.3f}", match=f"{line['match']:.2f}", refresh=False)
+
+    after, answers_after = evaluate(actor, held_out, settings, device) if held_out else ({}, [])
+    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        state = {name.removeprefix("lm."): tensor for name, tensor in state.items()}
+        policy.lm.save_pretrained(settings.out, state_dict=state)
+        policy.processors.save(settings.out)
+        evaluation = {"reward": settings.reward, "before": before, "after": after}
+        data.write_file(out / "evaluation.json", json.dumps(evaluation, indent=1))
+        both = [
+            {"id": b["id"], "before": b["answer"], "after": a["answer"]} for b, a in zip(answers_before, answers_after)
+        ]
+        data.write_file(out / "samples.jsonl", "".join(json.dumps(answers) + "\n" for answers in both))
+    dist.barrier()
+    return {"before": before, "after": after}
+
+
+def main(settings: Settings) -> None:
+    result = train(settings)
+    if dist.get_rank() == 0 and result["before"]:
+        print(f"\n| held-out questions | {'before':>6} | {'after':>6} |\n|--------------------|--------|--------|")
+        for name, value in result["before"].items():
+            if name not in ("closed", "open"):
+                print(f"| {name:<18} | {100 * value:6.1f} | {100 * result['after'][name]:6.1f} |")
+        print(
+            f"\n{settings.out}: the trained policy, metrics.jsonl, evaluation.json, samples.jsonl. All six stages done."
+        )
+
+
+if __name__ == "__main__":
+    data.run_stage(main, Settings, __doc__)

@@ -1,0 +1,134 @@
+"""What the tests share: the stages as modules, a torchrun helper, small comparisons with and without pictures."""
+
+import importlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from PIL import Image  # noqa: E402
+
+stages = SimpleNamespace(
+    **{
+        name[3:]: importlib.import_module(name)
+        for name in ("01_data", "02_model", "03_train", "04_eval", "05_ensemble", "06_grpo")
+    }
+)
+TINY = str(ROOT / "tests" / "tiny")
+
+
+def torchrun(
+    script: str, *arguments, ranks: int = 2, cwd: Path = ROOT, check: bool = True, **environment
+) -> subprocess.CompletedProcess:
+    """Runs a script under torchrun as a user would, one thread a rank; returns what it printed."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        str(script),
+        *map(str, arguments),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    if check and done.returncode:
+        own = done.stderr.split("torch.distributed.elastic")[0]  # without torchrun's own report behind it
+        pytest.fail(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{own[-4000:]}")
+    return done
+
+
+def picture(width: int = 56, height: int = 56, seed: int = 0) -> bytes:
+    """A PNG of coloured noise in large blocks."""
+    rng = random.Random(seed)
+    small = Image.new("RGB", (4, 4))
+    small.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(16)])
+    file = io.BytesIO()
+    small.resize((width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def user(text: str, *images) -> dict:
+    return {
+        "role": "user",
+        "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}],
+    }
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+PROMPTS = {
+    "text": [user("What is 2 + 3?")],
+    "one image": [user("What do you see?", picture(56, 84, 1))],
+    "several images of different sizes": [
+        user("Which is larger?", picture(84, 56, 2), picture(56, 140, 3), picture(112, 112, 4))
+    ],
+    "several turns": [
+        {"role": "system", "content": "Be brief."},
+        user("Describe it.", picture(84, 84, 5)),
+        assistant("A square."),
+        user("Sure? And this?", picture(56, 56, 6)),
+    ],
+}
+RESPONSES = ["A red circle.", "I see a blue square at the top left, and much else besides.", "No"]
+
+
+@pytest.fixture(scope="session")
+def processors():
+    return stages.data.load_processors(TINY)
+
+
+@pytest.fixture(scope="session")
+def comparisons(processors):
+    """One comparison of three responses for each kind of prompt."""
+    made = []
+    for prompt in PROMPTS.values():
+        ids, files, grids = stages.data.encode_prompt(prompt, [], processors)
+        made.append(
+            stages.data.Comparison(
+                ids, [stages.data.encode_response(text, processors) for text in RESPONSES], [1, 2, 3], files, grids
+            )
+        )
+    return made
+
+
+@pytest.fixture(scope="session")
+def reward(tmp_path_factory):
+    """A reward model on the embedded backbone with a new head whose scores differ visibly."""
+    import torch
+
+    torch.manual_seed(1)
+    model = stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings()).eval()
+    torch.nn.init.normal_(model.head.mlp[-1].weight, std=1.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The embedded world at a twentieth of its size, prepared by 01 on two ranks; its folder."""
+    folder = tmp_path_factory.mktemp("world")
+    torchrun("01_data.py", "--out", folder / "data", "--world_size", 0.05, "--shard_size", 64)
+    return folder
+
+
+def write_jsonl(path: Path, lines: list) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path

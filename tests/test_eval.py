@@ -1,0 +1,152 @@
+"""Stage 4: metrics that can be checked by hand, and scores that are kept as they are."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import stages, torchrun, write_jsonl
+from safetensors.numpy import load_file
+
+evaluation, data = stages.eval, stages.data
+Items = evaluation.Items
+
+
+def items(ranks, categories=None, groups=None) -> Items:
+    n = len(ranks)
+    return Items(ranks, categories or ["all"] * n, groups or [str(i) for i in range(n)], [[10] * len(r) for r in ranks])
+
+
+def arrays(*scores):
+    return [np.array(s, float) for s in scores]
+
+
+def test_overall_macro_and_acc_plus_by_hand():
+    benchmark = items([[1, 2]] * 5, ["a", "a", "a", "b", "b"], ["x", "x", "y", "y", "z"])
+    result = evaluation.metrics(arrays([1, 0], [1, 0], [0, 1], [1, 0], [0, 1]), benchmark)
+    assert result["overall"]["accuracy"] == pytest.approx(3 / 5) and result["overall"]["items"] == 5
+    assert result["a"]["accuracy"] == pytest.approx(2 / 3) and result["b"]["accuracy"] == pytest.approx(1 / 2)
+    assert result["macro"]["accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert (
+        result["Acc+"]["accuracy"] == pytest.approx(1 / 3) and result["Acc+"]["items"] == 3
+    )  # only x has all pairs right
+
+
+def test_a_tie_is_wrong_and_the_position_decides_nothing():
+    benchmark = items([[1, 2], [2, 1], [1, 2], [2, 1]])
+    assert evaluation.metrics(arrays([0, 0], [0, 0], [1, 1], [2, 2]), benchmark)["overall"]["accuracy"] == 0
+    assert evaluation.metrics(arrays([1, 0], [0, 1], [0, 1], [1, 0]), benchmark)["overall"]["accuracy"] == 0.5
+
+
+def test_a_ranking_counts_its_ordered_pairs():
+    result = evaluation.metrics(arrays([3, 1, 2, 2.5]), items([[1, 2, 2, 3]]))
+    assert (
+        result["overall"]["items"] == 5
+        and result["overall"]["accuracy"] == pytest.approx(3 / 5)
+        and result["Acc+"]["accuracy"] == 0
+    )
+
+
+def test_overall_is_the_count_weighted_mean_of_the_categories():
+    rng = np.random.default_rng(0)
+    ranks = [rng.permutation(rng.integers(2, 5)).tolist() for _ in range(200)]
+    benchmark = items(ranks, [f"c{i}" for i in rng.integers(0, 6, 200)], [str(i) for i in rng.integers(0, 50, 200)])
+    result = evaluation.metrics([rng.random(len(r)) for r in ranks], benchmark)
+    categories = [value for name, value in result.items() if name.startswith("c")]
+    assert result["overall"]["accuracy"] == pytest.approx(
+        sum(c["accuracy"] * c["items"] for c in categories) / sum(c["items"] for c in categories)
+    )
+
+
+def test_wilson_gives_the_published_example():
+    low, high = evaluation.wilson(0.9, 10)  # 9 of 10, a standard worked example
+    assert low == pytest.approx(0.5958, abs=2e-4) and high == pytest.approx(0.9821, abs=2e-4)
+    assert evaluation.wilson(1.0, 20)[0] < 1 and evaluation.wilson(0.0, 20)[1] > 0
+
+
+def test_the_interval_holds_the_truth_95_times_in_100_even_when_pairs_of_a_group_go_together():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(600):
+        skill = rng.beta(4, 2, 60)  # each group has its own difficulty; the mean is 2/3
+        outcomes = [rng.random(5) < s for s in skill]
+        scores = [np.array([1.0, 0.0]) if right else np.array([0.0, 1.0]) for group in outcomes for right in group]
+        result = evaluation.metrics(scores, items([[1, 2]] * 300, groups=[str(g) for g in range(60) for _ in range(5)]))
+        held += result["overall"]["low"] <= 2 / 3 <= result["overall"]["high"]
+    assert 0.92 < held / 600 < 0.98
+
+
+def test_random_is_half_on_pairs_and_less_on_whole_groups():
+    result = evaluation.baselines(items([[1, 2]] * 400, groups=[str(i // 2) for i in range(400)]))["random"]
+    assert result["overall"]["accuracy"] == pytest.approx(0.5, abs=0.01) and result["Acc+"][
+        "accuracy"
+    ] == pytest.approx(0.25, abs=0.01)
+
+
+def test_longer_wins_compares_characters_of_the_text(tmp_path):
+    lines = [
+        {"prompt": "q", "chosen": "longer text", "rejected": "short"},
+        {"prompt": "q2", "chosen": "s", "rejected": "longer"},
+        {"prompt": "q3", "chosen": "same!", "rejected": "equal"},
+    ]
+    torchrun(
+        "01_data.py", "--source", write_jsonl(tmp_path / "b.jsonl", lines), "--out", tmp_path, "--holdout", 0, ranks=1
+    )
+    benchmark = Items.of(data.Comparisons(str(tmp_path / "b")))
+    assert evaluation.baselines(benchmark)["longer wins"]["overall"]["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_scores_are_those_of_the_model_whatever_the_ranks_and_are_saved_unrounded(world, reward, tmp_path):
+    reward.save_pretrained(str(tmp_path / "model"))
+    for ranks in (1, 2):
+        torchrun(
+            "04_eval.py",
+            "--model",
+            tmp_path / "model",
+            "--benchmark",
+            world / "data/new_scenes",
+            "--out",
+            tmp_path / str(ranks),
+            "--micro_tokens",
+            1000,
+            ranks=ranks,
+        )
+    one, two = (load_file(tmp_path / str(ranks) / "model/new_scenes.safetensors") for ranks in (1, 2))
+    comparisons = data.Comparisons(str(world / "data/new_scenes"))
+    np.testing.assert_allclose(one["scores"], two["scores"], atol=1e-5)
+    for i in (0, 7, len(comparisons) - 1):
+        with torch.no_grad():
+            expected = reward(stages.model.pack([comparisons[i]], reward.processors)).numpy()
+        np.testing.assert_allclose(one["scores"][one["offsets"][i] : one["offsets"][i + 1]], expected, atol=1e-5)
+    assert one["scores"].dtype == np.float32 and len(np.unique(one["scores"])) > 0.9 * len(
+        one["scores"]
+    )  # rounding would make ties
+    summary = json.loads((tmp_path / "1/model/summary.json").read_text())["new_scenes"]
+    assert set(summary) == {"model", "longer wins", "random"} and summary["model"]["overall"]["items"] > 30
+
+
+def test_another_systems_scores_are_read_in_the_benchmarks_order(world, tmp_path):
+    comparisons = data.Comparisons(str(world / "data/new_scenes"))
+    perfect = write_jsonl(
+        tmp_path / "perfect.jsonl", [[-float(r) for r in comparisons[i].ranks] for i in range(len(comparisons))]
+    )
+    torchrun(
+        "04_eval.py", "--scores_from", perfect, "--benchmark", world / "data/new_scenes", "--out", tmp_path, ranks=2
+    )
+    result = json.loads((tmp_path / "perfect/summary.json").read_text())["new_scenes"]["perfect"]
+    assert result["overall"]["accuracy"] == result["macro"]["accuracy"] == result["Acc+"]["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda lines: lines[:-1], "lines, but"),
+        (lambda lines: [lines[0], [1.0], *lines[2:]], "line 2: not a JSON list of"),
+        (lambda lines: ["[NaN, 1]", *lines[1:]], "line 1: not a JSON list of"),
+        (lambda lines: ['{"a": 1}', *lines[1:]], "line 1: not a JSON list of"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused_with_their_line(spoil, says, world, tmp_path):
+    comparisons = data.Comparisons(str(world / "data/new_scenes"))
+    lines = [[float(r) for r in comparisons[i].ranks] for i in range(len(comparisons))]
+    with pytest.raises(data.UserError, match=says):
+        evaluation.read_scores(str(write_jsonl(tmp_path / "s.jsonl", spoil(lines))), comparisons)

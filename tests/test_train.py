@@ -1,0 +1,365 @@
+"""Stage 3: the same gradient on any number of ranks, the same run after an interruption, the losses of the paper."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY, stages, torchrun
+from safetensors.torch import load_file
+
+data, model, train = stages.data, stages.model, stages.train
+
+
+@pytest.fixture(scope="module")
+def initial(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("initial"))
+    torch.manual_seed(0)
+    model.RewardModel.from_backbone(TINY, model.HeadSettings()).save_pretrained(folder)
+    return folder
+
+
+def run(world, initial, out, *more, ranks: int, **settings):
+    arguments = {
+        "model": initial,
+        "data": world / "data/train",
+        "out": out,
+        "steps": 3,
+        "batch_size": 12,
+        "learning_rate": 1e-3,
+        "checkpoint_every": 0,
+        "warmup": 0.5,
+    } | settings
+    torchrun("03_train.py", *(x for key, value in arguments.items() for x in (f"--{key}", value)), *more, ranks=ranks)
+    weights = load_file(out / "model.safetensors") | load_file(out / "reward_head.safetensors")
+    return weights, [json.loads(line) for line in open(out / "metrics.jsonl")]
+
+
+def assert_same_run(one, two, tolerance: float):
+    for name in one[0]:
+        torch.testing.assert_close(
+            one[0][name], two[0][name], atol=tolerance, rtol=0, msg=lambda text: f"{name}: {text}"
+        )
+    for a, b in zip(one[1], two[1], strict=True):
+        for key in ("loss", "margin", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], abs=tolerance), (a["step"], key)
+
+
+# ---- gradients
+
+GRADIENT = """
+import importlib, json, sys, torch, torch.distributed as dist
+from safetensors.torch import save_file
+data, model_stage, train = (importlib.import_module(name) for name in ("01_data", "02_model", "03_train"))
+folder, initial, out, micro_tokens, checkpointing = *sys.argv[1:4], int(sys.argv[4]), sys.argv[5] == "yes"
+rank, world, device = data.start_distributed()
+model = model_stage.RewardModel.from_pretrained(initial)
+comparisons = data.Comparisons(folder)
+tokens, patches = comparisons.sizes()
+batch = list(range(0, len(comparisons), len(comparisons) // 13))[:13]
+assert 0 < (patches[batch] > 0).sum() < 13, "text and images have to be mixed"
+train.shard(model, model.backbone, device, checkpointing, in_float32=(model.head,))
+model.train()
+for micro, row, pairs in train.load(comparisons, train.plan([batch], tokens, patches, micro_tokens, rank, world),
+model.processors, device, 0):
+    (train.ranking_loss(model(row), pairs) * world / micro.size).backward()
+gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+if rank == 0:
+    save_file(gradients, out)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_the_gradient_of_a_step_is_the_same_on_1_2_and_3_ranks_with_text_and_images_mixed(world, initial, tmp_path):
+    (tmp_path / "gradient.py").write_text(GRADIENT)
+    cases = {
+        "1 rank": (1, 100000, "no"),
+        "1 rank, small micro-batches": (1, 150, "no"),
+        "2 ranks": (2, 100000, "no"),
+        "2 ranks, small micro-batches": (2, 150, "no"),
+        "3 ranks": (3, 300, "no"),
+        "2 ranks, activation checkpointing": (2, 100000, "yes"),
+    }
+    gradients = {}
+    for i, (name, (ranks, micro_tokens, checkpointing)) in enumerate(cases.items()):
+        torchrun(
+            tmp_path / "gradient.py",
+            world / "data/train",
+            initial,
+            tmp_path / f"{i}.safetensors",
+            micro_tokens,
+            checkpointing,
+            ranks=ranks,
+            PYTHONPATH=str(ROOT),
+        )
+        gradients[name] = load_file(tmp_path / f"{i}.safetensors")
+    for name, other in gradients.items():
+        for parameter, expected in gradients["1 rank"].items():
+            torch.testing.assert_close(
+                other[parameter], expected, atol=1e-5, rtol=0, msg=lambda text: f"{name}, {parameter}: {text}"
+            )
+    assert max(g.abs().max() for g in gradients["1 rank"].values()) > 1e-2
+
+
+def test_the_sharded_gradient_equals_plain_autograd_on_the_papers_loss(world, initial, tmp_path):
+    """One padded-free forward for each response, -log sigmoid of the difference, mean over the batch; no code of stage
+    3."""
+    (tmp_path / "gradient.py").write_text(GRADIENT)
+    torchrun(
+        tmp_path / "gradient.py",
+        world / "data/train",
+        initial,
+        tmp_path / "gradient.safetensors",
+        400,
+        "no",
+        ranks=2,
+        PYTHONPATH=str(ROOT),
+    )
+    sharded = load_file(tmp_path / "gradient.safetensors")
+    reward, comparisons, losses = (
+        model.RewardModel.from_pretrained(initial),
+        data.Comparisons(str(world / "data/train")),
+        [],
+    )
+    for i in list(range(0, len(comparisons), len(comparisons) // 13))[:13]:
+        c = comparisons[i]
+        scores = [
+            reward(model.pack([data.Comparison(c.prompt, [response], [1], c.images, c.grids)], reward.processors))[0]
+            for response in c.responses
+        ]
+        pairs = [(a, b) for a in range(len(scores)) for b in range(len(scores)) if c.ranks[a] < c.ranks[b]]
+        losses.append(sum(-F.logsigmoid(scores[a] - scores[b]) for a, b in pairs) / len(pairs))
+    (sum(losses) / len(losses)).backward()
+    for name, parameter in reward.named_parameters():
+        torch.testing.assert_close(sharded[name], parameter.grad, atol=1e-5, rtol=0, msg=lambda text: f"{name}: {text}")
+
+
+def test_three_steps_on_two_ranks_equal_three_on_one(world, initial, tmp_path):
+    one, two = (run(world, initial, tmp_path / str(ranks), ranks=ranks) for ranks in (1, 2))
+    assert_same_run(
+        one, two, 1e-4
+    )  # AdamW turns a gradient near zero into a whole step, so weights differ more than gradients do
+    assert [line["tokens"] for line in one[1]] and one[1][-1]["validation_accuracy"] == pytest.approx(
+        two[1][-1]["validation_accuracy"], abs=1e-6
+    )
+
+
+# ---- interruptions
+
+
+@pytest.mark.parametrize("ranks_after", [2, 1])
+def test_a_killed_run_resumes_as_if_nothing_had_happened(ranks_after, world, initial, tmp_path):
+    """Killed with SIGKILL at some moment after its second checkpoint; bit-identical when resumed on as many ranks."""
+    settings = {"steps": 12, "checkpoint_every": 2, "validate_every": 3}
+    whole = run(world, initial, tmp_path / "whole", ranks=2, **settings)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "03_train.py",
+        "--model",
+        initial,
+        "--data",
+        world / "data/train",
+        "--out",
+        tmp_path / "killed",
+        "--steps",
+        "12",
+        "--batch_size",
+        "12",
+        "--learning_rate",
+        "1e-3",
+        "--checkpoint_every",
+        "2",
+        "--warmup",
+        "0.5",
+        "--validate_every",
+        "3",
+    ]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.time() + 120
+    while (
+        not (tmp_path / "killed/checkpoints/step_000004").is_dir() and time.time() < deadline and process.poll() is None
+    ):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/reward_head.safetensors").exists(), "it had ended before it was killed"
+    resumed = run(world, initial, tmp_path / "killed", "--resume", ranks=ranks_after, **settings)
+    assert [line["step"] for line in resumed[1]] == list(range(1, 13))
+    assert_same_run(whole, resumed, 0 if ranks_after == 2 else 1e-4)
+
+
+def test_resuming_with_other_settings_is_refused_by_name(world, initial, tmp_path):
+    run(world, initial, tmp_path, ranks=1, checkpoint_every=1)
+    done = torchrun(
+        "03_train.py",
+        "--model",
+        initial,
+        "--data",
+        world / "data/train",
+        "--out",
+        tmp_path,
+        "--steps",
+        3,
+        "--batch_size",
+        12,
+        "--learning_rate",
+        2e-3,
+        "--checkpoint_every",
+        1,
+        "--warmup",
+        0.5,
+        "--resume",
+        ranks=1,
+        check=False,
+    )
+    assert (
+        done.returncode
+        and "--learning_rate 0.001 (now 0.002)" in done.stderr
+        and '03_train.py", line' not in done.stderr
+    )
+
+
+def test_old_checkpoints_go_only_when_there_are_newer_ones(world, initial, tmp_path):
+    run(world, initial, tmp_path, ranks=1, steps=5, checkpoint_every=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
+    assert all(path.suffix in (".safetensors", ".json") for path in (tmp_path / "checkpoints").glob("*/*"))
+
+
+def test_a_second_training_continues_with_the_trained_head(world, initial, tmp_path):
+    first, _ = run(world, initial, tmp_path / "first", ranks=1)
+    again = torchrun(
+        "03_train.py",
+        "--model",
+        tmp_path / "first",
+        "--data",
+        world / "data/train",
+        "--out",
+        tmp_path / "second",
+        "--steps",
+        1,
+        "--learning_rate",
+        0,
+        "--weight_decay",
+        0,
+        ranks=1,
+    )
+    second = load_file(tmp_path / "second/reward_head.safetensors")
+    assert (
+        all(torch.equal(tensor, first[name]) for name, tensor in second.items()) and "a head trained on" in again.stdout
+    )
+
+
+def test_a_frozen_vision_tower_does_not_move_and_the_rest_does(world, initial, tmp_path):
+    weights, _ = run(world, initial, tmp_path, "--freeze_vision", ranks=2)
+    start = load_file(f"{initial}/model.safetensors")
+    moved = {name: not torch.equal(weights[name], start[name]) for name in start}
+    assert not any(moved[name] for name in moved if "visual" in name) and all(
+        moved[name] for name in moved if "proj.weight" in name and "visual" not in name
+    )
+
+
+# ---- losses, plan, schedule
+
+
+def pairs_of(ranks: list[list[int]]):
+    return train.pairs_of(
+        [data.Comparison(np.zeros(1, np.int32), [np.zeros(3 + i, np.int32) for i in range(len(r))], r) for r in ranks]
+    )
+
+
+def test_the_losses_are_algorithm_1_of_the_paper():
+    scores = torch.tensor([1.0, -0.5, 2.0, 3.0])
+    pairs = pairs_of([[1, 2], [2, 1]])
+    logsigmoid = lambda x: math.log(1 / (1 + math.exp(-x)))
+    plain = -logsigmoid(1.5) - logsigmoid(1.0)
+    assert train.ranking_loss(scores, pairs).item() == pytest.approx(plain)
+    assert train.ranking_loss(scores, pairs, zero_coefficient=0.1).item() == pytest.approx(
+        plain + 0.1 * (0.5**2 + 5**2)
+    )
+    a, b, c, d = (s / math.log(n + 1) for s, n in zip(scores.tolist(), (3, 4, 3, 4)))
+    assert train.ranking_loss(scores, pairs, length_normalisation=True).item() == pytest.approx(
+        -logsigmoid(a - b) - logsigmoid(d - c)
+    )
+
+
+def test_a_ranking_counts_once_and_ties_make_no_pair():
+    pairs = pairs_of([[1, 2, 2, 3]])
+    assert sorted(zip(pairs.better.tolist(), pairs.worse.tolist())) == [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
+    assert pairs.weight.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_the_plan_gives_every_comparison_to_one_rank_within_the_budget(world_size):
+    rng = np.random.default_rng(0)
+    tokens, patches = rng.integers(50, 900, 300), rng.integers(0, 2, 300) * 400
+    steps = [list(range(s, s + 60)) for s in range(0, 300, 60)] + [[3, 4]]
+    plans = [train.plan(steps, tokens, patches, 2000, rank, world_size) for rank in range(world_size)]
+    assert len({len(plan) for plan in plans}) == 1
+    cost = tokens + patches // 4
+    for s, step in enumerate(steps):
+        assert sorted(i for plan in plans for batch in plan if batch.step == s for i in batch.comparisons) == sorted(
+            step
+        )
+    for together in zip(*plans):
+        has_image = [patches[batch.comparisons].any() if batch.comparisons else False for batch in together]
+        assert [batch.dummy_image for batch in together] == [any(has_image) and not image for image in has_image]
+        assert len({(batch.step, batch.last) for batch in together}) == 1
+        assert all(cost[batch.comparisons].sum() <= 2000 for batch in together if batch.comparisons)
+
+
+def test_every_comparison_is_seen_once_an_epoch():
+    settings = train.Settings(batch_size=16, epochs=2)
+    order = np.concatenate(train.order_of_training(100, settings))
+    assert sorted(order[:100]) == sorted(order[100:200]) == list(range(100)) and len(order) % 16 == 0
+    assert train.order_of_training(100, settings) != train.order_of_training(
+        100, train.Settings(batch_size=16, epochs=2, seed=1)
+    )
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
+    rates = [train.learning_rate_at(step, 100, train.Settings(learning_rate=2.0, warmup=0.1)) for step in range(100)]
+    assert (
+        rates[0] == pytest.approx(0.2)
+        and rates[9] == pytest.approx(2.0)
+        and rates[55] == pytest.approx(1.0)
+        and rates[-1] < 0.001
+    )
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# ---- what a user can get wrong
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--model", "no/such/model"], "run 02_model.py"),
+        (["--data", "no/such/data"], "run 01_data.py"),
+        (["--data", "{world}/data/questions"], "prompts without responses"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_that_says_what_to_do(arguments, says, world, initial):
+    defaults = ["--model", initial, "--data", world / "data/train", "--steps", 1, "--out", world / "out"]
+    done = torchrun("03_train.py", *defaults, *(a.format(world=world) for a in arguments), ranks=1, check=False)
+    assert (
+        done.returncode and says in done.stderr and "line" not in done.stderr.split(says)[0].split("03_train.py: ")[-1]
+    )

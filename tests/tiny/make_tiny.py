@@ -1,0 +1,319 @@
+"""Makes the embedded backbone: a Qwen2.5-VL of 1.7 M parameters in the Hugging Face layout, pretrained on the world.
+
+    python tests/tiny/make_tiny.py            # about 9 minutes on two cores; overwrites the files beside it
+
+A byte-level BPE tokenizer is trained on the world's own text (with Qwen2's pre-tokenizer, so any text can be encoded),
+then the model, with Muon on matrices and AdamW on the rest, on pictures with eight lessons each: drills, descriptions,
+questions, and verdicts on somebody's answer; and on text-only tasks. A picture is encoded once for its eight lessons,
+by the shared-prefix forward of 02_model.py. Only scenes, tasks and combinations of the split 'train' are seen.
+
+Three things are on purpose. Verdicts are asked for in a second turn, right behind the answer, where a reward head will
+stand: without them a reward model learns very slowly. "Answer briefly." changes nothing here, so a policy that starts
+from this model answers much in whole sentences when asked to be brief, and has that to learn. And the base of the
+rotary embedding is 10, not 1,000,000: with heads of 32 the published base would turn a step of one image column by
+0.0002.
+"""
+
+import argparse
+import importlib
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+data, model = importlib.import_module("01_data"), importlib.import_module("02_model")
+world = data.embedded_world()
+
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+CHAT_TEMPLATE = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}
+            {%- if part.type == 'image' %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif part.type == 'video' %}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+            {%- else %}
+                {{- part.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+Lesson = tuple[str, list[str], str]  # kind, turns so far (user, assistant, user, ...), answer
+CLOSED = ("count", "attribute", "relation", "yes_no", "choice")
+
+
+def lesson_of(asked, rng: random.Random, verdicts: float) -> Lesson:
+    """One lesson from a question: an answer to it, or a verdict on somebody's answer, asked for in a second turn.
+
+    What names an object is mostly said in a sentence, everything else mostly in a word, whether brevity is asked for or
+    not: that is left for a policy to learn.
+    """
+    closed, right = asked.sentence != "{}", rng.random() < 0.5
+    brief = rng.random() < (0.25 if asked.right.startswith("a ") else 0.75)
+    say = str if brief else asked.sentence.format
+    question = asked.question + (" Answer briefly." if closed and rng.random() < 0.5 else "")
+    if rng.random() < verdicts:
+        said = say(asked.right if right else asked.wrong)
+        if rng.random() < 0.1:
+            explained = f"{'Right' if right else 'Wrong'}: {asked.reason}."
+            return "critique", [question, said, "Is it right? Explain."], explained
+        return "verdict", [question, said, "Is it right?"], "Yes" if right else "No"
+    kind = f"{'brief' if brief else 'sentence'}: {asked.category}" if closed else asked.category
+    return kind, [question], say(asked.right)
+
+
+def drill(cells, rng: random.Random, split: str) -> Lesson:
+    """Many small answers about one picture in one text: what is asked stands right before each answer, so it is learned
+    fast."""
+    things = [thing for row in cells for thing in row if thing]
+    seen = [thing for thing in world.OBJECTS if split == "unseen" or thing not in world.UNSEEN]
+    kind = rng.choice(["colours", "counts", "checks", "neighbours"])
+    if kind == "colours":
+        shapes = [shape for _, shape in things]
+        items = [f"{shape} {colour}" for colour, shape in things if shapes.count(shape) == 1]
+    elif kind == "counts":
+        items = [f"{word} {sum(word in thing for thing in things)}" for word in (*world.COLOURS, *world.SHAPES)]
+    elif kind == "checks":
+        asked = {world.near_miss(thing, rng, seen) for thing in things} | set(things)
+        items = [f"{colour} {shape} {'yes' if (colour, shape) in things else 'no'}" for colour, shape in sorted(asked)]
+    else:
+        items = [f"{where} {' '.join(anchor)} {' '.join(thing)}" for anchor, where, thing in world.neighbours(cells)]
+    rng.shuffle(items)
+    return f"drill: {kind}", [f"List the {kind}."], ", ".join(items) or "none"
+
+
+def lessons(seed: int, split: str, verdicts: float = 0.5, each: int = 8):
+    """Endless groups of lessons that begin alike: (picture or None, `each` lessons about it)."""
+    rng = random.Random(f"lessons/{split}/{seed}")
+    while True:
+        if rng.random() < 0.12:
+            yield (
+                None,
+                [lesson_of(world.ask_text(rng.choice(world.TEXT_KINDS), rng, split), rng, 0.3) for _ in range(each)],
+            )
+            continue
+        cells = world.draw_cells(rng, split)
+        group = [drill(cells, rng, split), drill(cells, rng, split)]
+        while len(group) < each:
+            kind = "describe" if len(group) < 3 else rng.choice(CLOSED)
+            if kind == "describe":
+                right = world.describe(cells, 0, rng, split)
+                asked = world.Asked(
+                    kind,
+                    rng.choice(["Describe the picture.", "What do you see?"]),
+                    right,
+                    world.describe(cells, 1, rng, split),
+                    reason="it should be: " + right,
+                )
+            else:
+                asked = world.ask_about(cells, kind, rng, split)
+            if asked:
+                group.append(lesson_of(asked, rng, 0 if len(group) == 2 else verdicts))
+        yield world.draw_picture(cells, rng), group
+
+
+def encode(picture: bytes | None, group: list[Lesson], processors):
+    """A group of lessons as one comparison: the prompt is what all have in common, the picture above all, and each
+    `response` what follows, question and answer. Also where the answers are among the response tokens, the only ones
+    that are learned."""
+    rows, answers = [], []
+    for _, turns, answer in group:
+        messages = [{"role": role, "content": turn} for role, turn in zip(("user", "assistant", "user"), turns)]
+        prompt, files, grids = data.encode_prompt(messages, [picture] if picture else [], processors)
+        rows.append((prompt, data.encode_response(answer, processors)))
+    shared = (
+        1 + max((i for i, token in enumerate(rows[0][0]) if token == processors.image_token), default=1)
+        if picture
+        else 2
+    )
+    for prompt, answer in rows:
+        answers += [False] * (len(prompt) - shared) + [True] * len(answer)
+    responses = [np.concatenate([prompt[shared:], answer]) for prompt, answer in rows]
+    return data.Comparison(rows[0][0][:shared], responses, [], files, grids), answers
+
+
+def make_tokenizer(vocabulary: int) -> Qwen2Tokenizer:
+    """Byte-level BPE trained on the world's text, its special tokens after the ordinary ones as in Qwen's."""
+    stream, texts = lessons(seed=1, split="train"), []
+    for _ in range(1000):
+        for _, turns, answer in next(stream)[1]:
+            texts += ["user\n" + turns[0] + "\n", "assistant\n" + answer]
+    qwen = Qwen2Tokenizer().backend_tokenizer
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.normalizer = qwen.pre_tokenizer, qwen.normalizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    )
+    bpe = json.loads(tokenizer.to_str())["model"]
+    made = Qwen2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(merge) for merge in bpe["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
+        model_max_length=32768,
+    )
+    made.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def make_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32768,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            use_sliding_window=False,
+            bos_token_id=token("<|endoftext|>"),
+            eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<|endoftext|>"),
+            rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]},
+        ),
+        vision_config=dict(
+            depth=2,
+            hidden_size=128,
+            intermediate_size=256,
+            num_heads=4,
+            out_hidden_size=128,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            window_size=112,
+            fullatt_block_indexes=[1],
+        ),
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    made = Qwen2_5_VLForConditionalGeneration._from_config(
+        config, dtype=torch.float32, attn_implementation={"text_config": "shared_prefix", "vision_config": "sdpa"}
+    )
+    made.generation_config.update(
+        bos_token_id=token("<|endoftext|>"),
+        eos_token_id=[token("<|im_end|>"), token("<|endoftext|>")],
+        pad_token_id=token("<|endoftext|>"),
+    )
+    return made
+
+
+def learn(policy, groups: list, processors) -> tuple[torch.Tensor, list[list[bool]]]:
+    """Mean next-token loss over the answers, and for each lesson which of its answer's tokens the model would have
+    chosen."""
+    encoded = [encode(picture, group, processors) for picture, group in groups]
+    row = model.pack([comparison for comparison, _ in encoded], processors)
+    places, predictors = row.response_tokens()
+    learned = torch.tensor([is_answer for _, answers in encoded for is_answer in answers])
+    logits = policy.lm_head(model.run_backbone(policy.model, row)[predictors[learned]])
+    targets = row.input_ids[0, places[learned]]
+    right = iter((logits.argmax(-1) == targets).tolist())
+    outcomes, pieces = [], [response for comparison, _ in encoded for response in comparison.responses]
+    flags = torch.split(learned, [len(piece) for piece in pieces])
+    for flag in flags:
+        outcomes.append([next(right) for _ in range(int(flag.sum()))])
+    return F.cross_entropy(logits, targets), outcomes
+
+
+@torch.no_grad()
+def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[str, float]:
+    """Share of lessons whose every token is the likeliest one, by kind: what greedy decoding would get right."""
+    stream, exact = lessons(seed=2, split=split), {}
+    for _ in range(groups // 20):
+        batch = [next(stream) for _ in range(20)]
+        for (kind, _, _), tokens in zip(
+            (lesson for _, group in batch for lesson in group), learn(policy, batch, processors)[1]
+        ):
+            exact.setdefault(kind, []).append(all(tokens))
+    return {kind: sum(outcomes) / len(outcomes) for kind, outcomes in sorted(exact.items())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--pictures", type=int, default=24, help="groups of 8 lessons a step")
+    parser.add_argument("--out", default=str(HERE))
+    arguments = parser.parse_args()
+    started = time.time()
+    tokenizer = make_tokenizer(vocabulary=640)
+    policy = make_model(tokenizer)
+    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    for part in (tokenizer, Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056), policy):
+        part.save_pretrained(arguments.out)
+    processors = data.load_processors(arguments.out)
+
+    matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for p in policy.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=3e-3, weight_decay=0.01, betas=(0.9, 0.95)),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            o, lambda step: min(1, (step + 1) / 20) * max(0.02, 1 - step / arguments.steps)
+        )
+        for o in optimizers
+    ]
+    for step in range(arguments.steps):
+        if step % 50 == 0:  # verdicts come in once answers are known: before that they teach nothing
+            verdicts = 0.6 * min(1, max(0, (step / arguments.steps - 0.1) / 0.3))
+            stream = lessons(seed=step, split="train", verdicts=verdicts)
+        loss, outcomes = learn(policy, [next(stream) for _ in range(arguments.pictures)], processors)
+        loss.backward()
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if step % 50 == 49:
+            right = sum(map(sum, outcomes)) / sum(map(len, outcomes))
+            print(
+                f"step {step + 1}: loss {loss.item():.3f}, next token right {right:.3f}, {time.time() - started:.0f} s",
+                flush=True,
+            )
+        if step % 200 == 199:
+            print(
+                json.dumps({kind: round(share, 3) for kind, share in examine(policy, processors).items()}), flush=True
+            )
+    policy.to(torch.bfloat16).save_pretrained(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
