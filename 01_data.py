@@ -13,7 +13,7 @@ The unit of this codebase is the COMPARISON: one prompt (text and pictures) and 
 is N = 2, a benchmark item or a ranking any N, a group of GRPO rollouts N = G, a question to a policy N = 0.
 
 What the paper (BaseReward, arXiv 2509.16127) says about data: 2.8 M pairs from seven published sets, multimodal and
-text-only mixed, whole sets kept or dropped, no filter on single samples (section 4.3). What it leaves open, and what we
+text-only mixed, whole sets kept or dropped, no filter on single samples. What it leaves open, and what we
 took: at most 501760 pixels an image and 4096 tokens a response with its prompt, as in the authors' public command
 for a text-only reward model; the chat template of the backbone as it is.
 
@@ -82,12 +82,10 @@ def start_distributed() -> tuple[int, int, torch.device]:
     """Joins torchrun's process group (or makes one of a single process); returns rank, world size and device."""
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
-        if "RANK" not in os.environ:  # started with plain `python`
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1
-            )
-        else:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        alone = (
+            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        )  # plain `python`
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -188,7 +186,7 @@ class Comparison:
     ranks: list[int]  # N; 1 is best, equal ranks tie
     images: list[bytes] = field(default_factory=list)  # encoded files
     grids: np.ndarray = field(
-        default_factory=lambda: np.zeros((0, 3), np.int32)
+        default_factory=partial(np.zeros, (0, 3), np.int32)
     )  # [images, 3] patches: time, height, width
     record: dict = field(default_factory=dict)  # id, category, answer, ...: what is carried along
 
@@ -257,10 +255,8 @@ def text_of(message, what: str) -> str:
         if message.get("role") != "assistant":
             raise Unusable(f"{what}: role is {message.get('role')!r}, not 'assistant'")
         message = message.get("content")
-    if isinstance(message, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in message
-    ):
-        message = "".join(part["text"] for part in message)
+    if isinstance(message, list) and all(isinstance(part, dict) for part in message):
+        message = "".join(str(part.get("text", "")) for part in message)
     if not isinstance(message, str):
         raise Unusable(f"{what}: not a text or a list of one assistant message")
     if not message.strip():
@@ -288,9 +284,8 @@ def check_messages(prompt) -> list[dict]:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise Unusable(f"prompt: a part of type {part.get('type')!r}; known are text and image")
         only_text = all(part["type"] == "text" for part in parts)
-        messages.append(
-            {"role": turn["role"], "content": "".join(part["text"] for part in parts) if only_text else parts}
-        )
+        content = "".join(part["text"] for part in parts) if only_text else parts
+        messages.append({"role": turn["role"], "content": content})
     if messages[-1]["role"] != "user":
         raise Unusable(f"prompt: ends with the role {messages[-1]['role']!r}, not 'user'")
     return messages
@@ -321,13 +316,8 @@ def encode_prompt(
     images' encoded bytes, and their patch grids [images, 3]. Raises Unusable.
     """
     messages = check_messages(messages)
-    slots = [
-        part
-        for turn in messages
-        if isinstance(turn["content"], list)
-        for part in turn["content"]
-        if part["type"] == "image"
-    ]
+    parts = [part for turn in messages if isinstance(turn["content"], list) for part in turn["content"]]
+    slots = [part for part in parts if part["type"] == "image"]
     images = [part["image"] for part in slots if "image" in part] or list(images)
     if images and not slots:  # as in TRL: images without a place stand before the first user turn's text
         first = next(turn for turn in messages if turn["role"] == "user")
@@ -364,28 +354,19 @@ def tokenize_chat(messages: list[dict], tokenizer) -> np.ndarray:
     The template's own special tokens become single ids; the same strings inside a user's text stay text. For that they
     are taken out before rendering, put back afterwards, and tokenized as ordinary characters.
     """
-    special = re.compile("|".join(re.escape(token) for token in tokenizer.get_added_vocab()) or "$^")
+    # \ue000 and \ue001, private to this function, mark where something was taken out; a user's own are taken out too.
+    special = re.compile("|".join(map(re.escape, [*tokenizer.get_added_vocab(), "\ue000", "\ue001"])))
     taken = []
 
-    def take(text: str) -> str:
-        return special.sub(lambda found: taken.append(found[0]) or f"\ue000{len(taken) - 1}\ue001", text)
+    def safe(content: str | list[dict]) -> str | list[dict]:
+        if isinstance(content, str):
+            return special.sub(lambda found: taken.append(found[0]) or f"\ue000{len(taken) - 1}\ue001", content)
+        return [part if part["type"] == "image" else {**part, "text": safe(part["text"])} for part in content]
 
-    safe = []
-    for turn in messages:
-        content = turn["content"]
-        safe.append(
-            {
-                "role": turn["role"],
-                "content": take(content)
-                if isinstance(content, str)
-                else [part if part["type"] == "image" else {**part, "text": take(part["text"])} for part in content],
-            }
-        )
-    rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
-    if not taken:
-        return np.array(tokenizer.encode(rendered, add_special_tokens=False), np.int32)
+    messages = [{**turn, "content": safe(turn["content"])} for turn in messages]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = []
-    for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):
+    for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):  # at odd places, the numbers of what was taken
         ids += (
             tokenize_text(taken[int(piece)], tokenizer) if i % 2 else tokenizer.encode(piece, add_special_tokens=False)
         )

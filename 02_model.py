@@ -17,18 +17,20 @@ are those of one forward per response, for about N(P + R) / (P + NR) times less 
                response 1   all         causal
                response 2   all                      causal
 
-The paper (section 4.2, Algorithm 1, Table 3): the LM head is replaced by an MLP of 2 layers with SiLU between, chosen
+The paper: the LM head is replaced by an MLP of 2 layers with SiLU between, chosen
 from depths 1-5 and no activation, tanh, SiLU. It does not give the width (we take the hidden size, as its
 predecessor MM-RLHF does) nor the token at which the score is read (we take the last, as the authors' public command).
 Deviation: the head computes in float32 even where the backbone computes in bfloat16, whose spacing near 4 is 0.03.
 """
 
+import dataclasses
 import importlib
 import json
 import math
 import os
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -83,12 +85,9 @@ class PackedRow:
     masks: list = field(default_factory=list)  # per response [R, P + R]: all of the prompt, then causal on itself
 
     def to(self, device: torch.device) -> "PackedRow":
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return PackedRow(**{**vars(self), **moved, "masks": [mask.to(device) for mask in self.masks]})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return dataclasses.replace(self, **moved, masks=[mask.to(device, non_blocking=True) for mask in self.masks])
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -100,23 +99,15 @@ class PackedRow:
         """
         segments = [length for prompt, responses in self.lengths for length in (prompt, *responses)]
         queries, keys, values = (iter(tensor.split(segments, dim=2)) for tensor in (query, key, value))
-        grouped = query.shape[1] != key.shape[1]
+        attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
         masks, outputs = iter(self.masks), []
         for _, responses in self.lengths:
             k, v = next(keys), next(values)  # the prompt's, [1, kv heads, P, d]
-            outputs.append(
-                F.scaled_dot_product_attention(next(queries), k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-            )
+            outputs.append(attention(next(queries), k, v, is_causal=True))
             for _ in responses:
-                k_r, v_r = (
-                    torch.cat([k, next(keys)], dim=2),
-                    torch.cat([v, next(values)], dim=2),
-                )  # [1, kv heads, P + R, d]
-                outputs.append(
-                    F.scaled_dot_product_attention(
-                        next(queries), k_r, v_r, attn_mask=next(masks), scale=scale, enable_gqa=grouped
-                    )
-                )
+                k_r = torch.cat([k, next(keys)], dim=2)  # [1, kv heads, P + R, d]
+                v_r = torch.cat([v, next(values)], dim=2)
+                outputs.append(attention(next(queries), k_r, v_r, attn_mask=next(masks)))
         return torch.cat(outputs, dim=2)
 
     def response_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +137,7 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)
 
 
 def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | None, merge: int) -> np.ndarray:
-    """M-RoPE position ids [3, P] of a prompt (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """M-RoPE position ids [3, P] of a prompt (Qwen2-VL, arXiv 2409.12191).
 
     Text counts up on all three axes. The tokens of an image share one time, count rows and columns from there, and the
     text after it continues after the largest of them.
@@ -177,24 +168,24 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
     merge = processors.image.merge_size if processors.image else 1
-    ids, positions, lengths, masks = [], [], [], []
+    ids, positions, lengths, last, masks, end = [], [], [], [], [], 0
     for comparison in comparisons:
-        prompt = prompt_positions(comparison.prompt, comparison.grids, processors.image_token, merge)
-        begin = prompt.max() + 1  # where every response's positions begin
+        P, Rs = len(comparison.prompt), [len(response) for response in comparison.responses]
+        at = prompt_positions(comparison.prompt, comparison.grids, processors.image_token, merge)  # [3, P]
         ids += [comparison.prompt, *comparison.responses]
         positions += [
-            prompt,
-            *(np.tile(np.arange(begin, begin + len(response)), (3, 1)) for response in comparison.responses),
-        ]
-        lengths.append((len(comparison.prompt), [len(response) for response in comparison.responses]))
-        masks += [torch.ones(r, lengths[-1][0] + r, dtype=torch.bool).tril(lengths[-1][0]) for r in lengths[-1][1]]
-    ends = np.cumsum([length for p, rs in lengths for length in (p, *rs)]) - 1
-    is_response = [i > 0 for _, rs in lengths for i in range(1 + len(rs))]
+            at,
+            *(np.tile(at.max() + 1 + np.arange(R), (3, 1)) for R in Rs),
+        ]  # each goes on where the prompt ends
+        masks += [torch.ones(R, P + R, dtype=torch.bool).tril(P) for R in Rs]
+        last += (end + P + np.cumsum(Rs, dtype=int) - 1).tolist()
+        lengths.append((P, Rs))
+        end += P + sum(Rs)
     row = PackedRow(
         lengths,
         torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
         torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None],
-        torch.from_numpy(ends[np.array(is_response, bool)].astype(np.int64)),
+        torch.tensor(last, dtype=torch.long),
         masks=masks,
     )
     images = [data.open_image(file) for comparison in comparisons for file in comparison.images]
@@ -226,7 +217,7 @@ def blank_comparison(processors: Processors) -> Comparison:
 
 
 class RewardHead(nn.Module):
-    """Hidden states [N, hidden] -> scores [N]: `layers` linear layers with an activation between them (paper, Table 3).
+    """Hidden states [N, hidden] -> scores [N]: `layers` linear layers with an activation between them.
 
     The last layer has no bias: it would cancel in every difference of two scores, and its gradient be rounding noise,
     of which AdamW makes whole steps.
@@ -237,16 +228,13 @@ class RewardHead(nn.Module):
         if not 1 <= layers <= 5:
             raise UserError(f"--head_layers {layers}: must be 1 to 5")
         self.settings = {"hidden": hidden, "layers": layers, "activation": activation, "width": width or hidden}
-        sizes = [hidden, *[width or hidden] * (layers - 1), 1]
+        sizes = [hidden, *[width or hidden] * (layers - 1)]
         parts = []
-        for i in range(layers):
-            parts += [nn.Linear(sizes[i], sizes[i + 1], bias=i < layers - 1)] + [ACTIVATIONS[activation]()] * (
-                i < layers - 1
-            )
-        self.mlp = nn.Sequential(*parts)
-        nn.init.normal_(
-            parts[-1].weight, std=1 / math.sqrt(sizes[-2] + 1)
-        )  # scores start near 0 (arXiv 2009.01325, appendix B.1)
+        for before, after in zip(sizes, sizes[1:]):
+            parts += [nn.Linear(before, after), ACTIVATIONS[activation]()]
+        last = nn.Linear(sizes[-1], 1, bias=False)
+        nn.init.normal_(last.weight, std=1 / math.sqrt(sizes[-1] + 1))  # small scores at first (arXiv 2009.01325)
+        self.mlp = nn.Sequential(*parts, last)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.mlp(hidden.float()).sum(-1)  # of one element; a view would trip FSDP's backward hooks
@@ -265,24 +253,19 @@ class RewardModel(nn.Module):
         self.trained_with = trained_with or {}  # what the head was trained with; empty: not at all
 
     @classmethod
-    def from_backbone(cls, path: str, head: HeadSettings, max_pixels: int = 0) -> "RewardModel":
+    def from_backbone(cls, path: str, settings: HeadSettings, max_pixels: int = 0) -> "RewardModel":
         """A backbone from a Hugging Face checkpoint with a new head."""
         backbone = load_backbone(path)
         hidden = backbone.config.get_text_config().hidden_size
-        return cls(
-            backbone,
-            RewardHead(hidden, head.head_layers, head.head_activation, head.head_width),
-            data.load_processors(path, max_pixels),
-        )
+        head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
+        return cls(backbone, head, data.load_processors(path, max_pixels))
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "RewardModel":
         """A reward model that `save_pretrained` wrote. Raises UserError where there is none."""
         path = Path(folder, "reward_head.safetensors")
         if not path.is_file():
-            raise UserError(
-                f"{folder}: no reward model there (no reward_head.safetensors); run 02_model.py or 03_train.py"
-            )
+            raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["reward_head"])
             head = RewardHead(**about["head"])
@@ -296,9 +279,10 @@ class RewardModel(nn.Module):
         the head goes last and an old one first, so that a folder with a head is a whole model.
         """
         state = self.state_dict() if state is None else state
-        part = lambda prefix: {
-            name.removeprefix(prefix): tensor.contiguous() for name, tensor in state.items() if name.startswith(prefix)
-        }
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
         out = Path(folder)
         writing = out / ".writing"
         shutil.rmtree(writing, ignore_errors=True)
@@ -307,7 +291,8 @@ class RewardModel(nn.Module):
         self.processors.save(str(writing))
         about = {"head": self.head.settings, "trained_with": self.trained_with}
         save_file(part("head."), writing / "reward_head.safetensors", metadata={"reward_head": json.dumps(about)})
-        (out / "reward_head.safetensors").unlink(missing_ok=True)
+        for old in [out / "reward_head.safetensors", *out.glob("model*.safetensors*")]:
+            old.unlink(missing_ok=True)
         for path in sorted(writing.iterdir(), key=lambda path: path.name == "reward_head.safetensors"):
             os.replace(path, out / path.name)
         writing.rmdir()
@@ -331,10 +316,8 @@ class RewardModel(nn.Module):
             ValueError: says what is wrong with the prompt, an image or a response.
         """
         prompt, files, grids = data.encode_prompt(messages, images, self.processors)
-        encoded = [
-            data.encode_response(data.text_of(text, f"responses[{i}]"), self.processors)
-            for i, text in enumerate(responses)
-        ]
+        texts = [data.text_of(text, f"responses[{i}]") for i, text in enumerate(responses)]
+        encoded = [data.encode_response(text, self.processors) for text in texts]
         comparison = Comparison(prompt, encoded, [1] * len(encoded), files, grids)
         return self(pack([comparison], self.processors).to(self.device)).cpu()
 
@@ -397,10 +380,8 @@ def main(settings: Settings) -> None:
         row = pack([comparison], model.processors)
         hidden = model.hidden_states(row)
         lengths = " and ".join(str(len(response)) for response in comparison.responses)
-        print(
-            f"\none comparison of {settings.data}: {len(comparison.images)} image(s), {len(comparison.prompt)} tokens of"
-        )
-        print(f"prompt, {lengths} tokens of responses")
+        print(f"\none comparison of {settings.data}: {len(comparison.images)} image(s), a prompt of", end=" ")
+        print(f"{len(comparison.prompt)} tokens, responses of {lengths}")
         shapes = [
             ("input_ids", row.input_ids),
             ("position_ids", row.position_ids),

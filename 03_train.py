@@ -7,8 +7,8 @@ In    An initial reward model (02) and prepared comparisons (01); their holdout,
 Out   artifacts/reward/: the trained reward model; metrics.jsonl, one line a step; checkpoints/, from which --resume
       continues the very same run, on the same or another number of ranks.
 
-The loss is -log sigmoid(r_chosen - r_rejected), the mean over the batch, and nothing else (paper, section 3.1). Of a
-ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155, section 3.5). Both
+The loss is -log sigmoid(r_chosen - r_rejected), the mean over the batch, and nothing else, as in the paper. Of a
+ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155). Both
 regularisers of the paper (Algorithm 1) are there and off, as it found neither to help: a penalty on (r_w + r_l)^2, and
 r / log(length + 1).
 
@@ -208,7 +208,7 @@ def load(comparisons, micro_batches, processors, device, workers: int):
 def ranking_loss(
     scores: torch.Tensor, pairs: Pairs, zero_coefficient: float = 0.0, length_normalisation: bool = False
 ) -> torch.Tensor:
-    """The paper's loss (section 3.1, Algorithm 1), summed over comparisons; the caller divides by their number.
+    """The paper's loss (Algorithm 1), summed over comparisons; the caller divides by their number.
 
     Args: scores [N], pairs within them. Each comparison counts once, however many pairs it has.
     """

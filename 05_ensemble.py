@@ -9,9 +9,9 @@ In    Reward models (03). With no --member: artifacts/reward and one that this s
       backbone.
 Out   artifacts/ensemble/: the members trained here, summary.json; printed: members and combinations side by side.
 
-The paper (section 4.6) compares the plain mean of raw scores, weights by accuracy and weights by confidence (the mean
+The paper compares the plain mean of raw scores, weights by accuracy and weights by confidence (the mean
 margin), both fitted on 1,000 held-out training pairs, and finds the plain mean best; and sending text-only inputs to a
-reward model trained from a text-only LLM (section 4.4) better still for text. All four are here. It does not give the
+reward model trained from a text-only LLM better still for text. All four are here. It does not give the
 weights' formulas: we take each member's accuracy, or its mean margin, over their sum.
 
 Raw scores of different models live on different scales, and in a plain mean the widest scale has the loudest voice. So

@@ -9,7 +9,7 @@ Out   artifacts/policy/: the trained policy in the Hugging Face layout, metrics.
       samples.jsonl with its answers to the held-out questions before and after.
 
 For each prompt the policy writes G answers; each is rewarded; what is better than its group's mean becomes likelier.
-Rewards, as in the paper (section 5.3, Table 11): `rule`, 1 on an exact match; `model`, the reward model's raw score;
+Rewards, as in the paper (Table 11): `rule`, 1 on an exact match; `model`, the reward model's raw score;
 `hybrid`, 1 on a match, else sigmoid(score). The paper's run: Qwen2.5-VL-3B, 8 rollouts, 1 epoch, batch 256; KL,
 learning rate, clipping, temperature not stated.
 
@@ -348,7 +348,7 @@ def sample(actor: Policy, prompts: list[Comparison], seeds: list, settings: Sett
 
 
 def judge(reward_model, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> tuple:
-    """Which prompts are closed [B, 1], exact matches [B, G], raw scores [B, G] (zero without a reward model), rewards."""
+    """Which prompts are closed [B, 1], exact matches, raw scores (0 without a reward model) and rewards, all [B, G]."""
     rank, world, device = data.start_distributed()
     closed = torch.tensor([["answer" in p.record] for p in prompts], device=device)
     right = [[is_match(text, p.record.get("answer")) for text in group] for p, group in zip(prompts, texts)]
@@ -362,7 +362,7 @@ def judge(reward_model, prompts: list[Comparison], texts: list[list[str]], setti
 
 
 def update(policy, frozen, optimizer, prompts, samples, advantage, settings: Settings) -> dict[str, float]:
-    """One step of the optimizer on the groups, packed and dealt as in stage 3. `advantage` [B, G], `samples` as above."""
+    """One optimizer step on the groups, packed and dealt as in 03. `samples` [B, G, tokens], `advantage` [B, G]."""
     rank, world, device = data.start_distributed()
     lengths = (samples >= 0).sum(-1)  # [B, G]
     answers = [[tokens[tokens >= 0].cpu().numpy().astype(np.int32) for tokens in group] for group in samples]

@@ -179,7 +179,8 @@ def test_importing_a_stage_does_nothing():
 def test_the_readme_opens_with_the_two_commands_and_ci_runs_the_second():
     commands = re.findall(r"^    (pip install .*)$", (ROOT / "README.md").read_text(), re.M)
     assert commands[:2] == [
-        'pip install -r requirements.txt && for stage in 0*.py; do torchrun --standalone --nproc_per_node=2 "$stage" || break; done',
+        "pip install -r requirements.txt && "
+        'for stage in 0*.py; do torchrun --standalone --nproc_per_node=2 "$stage" || break; done',
         "pip install -r tests/requirements.txt && pytest",
     ]
     assert "pip install -q -r tests/requirements.txt && pytest" in (ROOT / ".ci/run").read_text()

@@ -1,17 +1,17 @@
 """Makes the embedded backbone: a Qwen2.5-VL of 1.7 M parameters in the Hugging Face layout, pretrained on the world.
 
-    python tests/tiny/make_tiny.py            # about 9 minutes on two cores; overwrites the files beside it
+    python tests/tiny/make_tiny.py            # about 13 minutes on two cores; overwrites the files beside it
 
 A byte-level BPE tokenizer is trained on the world's own text (with Qwen2's pre-tokenizer, so any text can be encoded),
-then the model, with Muon on matrices and AdamW on the rest, on pictures with eight lessons each: drills, descriptions,
-questions, and verdicts on somebody's answer; and on text-only tasks. A picture is encoded once for its eight lessons,
-by the shared-prefix forward of 02_model.py. Only scenes, tasks and combinations of the split 'train' are seen.
+then the model on pictures with eight lessons each (drills, descriptions, questions, verdicts on somebody's answer) and
+on text-only tasks. A picture is encoded once for its eight lessons, by the shared-prefix forward of 02_model.py. Only
+scenes, tasks and combinations of the split 'train' are seen. Phase 2 adds requests for brevity, at half the rate.
 
 Three things are on purpose. Verdicts are asked for in a second turn, right behind the answer, where a reward head will
 stand: without them a reward model learns very slowly. "Answer briefly." changes nothing here, so a policy that starts
 from this model answers much in whole sentences when asked to be brief, and has that to learn. And the base of the
-rotary embedding is 10, not 1,000,000: with heads of 32 the published base would turn a step of one image column by
-0.0002.
+rotary embedding is 100, not 1,000,000: with heads of 32 the published base would turn neighbouring image columns
+against each other by 0.0002 at most, and where things stand would hardly be seen.
 """
 
 import argparse
@@ -26,7 +26,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+)
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
@@ -70,7 +76,7 @@ Lesson = tuple[str, list[str], str]  # kind, turns so far (user, assistant, user
 CLOSED = ("count", "attribute", "relation", "yes_no", "choice")
 
 
-def lesson_of(asked, rng: random.Random, verdicts: float) -> Lesson:
+def lesson_of(asked, rng: random.Random, verdicts: float, briefly: float) -> Lesson:
     """One lesson from a question: an answer to it, or a verdict on somebody's answer, asked for in a second turn.
 
     What names an object is mostly said in a sentence, everything else mostly in a word, whether brevity is asked for or
@@ -79,7 +85,7 @@ def lesson_of(asked, rng: random.Random, verdicts: float) -> Lesson:
     closed, right = asked.sentence != "{}", rng.random() < 0.5
     brief = rng.random() < (0.25 if asked.right.startswith("a ") else 0.75)
     say = str if brief else asked.sentence.format
-    question = asked.question + (" Answer briefly." if closed and rng.random() < 0.5 else "")
+    question = asked.question + (" Answer briefly." if closed and rng.random() < briefly else "")
     if rng.random() < verdicts:
         said = say(asked.right if right else asked.wrong)
         if rng.random() < 0.1:
@@ -110,14 +116,17 @@ def drill(cells, rng: random.Random, split: str) -> Lesson:
     return f"drill: {kind}", [f"List the {kind}."], ", ".join(items) or "none"
 
 
-def lessons(seed: int, split: str, verdicts: float = 0.5, each: int = 8):
+def lessons(seed: int, split: str, verdicts: float = 0.5, briefly: float = 0.5, each: int = 8):
     """Endless groups of lessons that begin alike: (picture or None, `each` lessons about it)."""
     rng = random.Random(f"lessons/{split}/{seed}")
     while True:
         if rng.random() < 0.12:
             yield (
                 None,
-                [lesson_of(world.ask_text(rng.choice(world.TEXT_KINDS), rng, split), rng, 0.3) for _ in range(each)],
+                [
+                    lesson_of(world.ask_text(rng.choice(world.TEXT_KINDS), rng, split), rng, 0.3, briefly)
+                    for _ in range(each)
+                ],
             )
             continue
         cells = world.draw_cells(rng, split)
@@ -136,7 +145,7 @@ def lessons(seed: int, split: str, verdicts: float = 0.5, each: int = 8):
             else:
                 asked = world.ask_about(cells, kind, rng, split)
             if asked:
-                group.append(lesson_of(asked, rng, 0 if len(group) == 2 else verdicts))
+                group.append(lesson_of(asked, rng, 0 if len(group) == 2 else verdicts, briefly))
         yield world.draw_picture(cells, rng), group
 
 
@@ -204,7 +213,7 @@ def make_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
             bos_token_id=token("<|endoftext|>"),
             eos_token_id=token("<|im_end|>"),
             pad_token_id=token("<|endoftext|>"),
-            rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]},
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
         ),
         vision_config=dict(
             depth=2,
@@ -266,53 +275,56 @@ def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[s
     return {kind: sum(outcomes) / len(outcomes) for kind, outcomes in sorted(exact.items())}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1100)
-    parser.add_argument("--pictures", type=int, default=24, help="groups of 8 lessons a step")
-    parser.add_argument("--out", default=str(HERE))
-    arguments = parser.parse_args()
-    started = time.time()
-    tokenizer = make_tokenizer(vocabulary=640)
-    policy = make_model(tokenizer)
-    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    for part in (tokenizer, Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056), policy):
-        part.save_pretrained(arguments.out)
-    processors = data.load_processors(arguments.out)
-
+def train(policy, processors, steps: int, peak: float, verdicts_at, briefly: float, seed: int) -> None:
+    """Muon on matrices, AdamW on the rest; `peak` scales both learning rates, which warm up and fall linearly."""
     matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for p in policy.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=3e-3, weight_decay=0.01, betas=(0.9, 0.95)),
-    ]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            o, lambda step: min(1, (step + 1) / 20) * max(0.02, 1 - step / arguments.steps)
-        )
-        for o in optimizers
-    ]
-    for step in range(arguments.steps):
-        if step % 50 == 0:  # verdicts come in once answers are known: before that they teach nothing
-            verdicts = 0.6 * min(1, max(0, (step / arguments.steps - 0.1) / 0.3))
-            stream = lessons(seed=step, split="train", verdicts=verdicts)
-        loss, outcomes = learn(policy, [next(stream) for _ in range(arguments.pictures)], processors)
+    muon = torch.optim.Muon(matrices, lr=0.01 * peak, weight_decay=0.01)
+    adam = torch.optim.AdamW(others, lr=0.003 * peak, weight_decay=0.01, betas=(0.9, 0.95))
+    rate = lambda step: min(1, (step + 1) / 20) * max(0.02, 1 - step / steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in (muon, adam)]
+    started = time.time()
+    for step in range(steps):
+        if step % 50 == 0:
+            stream = lessons(seed + step, "train", verdicts_at(step), briefly)
+        loss, outcomes = learn(policy, [next(stream) for _ in range(24)], processors)
         loss.backward()
-        for optimizer, schedule in zip(optimizers, schedules):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        for part in (muon, adam, *schedules):
+            part.step()
+        policy.zero_grad()
         if step % 50 == 49:
             right = sum(map(sum, outcomes)) / sum(map(len, outcomes))
-            print(
-                f"step {step + 1}: loss {loss.item():.3f}, next token right {right:.3f}, {time.time() - started:.0f} s",
-                flush=True,
-            )
-        if step % 200 == 199:
+            seconds = time.time() - started
+            print(f"step {step + 1}: loss {loss.item():.3f}, next token right {right:.3f}, {seconds:.0f} s", flush=True)
+        if step % 200 == 199 or step == steps - 1:
             print(
                 json.dumps({kind: round(share, 3) for kind, share in examine(policy, processors).items()}), flush=True
             )
-    policy.to(torch.bfloat16).save_pretrained(arguments.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default=str(HERE), help="folder for the checkpoint")
+    parser.add_argument("--phase", type=int, choices=(1, 2), help="only this phase; 2 continues from what is in --out")
+    parser.add_argument("--steps", type=int, nargs=2, default=(1100, 400), help="steps of phase 1 and phase 2")
+    arguments = parser.parse_args()
+    save = lambda part: part.save_pretrained(arguments.out)
+    if arguments.phase != 2:
+        tokenizer = make_tokenizer(vocabulary=640)
+        policy = make_model(tokenizer)
+        for part in (tokenizer, Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056), policy):
+            save(part)
+        processors = data.load_processors(arguments.out)
+        print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+        # Verdicts come in once answers are known; before that they teach nothing.
+        verdicts_at = lambda step: 0.6 * min(1, max(0, 4 * step / arguments.steps[0] - 1))
+        train(policy, processors, arguments.steps[0], 1.0, verdicts_at, briefly=0.0, seed=0)
+        save(policy.to(torch.bfloat16))
+    if arguments.phase != 1:
+        processors = data.load_processors(arguments.out)
+        policy = model.load_backbone(arguments.out, AutoModelForImageTextToText)
+        train(policy, processors, arguments.steps[1], 0.5, lambda step: 0.6, briefly=0.5, seed=1_000_000)
+        save(policy.to(torch.bfloat16))
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ SOURCES = {
 }
 # What a run without --source prepares: {data set: ([(source, split, how many lines)], share held out)}.
 SETS = {
-    "train": ([("scenes", "train", 4000), ("captions", "train", 500), ("text", "train", 1500)], 0.05),
+    "train": ([("scenes", "train", 6000), ("captions", "train", 500), ("text", "train", 1500)], 0.05),
     "train_other": ([("scenes", "train", 2000), ("wordy", "train", 1000), ("noisy", "train", 500)], 0.05),
     "train_text": ([("text", "train", 2000)], 0.05),
     "questions": ([("questions", "train", 3000)], 0.0),
