@@ -140,7 +140,7 @@ def embedded_world():
     return module
 
 
-def read_world(source: str, split: str, count: int, seed: int) -> Iterator[Line]:
+def read_world(source: str, split: str, count: int, seed: str) -> Iterator[Line]:
     for index in range(count):
         yield f"world/{source}/{split}", index + 1, partial(embedded_world().record, source, split, seed, index)
 
@@ -633,21 +633,13 @@ def prepare(name: str, lines: Iterator[Line], processors: Processors, settings: 
 def main(settings: Settings) -> None:
     processors = load_processors(settings.backbone, settings.max_pixels)
     if settings.source:
+        name = settings.name or Path(settings.source[0].rpartition(":")[2]).stem
         lines = (line for source in settings.source for line in open_source(source))
-        prepare(
-            settings.name or Path(settings.source[0].rpartition(":")[2]).stem,
-            lines,
-            processors,
-            settings,
-            settings.holdout,
-        )
+        prepare(name, lines, processors, settings, settings.holdout)
     else:
         for name, (parts, holdout) in embedded_world().SETS.items():
-            lines = (
-                line
-                for source, split, count in parts
-                for line in read_world(source, split, int(count * settings.world_size), settings.seed)
-            )
+            sized = [(source, split, int(count * settings.world_size)) for source, split, count in parts]
+            lines = (line for part in sized for line in read_world(*part, f"{settings.seed}/{name}"))
             prepare(name, lines, processors, settings, holdout)
     if dist.get_rank() == 0:
         print("Next: torchrun --standalone --nproc_per_node=2 02_model.py")

@@ -221,19 +221,20 @@ def baselines(items: Items, draws: int = 200) -> dict[str, dict]:
 
 
 def table(title: str, systems: dict[str, dict[str, dict]]) -> str:
-    """Metrics down, systems across, as Markdown; the interval where there is one."""
+    """Metrics down, systems across, as Markdown; the interval where there is one, a dash where there is nothing."""
 
-    def cell(value: dict) -> str:
+    def cell(value: dict | None) -> str:
+        if value is None:
+            return "-"
         interval = f" [{100 * value['low']:.1f}, {100 * value['high']:.1f}]" if "low" in value else ""
         return f"{100 * value['accuracy']:.1f}{interval}"
 
-    first = next(iter(systems.values()))
-    rows = [[title, "n", *systems]] + [
-        [name, str(first[name]["items"]), *(cell(system[name]) for system in systems.values())] for name in first
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    rows = [[title, "n", *systems]]
+    for name, value in next(iter(systems.values())).items():
+        rows.append([name, str(value["items"]), *(cell(system.get(name)) for system in systems.values())])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
 def main(settings: Settings) -> None:

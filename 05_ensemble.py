@@ -131,14 +131,45 @@ def train_member(name: str, backbone: str, train_data: str, settings: Settings) 
 
 
 def train_members(settings: Settings) -> tuple[list[str], str]:
-    """The default ensemble: the reward model of stage 3, one of other data, and a text-only one."""
+    """The default ensemble: the reward model of stage 3 and one of other data; and a text-only one."""
     second = train_member("second", settings.backbone, "artifacts/data/train_other", settings)
+    half = f"{settings.out}/language_half"
     if dist.get_rank() == 0:
-        language_half(settings.backbone, f"{settings.out}/language_half")
+        language_half(settings.backbone, half)
     dist.barrier()
-    return ["artifacts/reward", second], train_member(
-        "text", f"{settings.out}/language_half", "artifacts/data/train_text", settings
-    )
+    return ["artifacts/reward", second], train_member("text", half, "artifacts/data/train_text", settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of all members on all sets; a model is loaded once and scores one set after the other.
+
+
+def score_sets(members: list[str], folders: list[str], device: torch.device) -> dict[str, np.ndarray]:
+    """{folder: scores [members, responses]}."""
+    scores = {folder: [] for folder in folders}
+    for member in members:
+        model = model_stage.RewardModel.from_pretrained(member)
+        for folder, rows in scores.items():
+            comparisons = data.Comparisons(folder, model.processors.fingerprint)
+            rows.append(np.concatenate(evaluation.score_comparisons(model, comparisons, device)))
+    return {folder: np.array(rows) for folder, rows in scores.items()}
+
+
+def score_text(text_member: str, folders: list[str], device: torch.device) -> dict[str, np.ndarray]:
+    """{folder: the text-only model's scores [responses], not a number where the comparison has an image}."""
+    model, scores = model_stage.RewardModel.from_pretrained(text_member), {}
+    for folder in folders:
+        with_text = has_no_image(data.Comparisons(folder))
+        scores[folder] = np.full(len(with_text), np.nan)
+        if with_text.any():
+            subset = data.Comparisons(folder, model.processors.fingerprint, text_only=True)
+            scores[folder][with_text] = np.concatenate(evaluation.score_comparisons(model, subset, device))
+    return scores
+
+
+def has_no_image(comparisons) -> np.ndarray:
+    """For each response [responses], whether its comparison is text-only."""
+    return np.repeat(comparisons.sizes()[1] == 0, comparisons.response_counts())
 
 
 def main(settings: Settings) -> None:
@@ -148,60 +179,49 @@ def main(settings: Settings) -> None:
         members, trained = train_members(settings)
         text_member = trained if settings.text_member == "auto" else text_member
     names = [Path(member).name for member in members]
-    if len(set(names)) < len(names):
-        names = members
+    names = names if len(set(names)) == len(names) else members
+    folders = settings.benchmark or evaluation.DEFAULT_BENCHMARKS
+    scores = score_sets(members, [settings.heldout, *folders], device)
+    text_scores = score_text(text_member, folders, device) if text_member else {}
+    if rank > 0:
+        return
 
-    def score(folder: str):
-        """Every member's scores [members, responses], the text-only one's [responses], and which responses have images.
+    heldout = data.Comparisons(settings.heldout)
+    weights = fit_weights(scores[settings.heldout], [heldout[i].ranks for i in range(len(heldout))])
+    print(f"\nfitted on {settings.heldout}, {len(heldout)} comparisons")
+    for i, name in enumerate(names):
+        by = ", ".join(f"by {key} {values[i]:.3f}" for key, values in weights.items())
+        print(f"  {name:<12} spread of its scores {scores[settings.heldout][i].std():.2f}; weight {by}")
 
-        The text-only model scores a benchmark of text alone; elsewhere its scores are not a number.
-        """
-        rows, comparisons = [], data.Comparisons(folder)
-        for member in members:
-            model = model_stage.RewardModel.from_pretrained(member)
-            comparisons = data.Comparisons(folder, model.processors.fingerprint)
-            rows.append(np.concatenate(evaluation.score_comparisons(model, comparisons, device)))
-        counts = comparisons.response_counts()
-        has_image = comparisons.sizes()[1] > 0  # [comparisons]
-        text = np.full(len(rows[0]), np.nan)
-        if text_member and not has_image.all():
-            model = model_stage.RewardModel.from_pretrained(text_member)
-            subset = data.Comparisons(folder, model.processors.fingerprint, text_only=True)
-            text[~np.repeat(has_image, counts)] = np.concatenate(evaluation.score_comparisons(model, subset, device))
-        return comparisons, np.array(rows), text, np.repeat(has_image, counts)
-
-    heldout, scores, _, _ = score(settings.heldout)
-    weights = fit_weights(scores, [heldout[i].ranks for i in range(len(heldout))])
-    if rank == 0:
-        print(f"\nfitted on {settings.heldout}, {len(heldout)} comparisons")
-        for i, name in enumerate(names):
-            by = ", ".join(f"by {key} {values[i]:.3f}" for key, values in weights.items())
-            print(f"  {name:<12} spread of its scores {scores[i].std():6.3f}; weight {by}")
-    summary = {
-        "members": members,
-        "text_member": text_member,
-        "weights": {key: value.tolist() for key, value in weights.items()},
-        "benchmarks": {},
-    }
-    for folder in settings.benchmark or evaluation.DEFAULT_BENCHMARKS:
-        comparisons, scores, text, has_image = score(folder)
-        systems = dict(zip(names, scores))
-        systems["mean"] = mean_of_scores(scores)
-        systems["by accuracy"] = weighted_mean(scores, weights["accuracy"])
-        systems["by confidence"] = weighted_mean(scores, weights["confidence"])
+    benchmarks = {}  # {benchmark: {system: metrics}}
+    for folder in folders:
+        comparisons = data.Comparisons(folder)
+        systems = dict(zip(names, scores[folder]))
+        systems["mean"] = mean_of_scores(scores[folder])
+        for key, values in weights.items():
+            systems[f"by {key}"] = weighted_mean(scores[folder], values)
         if text_member:
-            systems["mean, text routed"] = route(systems["mean"], text, has_image)
-            if not has_image.any():
-                systems["text-only"] = text
-        if rank == 0:
-            items = evaluation.Items.of(comparisons)
-            split = lambda flat: np.split(flat, np.cumsum(comparisons.response_counts())[:-1])
-            results = {name: evaluation.metrics(split(flat), items) for name, flat in systems.items()}
-            summary["benchmarks"][comparisons.info["name"]] = results
-            print("\n" + evaluation.table(comparisons.info["name"], results), flush=True)
-    if rank == 0:
-        data.write_file(Path(settings.out, "summary.json"), json.dumps(summary, indent=1))
-        print(f"\n{settings.out}/summary.json\nNext: torchrun --standalone --nproc_per_node=2 06_grpo.py")
+            text_only = has_no_image(comparisons)
+            systems["mean, text routed"] = route(systems["mean"], text_scores[folder], ~text_only)
+            if text_only.all():
+                systems["text-only"] = text_scores[folder]
+        items, ends = evaluation.Items.of(comparisons), np.cumsum(comparisons.response_counts())[:-1]
+        results = {name: evaluation.metrics(np.split(flat, ends), items) for name, flat in systems.items()}
+        benchmarks[comparisons.info["name"]] = results
+
+    overall = {}  # {system: {benchmark: accuracy}}, for the table
+    for benchmark, results in benchmarks.items():
+        for name, metrics in results.items():
+            overall.setdefault(name, {})[benchmark] = metrics["overall"]
+    for rows in overall.values():
+        if len(rows) == len(benchmarks):
+            mean = float(np.mean([row["accuracy"] for row in rows.values()]))
+            rows["mean of benchmarks"] = {"accuracy": mean, "items": len(rows)}
+    print("\n" + evaluation.table("overall accuracy", overall))
+    fitted = {key: values.tolist() for key, values in weights.items()}
+    summary = {"members": members, "text_member": text_member, "weights": fitted, "benchmarks": benchmarks}
+    data.write_file(Path(settings.out, "summary.json"), json.dumps(summary, indent=1))
+    print(f"\n{settings.out}/summary.json has all metrics\nNext: torchrun --standalone --nproc_per_node=2 06_grpo.py")
 
 
 if __name__ == "__main__":

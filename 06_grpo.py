@@ -20,7 +20,7 @@ Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), and from the
   - The loss is the sum over all tokens of the step divided by their number over all ranks, not a mean within each
     answer first, which favours long wrong answers.
   - One update for each batch of rollouts, so the probability ratio is 1 and clipping would be inert: there is none.
-  - No KL penalty unless --kl_coefficient is set; the KL to the start is logged all the same (the k3 estimator).
+  - The KL divergence to the start (the k3 estimator, as published) is averaged over tokens like the loss.
   - An answer cut at the length limit is rewarded as it stands. Special tokens, vision tokens above all, are never
     sampled: a policy that writes <|image_pad|> crashes some hundred steps later.
   - hybrid: sigmoid(score) of a wrong closed answer is scaled by --fallback_scale, so that no wrong answer that the
@@ -74,9 +74,11 @@ class Settings:
         64, "prompts that one rank answers at the same time; their answers' keys and values are what takes memory"
     )
     temperature: float = option(1.0, "of sampling; the loss uses the same")
-    learning_rate: float = option(3e-4, "of AdamW, constant after 5 warm-up steps (for a 3B policy about 1e-6)")
+    learning_rate: float = option(
+        1e-4, "peak of AdamW, after 5 warm-up steps, then linear to 0 (for a 3B policy about 1e-6)"
+    )
     fallback_scale: float = option(0.5, "hybrid: factor on sigmoid(score) of a wrong closed answer (paper: 1)")
-    kl_coefficient: float = option(0.0, "weight of the KL divergence to the start")
+    kl_coefficient: float = option(0.05, "weight of the KL divergence to the start; 0: it is only logged")
     clip: float = option(1.0, "largest norm of the gradient")
     micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens of the packed row")
     evaluate_size: int = option(400, "held-out questions of the evaluation")
@@ -444,7 +446,7 @@ def train(settings: Settings) -> dict:
         times.append(time.perf_counter())
 
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1, (step + 1) / 5)
+            group["lr"] = settings.learning_rate * min(1, (step + 1) / 5) * (1 - step / settings.steps)
         updated = update(policy, frozen, optimizer, prompts, samples, advantage, settings)
         with torch.no_grad():
             for target, source in zip(actor.parameters(), policy.parameters()):

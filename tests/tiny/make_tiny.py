@@ -73,7 +73,6 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 
 
 Lesson = tuple[str, list[str], str]  # kind, turns so far (user, assistant, user, ...), answer
-CLOSED = ("count", "attribute", "relation", "yes_no", "choice")
 
 
 def lesson_of(asked, rng: random.Random, verdicts: float, briefly: float) -> Lesson:
@@ -132,7 +131,7 @@ def lessons(seed: int, split: str, verdicts: float = 0.5, briefly: float = 0.5, 
         cells = world.draw_cells(rng, split)
         group = [drill(cells, rng, split), drill(cells, rng, split)]
         while len(group) < each:
-            kind = "describe" if len(group) < 3 else rng.choice(CLOSED)
+            kind = "describe" if len(group) < 3 else rng.choice(world.CLOSED_KINDS)
             if kind == "describe":
                 right = world.describe(cells, 0, rng, split)
                 asked = world.Asked(

@@ -280,7 +280,8 @@ def ask_text(kind: str, rng: random.Random, split: str) -> Asked:
 
 # Sources, with different strengths and flaws, as published sets have them: what they ask, how often the label is wrong,
 # how often the better answer is made the longer one, and how many questions about one picture stand together.
-IMAGE_KINDS = ("count", "attribute", "relation", "yes_no", "choice", "describe", "ranking")
+CLOSED_KINDS = ("count", "attribute", "relation", "yes_no", "choice")
+IMAGE_KINDS = (*CLOSED_KINDS, "describe", "ranking")
 TEXT_KINDS = ("arithmetic", "sorting", "format", "safety")
 SOURCES = {
     "scenes": dict(kinds=IMAGE_KINDS),
@@ -289,13 +290,13 @@ SOURCES = {
     "wordy": dict(kinds=IMAGE_KINDS, longer_wins=0.85),
     "text": dict(kinds=TEXT_KINDS),
     "benchmark": dict(kinds=IMAGE_KINDS, per_picture=3),
-    "questions": dict(kinds=("count", "attribute", "relation", "yes_no", "choice", "describe"), prompts_only=True),
+    "questions": dict(kinds=(*CLOSED_KINDS, *["describe"] * 3), prompts_only=True),
 }
 # What a run without --source prepares: {data set: ([(source, split, how many lines)], share held out)}.
 SETS = {
-    "train": ([("scenes", "train", 6000), ("captions", "train", 500), ("text", "train", 1500)], 0.05),
-    "train_other": ([("scenes", "train", 2000), ("wordy", "train", 1000), ("noisy", "train", 500)], 0.05),
-    "train_text": ([("text", "train", 2000)], 0.05),
+    "train": ([("scenes", "train", 8000), ("captions", "train", 500), ("text", "train", 1500)], 0.05),
+    "train_other": ([("scenes", "train", 4000), ("wordy", "train", 1500), ("text", "train", 1000)], 0.05),
+    "train_text": ([("text", "train", 3000)], 0.05),
     "questions": ([("questions", "train", 3000)], 0.0),
     "new_scenes": ([("benchmark", "new", 600)], 0.0),
     "unseen_combinations": ([("benchmark", "unseen", 600)], 0.0),
@@ -304,7 +305,7 @@ SETS = {
 }
 
 
-def record(source: str, split: str, seed: int, index: int) -> dict:
+def record(source: str, split: str, seed: int | str, index: int) -> dict:
     """Line `index` of a source of the embedded world, in the JSON form of a user's file, the picture as bytes."""
     made = SOURCES[source]
     rng = random.Random(f"{seed}/{source}/{split}/{index}")
