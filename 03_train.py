@@ -157,15 +157,19 @@ class Pairs:
         return Pairs(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
+def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
+    """(better, worse) for all pairs of one comparison's responses that do not tie."""
+    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+
+
 def pairs_of(comparisons: list) -> Pairs:
     better, worse, weight, start = [], [], [], 0
     for comparison in comparisons:
-        ranks = comparison.ranks
-        found = [(start + i, start + j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
-        better += [i for i, _ in found]
-        worse += [j for _, j in found]
+        found = ordered_pairs(comparison.ranks)
+        better += [start + i for i, _ in found]
+        worse += [start + j for _, j in found]
         weight += [1 / max(1, len(found))] * len(found)
-        start += len(ranks)
+        start += len(comparison.ranks)
     lengths = [len(response) for comparison in comparisons for response in comparison.responses]
     as_long = lambda values: torch.tensor(values, dtype=torch.long)
     return Pairs(as_long(better), as_long(worse), torch.tensor(weight), as_long(lengths))
@@ -230,15 +234,13 @@ def shard(
 
     On a GPU the float32 masters stay sharded, layers compute in bfloat16 and gradients are reduced in float32: with
     bfloat16 parameters a step of 3e-6 would be rounded away. On a CPU all is float32. Units that are gathered together:
-    each vision and decoder layer, then what is left. What is named in `in_float32`, the reward head, is its own unit
-    and stays float32.
+    the vision tower, each decoder layer, then what is left. What is named in `in_float32`, the reward head, is its own
+    unit and stays float32.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if device.type == "cuda"
-        else MixedPrecisionPolicy()
-    )
+    policy = MixedPrecisionPolicy()
+    if device.type == "cuda":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     language = getattr(backbone, "language_model", backbone)
     vision = getattr(backbone, "visual", None)
     if activation_checkpointing:
@@ -301,14 +303,11 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, settings: Setting
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
-    dcp.save(
-        training_state(model, optimizer),
-        storage_writer=dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True),
-    )
+    writer = dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True)
+    dcp.save(training_state(model, optimizer), storage_writer=writer)
     if dist.get_rank() == 0:
-        data.write_file(
-            writing / "run.json", json.dumps({"step": step, "settings": dataclasses.asdict(settings)}, indent=1)
-        )
+        run = {"step": step, "settings": dataclasses.asdict(settings)}
+        data.write_file(writing / "run.json", json.dumps(run, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         writing.rename(final)
         for old in sorted(folder.glob("step_*"))[:-keep]:
@@ -324,21 +323,11 @@ def load_checkpoint(folder: Path, model, optimizer, settings: Settings) -> int:
     if not found:
         return 0
     run = json.loads((found[-1] / "run.json").read_text())
-    free = {
-        "resume",
-        "out",
-        "workers",
-        "checkpoint_every",
-        "validate_every",
-        "validation",
-        "validation_size",
-        "micro_tokens",
-        "activation_checkpointing",
-    }
+    same_run = "resume out workers checkpoint_every validate_every validation validation_size micro_tokens".split()
     differ = [
         f"--{key} {run['settings'].get(key)} (now {value})"
         for key, value in dataclasses.asdict(settings).items()
-        if key not in free and run["settings"].get(key) != value
+        if key not in (*same_run, "activation_checkpointing") and run["settings"].get(key) != value
     ]
     if differ:
         raise UserError(f"{found[-1]} was made with {', '.join(differ)}; give the same, or start anew in another --out")

@@ -78,9 +78,8 @@ def fit_weights(scores: np.ndarray, ranks: list[list[int]]) -> dict[str, np.ndar
     Args: scores [members, responses], and for each comparison the ranks of its responses.
     """
     starts = np.cumsum([0, *map(len, ranks)])
-    better, worse = np.array(
-        [(s + i, s + j) for s, r in zip(starts, ranks) for i in range(len(r)) for j in range(len(r)) if r[i] < r[j]]
-    ).T
+    pairs = [(start + i, start + j) for start, r in zip(starts, ranks) for i, j in training.ordered_pairs(r)]
+    better, worse = np.array(pairs).T
     margins = scores[:, better] - scores[:, worse]  # [members, pairs]
     accuracy, confidence = (margins > 0).mean(1), np.abs(margins).mean(1)
     return {"accuracy": accuracy / accuracy.sum(), "confidence": confidence / confidence.sum()}
@@ -94,17 +93,13 @@ def language_half(backbone: str, out: str) -> None:
     """Writes the language model of a Qwen2.5-VL as a plain Qwen2 checkpoint: on text alone, M-RoPE is RoPE and the
     weights the same."""
     language = model_stage.load_backbone(backbone).language_model
-    config = {
-        key: value
-        for key, value in language.config.to_dict().items()
-        if key not in ("model_type", "rope_parameters", "rope_scaling")
-    }
-    rope = {key: value for key, value in language.config.rope_parameters.items() if key != "mrope_section"}
-    half = AutoModel.from_config(Qwen2Config(**config, rope_parameters=rope))
+    config = language.config.to_dict() | {"rope_parameters": dict(language.config.rope_parameters)}
+    config["rope_parameters"].pop("mrope_section", None)
+    config.pop("model_type")
+    half = AutoModel.from_config(Qwen2Config(**config))
     half.load_state_dict(language.state_dict())
     half.save_pretrained(out)
-    processors = data.load_processors(backbone)
-    processors.tokenizer.save_pretrained(out)
+    data.load_processors(backbone).tokenizer.save_pretrained(out)
 
 
 def train_member(name: str, backbone: str, train_data: str, settings: Settings) -> str:

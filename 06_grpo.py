@@ -69,7 +69,7 @@ class Settings:
     steps: int = option(60, "updates; each from fresh rollouts")
     batch_size: int = option(32, "prompts a step, over all ranks (paper: 256)")
     group_size: int = option(8, "rollouts a prompt (paper: 8)")
-    max_new_tokens: int = option(64, "longest answer, in tokens")
+    max_new_tokens: int = option(96, "longest answer, in tokens")
     rollout_batch: int = option(
         64, "prompts that one rank answers at the same time; their answers' keys and values are what takes memory"
     )
@@ -78,7 +78,7 @@ class Settings:
         1e-4, "peak of AdamW, after 5 warm-up steps, then linear to 0 (for a 3B policy about 1e-6)"
     )
     fallback_scale: float = option(0.5, "hybrid: factor on sigmoid(score) of a wrong closed answer (paper: 1)")
-    kl_coefficient: float = option(0.05, "weight of the KL divergence to the start; 0: it is only logged")
+    kl_coefficient: float = option(0.1, "weight of the KL divergence to the start; 0: it is only logged")
     clip: float = option(1.0, "largest norm of the gradient")
     micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens of the packed row")
     evaluate_size: int = option(400, "held-out questions of the evaluation")
@@ -117,9 +117,8 @@ class Policy(nn.Module):
         log_p = self.logits(model_stage.run_backbone(self.lm.model, row)[predictors]).log_softmax(
             -1
         )  # [tokens, vocabulary]
-        taken = log_p.gather(-1, row.input_ids[0, places, None]).sum(
-            -1
-        )  # of one element; a view would trip FSDP's backward hooks
+        taken = log_p.gather(-1, row.input_ids[0, places, None])
+        taken = taken.sum(-1)  # of one element; a view would trip FSDP's backward hooks
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
         return taken, entropy
@@ -149,20 +148,18 @@ class DecodeRow:
     def __init__(self, prompts: PromptRow, group: int, max_new_tokens: int):
         lengths = [prompt for prompt, _ in prompts.lengths]
         self.prompts, self.group, self.longest = len(lengths), group, max(lengths)
-        pad = lambda tensor: nn.utils.rnn.pad_sequence(
-            [part[0].transpose(0, 1) for part in tensor.split(lengths, dim=2)], batch_first=True
-        ).transpose(1, 2)
-        self.prompt_cache = {
-            layer: (pad(key), pad(value)) for layer, (key, value) in prompts.cache.items()
-        }  # [prompts, kv heads, longest, d]
         device = prompts.input_ids.device
-        self.padding = (
-            torch.arange(self.longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
-        )  # [prompts, longest]
-        self.answer_cache = {
-            layer: [key.new_empty(self.prompts * group, key.shape[1], max_new_tokens, key.shape[3]) for _ in range(2)]
-            for layer, (key, _) in prompts.cache.items()
-        }  # [samples, kv heads, max_new_tokens, d]
+        self.padding = torch.arange(self.longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
+
+        def pad(packed):  # [1, kv heads, T, d] -> [prompts, kv heads, longest, d]
+            each = [part[0].transpose(0, 1) for part in packed.split(lengths, dim=2)]
+            return nn.utils.rnn.pad_sequence(each, batch_first=True).transpose(1, 2)
+
+        def room(key):  # [samples, kv heads, max_new_tokens, d]
+            return key.new_empty(self.prompts * group, key.shape[1], max_new_tokens, key.shape[3])
+
+        self.prompt_cache = {layer: (pad(key), pad(value)) for layer, (key, value) in prompts.cache.items()}
+        self.answer_cache = {layer: (room(key), room(key)) for layer, (key, _) in prompts.cache.items()}
 
     def advance(self, alive: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, t: int) -> "DecodeRow":
         """The next row: `tokens` [n] at `positions` [n], the t-th of the samples `alive` [n]."""
@@ -188,13 +185,11 @@ class DecodeRow:
         def by_sample(x):  # and back
             return x.unflatten(2, (self.group, shared)).transpose(1, 2).flatten(0, 1)[self.alive]
 
-        to_prompt = by_sample(
-            (by_prompt(q) @ prompt_k.transpose(-1, -2)).masked_fill(self.padding[:, None, None], -math.inf)
-        )
-        weights = torch.cat([to_prompt, q @ own_k.transpose(-1, -2)], dim=-1).softmax(
-            -1
-        )  # [n, kv, shared, longest + t + 1]
-        out = by_sample(by_prompt(weights[..., : self.longest]) @ prompt_v) + weights[..., self.longest :] @ own_v
+        to_prompt = by_prompt(q) @ prompt_k.transpose(-1, -2)  # [prompts, kv, group * shared, longest]
+        to_prompt = by_sample(to_prompt.masked_fill(self.padding[:, None, None], -math.inf))
+        weights = torch.cat([to_prompt, q @ own_k.transpose(-1, -2)], dim=-1)  # [n, kv, shared, longest + t + 1]
+        to_prompt, to_own = weights.softmax(-1).split([self.longest, self.t + 1], dim=-1)
+        out = by_sample(by_prompt(to_prompt) @ prompt_v) + to_own @ own_v
         return out.reshape(1, n, heads, d).transpose(1, 2)
 
 
@@ -210,19 +205,13 @@ def rollout(
     """
     device = policy.forbidden.device
     eos = policy.processors.tokenizer.eos_token_id
-    packed = model_stage.pack([Comparison(p.prompt, [], [], p.images, p.grids) for p in prompts], policy.processors).to(
-        device
-    )
-    row = PromptRow(**vars(packed))
+    bare = [Comparison(prompt.prompt, [], [], prompt.images, prompt.grids) for prompt in prompts]
+    row = PromptRow(**vars(model_stage.pack(bare, policy.processors).to(device)))
     row.cache = {}
     hidden = model_stage.run_backbone(policy.lm.model, row)  # [T, hidden]
-    ends = torch.tensor([length for length, _ in row.lengths], device=device).cumsum(0)
-    begin = torch.stack(
-        [
-            positions.max() + 1
-            for positions in row.position_ids[:, 0].split([length for length, _ in row.lengths], dim=1)
-        ]
-    )
+    lengths = [length for length, _ in row.lengths]
+    ends = torch.tensor(lengths, device=device).cumsum(0)
+    begin = torch.stack([positions.max() + 1 for positions in row.position_ids[:, 0].split(lengths, dim=1)])
     hidden = hidden[ends - 1].repeat_interleave(group, 0)  # [samples, hidden]
     begin = begin.repeat_interleave(group)  # [samples] position of the answer's first token
     tokens = torch.full((len(prompts) * group, max_new_tokens), -1, device=device)
