@@ -295,7 +295,7 @@ SOURCES = {
 # What a run without --source prepares: {data set: ([(source, split, how many lines)], share held out)}.
 SETS = {
     "train": ([("scenes", "train", 8000), ("captions", "train", 500), ("text", "train", 1500)], 0.05),
-    "train_other": ([("scenes", "train", 4000), ("wordy", "train", 1500), ("text", "train", 1000)], 0.05),
+    "train_other": ([("scenes", "train", 5500), ("wordy", "train", 1500), ("text", "train", 1500)], 0.05),
     "train_text": ([("text", "train", 3000)], 0.05),
     "questions": ([("questions", "train", 3000)], 0.0),
     "new_scenes": ([("benchmark", "new", 600)], 0.0),
