@@ -17,9 +17,9 @@ are those of one forward per response, for about N(P + R) / (P + NR) times less 
                response 1   all         causal
                response 2   all                      causal
 
-The paper: the LM head is replaced by an MLP of 2 layers with SiLU between, chosen
-from depths 1-5 and no activation, tanh, SiLU. It does not give the width (we take the hidden size, as its
-predecessor MM-RLHF does) nor the token at which the score is read (we take the last, as the authors' public command).
+The paper: the LM head is replaced by an MLP of 2 layers with SiLU between, chosen from depths 1-5 and no activation,
+tanh, SiLU. It does not give the width (we take the hidden size, as its predecessor MM-RLHF does) nor the token at which
+the score is read (we take the last, as the authors' public command).
 Deviation: the head computes in float32 even where the backbone computes in bfloat16, whose spacing near 4 is 0.03.
 """
 

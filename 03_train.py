@@ -15,7 +15,8 @@ r / log(length + 1).
 The paper trains with learning rate 3e-6 and batches of 128 pairs on 64 GPUs. It does not state epochs, optimizer,
 schedule or whether the vision tower was frozen. The defaults fill that in from the authors' public command for a
 text-only reward model (AdamW with weight decay 0.1 and beta2 0.95, 5% warm-up, cosine; it freezes the vision
-tower: --freeze_vision), but for the learning rate and batch size, which suit the embedded 1.3 M-parameter backbone.
+tower: --freeze_vision), but for learning rate, batch size and epochs, which suit the embedded backbone of 1.7 M
+parameters.
 
 The gradient of a step does not depend on the number of ranks: which comparisons make up a step follows from the seed
 alone; they are dealt to ranks by length; and each loss is divided by the number of comparisons in the step, whoever
