@@ -1,13 +1,14 @@
 """Stage 4 · scoring a reward model on benchmarks
 
     torchrun --standalone --nproc_per_node=2 04_eval.py                          # artifacts/reward on the held-out sets
-    torchrun --standalone --nproc_per_node=2 04_eval.py --model artifacts/reward --benchmark artifacts/data/mine
+    torchrun --standalone --nproc_per_node=2 04_eval.py --model A --model B --benchmark artifacts/data/mine
     torchrun --standalone --nproc_per_node=2 04_eval.py --benchmark artifacts/data/mine --scores_from theirs.jsonl
 
-In    A reward model (03) and prepared benchmarks (01), or another system's scores instead of a model.
+In    Reward models (03) and prepared benchmarks (01), or another system's scores instead of a model.
 Out   artifacts/scores/<model>/<benchmark>.safetensors, the raw float32 scores (rounded ones make false ties), and
       summary.json, report.html, a page to look at; printed: a table for each benchmark, and how much of it the
-      training data holds.
+      training data holds. Of several models also one table of all: so one sees what each source of training data is
+      worth, by training a model on each and scoring all on everything (the paper's Table 4).
 
 What is counted. A pair is two responses to one prompt of which one is ranked better; it is right if the better one
 scores strictly higher, so a tie is wrong. `overall` is right pairs / pairs; `macro` the plain mean over categories;
@@ -48,7 +49,9 @@ DEFAULT_BENCHMARKS = ["artifacts/data/new_scenes", "artifacts/data/unseen_combin
 
 @dataclass
 class Settings:
-    model: str = option("artifacts/reward", "reward model to score with")
+    model: list[str] = option(
+        [], "reward model to score with, repeatable: several are put side by side; none: artifacts/reward"
+    )
     benchmark: list[str] = option([], "prepared comparisons to score, repeatable; none: the embedded held-out sets")
     scores_from: str = option(
         "", "another system's scores instead of a model: one JSON list of N numbers a line, in the benchmark's order"
@@ -467,8 +470,9 @@ def benchmark_title(comparisons) -> str:
     return ", ".join([info["name"], *but])
 
 
-def table(title: str, systems: dict[str, dict[str, dict]]) -> str:
-    """Metrics down, systems across, as Markdown; the interval where there is one, a dash where there is nothing."""
+def table(title: str, systems: dict[str, dict[str, dict]], counts: bool = True) -> str:
+    """Metrics down, systems across, as Markdown; the interval where there is one, a dash where there is nothing. With
+    `counts`, a column n has the number of items of each metric."""
 
     def cell(value: dict | None) -> str:
         if value is None:
@@ -476,12 +480,31 @@ def table(title: str, systems: dict[str, dict[str, dict]]) -> str:
         interval = f" [{100 * value['low']:.1f}, {100 * value['high']:.1f}]" if "low" in value else ""
         return f"{100 * value['accuracy']:.1f}{interval}"
 
-    rows = [[title, "n", *systems]]
-    for name, value in next(iter(systems.values())).items():
-        rows.append([name, str(value["items"]), *(cell(system.get(name)) for system in systems.values())])
+    first = next(iter(systems.values()))
+    rows = [[title, *(["n"] if counts else []), *systems]]
+    for name in dict.fromkeys(name for system in systems.values() for name in system):
+        count = [str(first[name]["items"])] if counts else []
+        rows.append([name, *count, *(cell(system.get(name)) for system in systems.values())])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+
+
+def overall_table(benchmarks: dict[str, dict[str, dict]]) -> str:
+    """The overall accuracy of every system on every benchmark, and its mean where a system was on all of them."""
+    overall = {title: {name: each["overall"] for name, each in found.items()} for title, found in benchmarks.items()}
+    names = [name for name in next(iter(overall.values())) if all(name in each for each in overall.values())]
+    mean = {name: float(np.mean([each[name]["accuracy"] for each in overall.values()])) for name in names}
+    overall["mean"] = {name: {"accuracy": value} for name, value in mean.items()}
+    return table("overall accuracy", overall, counts=False)
+
+
+def short_names(models: list[str]) -> list[str]:
+    """What models are called in tables and files: by their folder, or by their whole path where two have the same."""
+    names = [Path(model).name for model in models]
+    if len(set(models)) < len(models):
+        raise UserError(f"the same model is given twice: {', '.join(models)}")
+    return [model.strip("/").replace("/", "-") if names.count(name) > 1 else name for name, model in zip(names, models)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,13 +527,15 @@ def overlap(comparisons, training: list[str], distance: int = 2) -> dict[str, in
     return {what: int(count) for what, count in found.items()}
 
 
-def warn_of_overlap(model, comparisons) -> dict[str, int]:
+def warn_of_overlap(name: str, model, comparisons) -> dict[str, int]:
     """Prints what a benchmark shares with the data its model was trained on, where that is still there."""
     there = [folder for folder in model.trained_with.get("data", []) if Path(folder, "dataset.json").is_file()]
     shared = overlap(comparisons, there) if there else {}
     for what, count in shared.items():
         if count:
-            print(f"{comparisons.info['name']}: {count} of {len(comparisons)} share a {what} with {', '.join(there)}")
+            print(
+                f"{name}: {count} of {len(comparisons)} in {comparisons.folder} share a {what} with {', '.join(there)}"
+            )
     return shared
 
 
@@ -646,41 +671,57 @@ def page(title: str, sections: list[str]) -> str:
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(sections)}</body></html>"
 
 
-def main(settings: Settings) -> None:
-    rank, _, device = data.start_distributed()
-    folders = settings.benchmark or DEFAULT_BENCHMARKS
-    if settings.scores_from:
-        if len(settings.benchmark) != 1:
-            raise UserError("--scores_from needs exactly one --benchmark, the one whose scores these are")
-        model, name, fingerprint = None, Path(settings.scores_from).stem, None
-    else:
-        model = model_stage.RewardModel.from_pretrained(settings.model)
-        name, fingerprint = Path(settings.model).name, model.processors.fingerprint
-    out, summary, sections = Path(settings.out, name), {}, []
+def evaluate(name: str, path: str, folders: list[str], settings: Settings, device: torch.device) -> dict[str, dict]:
+    """Scores every benchmark with one model, or reads the scores that take its place (`path` empty), and writes what
+    belongs to it. Returns, on rank 0, {title of the benchmark: {name and baselines: metrics}}."""
+    model = model_stage.RewardModel.from_pretrained(path) if path else None
+    out, found, sections = Path(settings.out, name), {}, []
     for folder in folders:
-        comparisons = data.Comparisons(folder, fingerprint)
-        benchmark = comparisons.info["name"]
+        comparisons = data.Comparisons(folder, model.processors.fingerprint if model else None)
         if not len(comparisons) or not all(comparisons.response_counts()):
             raise UserError(f"{folder}: has prompts without responses; a benchmark is made of pairs or rankings")
         if model:
             scores = score_comparisons(model, comparisons, device, settings.micro_tokens)
         else:
             scores = read_scores(settings.scores_from, comparisons)
-        if rank == 0:
-            items, measure = Items.of(comparisons), METRICS[comparisons.info["metric"]]
-            title = benchmark_title(comparisons)
-            summary[title] = {name: measure(scores, items), **baselines(items, measure)}
-            save_scores(out / f"{benchmark}.safetensors", scores, comparisons, settings.scores_from or settings.model)
-            print("\n" + table(title, summary[title]), flush=True)
-            if model:
-                warn_of_overlap(model, comparisons)
-            processors = model.processors if model else data.load_processors(comparisons.info["backbone"])
-            sections.append(section(title, summary[title], scores, comparisons, model, processors.tokenizer))
-    if rank == 0:
-        data.write_file(out / "summary.json", json.dumps(summary, indent=1))
-        data.write_file(out / "report.html", page(f"{name}: {', '.join(summary)}", sections))
-        print(f"\n{out}: scores of {len(folders)} benchmark(s), summary.json and report.html")
-        print("Next: torchrun --standalone --nproc_per_node=2 05_ensemble.py")
+        if dist.get_rank() > 0:
+            continue
+        save_scores(out / f"{comparisons.info['name']}.safetensors", scores, comparisons, path or settings.scores_from)
+        items, measure, title = Items.of(comparisons), METRICS[comparisons.info["metric"]], benchmark_title(comparisons)
+        found[title] = {name: measure(scores, items), **baselines(items, measure)}
+        if model:
+            warn_of_overlap(name, model, comparisons)
+        processors = model.processors if model else data.load_processors(comparisons.info["backbone"])
+        sections.append(section(title, found[title], scores, comparisons, model, processors.tokenizer))
+    if dist.get_rank() == 0:
+        data.write_file(out / "summary.json", json.dumps(found, indent=1))
+        data.write_file(out / "report.html", page(f"{name}: {', '.join(found)}", sections))
+        print(f"{out}: scores of {len(folders)} benchmark(s), summary.json and report.html", flush=True)
+    return found
+
+
+def main(settings: Settings) -> None:
+    rank, _, device = data.start_distributed()
+    if settings.scores_from:
+        if len(settings.benchmark) != 1 or settings.model:
+            raise UserError(
+                "--scores_from takes the place of --model and needs one --benchmark, whose scores these are"
+            )
+        systems = {Path(settings.scores_from).stem: ""}
+    else:
+        models = settings.model or ["artifacts/reward"]
+        systems = dict(zip(short_names(models), models))
+    folders = settings.benchmark or DEFAULT_BENCHMARKS
+    found = {name: evaluate(name, path, folders, settings, device) for name, path in systems.items()}
+    if rank > 0:
+        return
+    first = next(iter(found.values()))  # for the baselines, which are everyone's
+    together = {title: {name: each[title][name] for name, each in found.items()} | first[title] for title in first}
+    for title, columns in together.items():
+        print("\n" + table(title, columns))
+    if len(systems) > 1:
+        print("\n" + overall_table(together))
+    print("\nNext: torchrun --standalone --nproc_per_node=2 05_ensemble.py")
 
 
 if __name__ == "__main__":

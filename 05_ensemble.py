@@ -173,8 +173,7 @@ def main(settings: Settings) -> None:
     if not members:
         members, trained = train_members(settings)
         text_member = trained if settings.text_member == "auto" else text_member
-    names = [Path(member).name for member in members]
-    names = names if len(set(names)) == len(names) else members
+    names = evaluation.short_names(members)
     folders = settings.benchmark or evaluation.DEFAULT_BENCHMARKS
     scores = score_sets(members, [settings.heldout, *folders], device)
     text_scores = score_text(text_member, folders, device) if text_member else {}
@@ -205,15 +204,7 @@ def main(settings: Settings) -> None:
         results = {name: measure(np.split(flat, ends), items) for name, flat in systems.items()}
         benchmarks[evaluation.benchmark_title(comparisons)] = results
 
-    overall = {}  # {system: {benchmark: accuracy}}, for the table
-    for benchmark, results in benchmarks.items():
-        for name, metrics in results.items():
-            overall.setdefault(name, {})[benchmark] = metrics["overall"]
-    for rows in overall.values():
-        if len(rows) == len(benchmarks):
-            mean = float(np.mean([row["accuracy"] for row in rows.values()]))
-            rows["mean of benchmarks"] = {"accuracy": mean, "items": len(rows)}
-    print("\n" + evaluation.table("overall accuracy", overall))
+    print("\n" + evaluation.overall_table(benchmarks))
     fitted = {key: values.tolist() for key, values in weights.items()}
     summary = {"members": members, "text_member": text_member, "weights": fitted, "benchmarks": benchmarks}
     data.write_file(Path(settings.out, "summary.json"), json.dumps(summary, indent=1))

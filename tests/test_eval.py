@@ -127,6 +127,28 @@ def test_scores_are_those_of_the_model_whatever_the_ranks_and_are_saved_unrounde
     assert set(summary) == {"model", "longer wins", "random"} and summary["model"]["overall"]["items"] > 30
 
 
+def test_models_trained_on_different_sources_stand_side_by_side_on_all_benchmarks(world, reward, tmp_path):
+    models = [tmp_path / name for name in ("first/reward", "second/reward", "third")]
+    for scale, model in zip((1, -1, 1), models):
+        reward.head.mlp[-1].weight.data.mul_(scale)  # the second model says the opposite of the first
+        reward.save_pretrained(str(model))
+        reward.head.mlp[-1].weight.data.mul_(scale)
+    given = [part for model in models for part in ("--model", model)]
+    sets = [part for name in ("new_scenes", "new_text") for part in ("--benchmark", world / "data" / name)]
+    printed = torchrun("04_eval.py", *given, *sets, "--out", tmp_path / "scores").stdout
+    names = [str(model).strip("/").replace("/", "-") for model in models[:2]] + ["third"]
+    found = [json.loads((tmp_path / "scores" / name / "summary.json").read_text()) for name in names]
+    overall = [[found[k][b][names[k]]["overall"]["accuracy"] for b in ("new_scenes", "new_text")] for k in range(3)]
+    assert np.add(overall[0], overall[1]) == pytest.approx([1, 1], abs=0.02) and overall[2] == overall[0]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in printed.split("overall accuracy")[1].splitlines()
+    ]
+    rows = {row[0]: [cell.split(" ")[0] for cell in row[1:]] for row in rows if row}
+    for name, values in zip(names, overall):
+        assert rows[name] == [f"{100 * value:.1f}" for value in (*values, np.mean(values))]
+    assert "longer wins" in rows
+
+
 def test_another_systems_scores_are_read_in_the_benchmarks_order(world, tmp_path):
     comparisons = data.Comparisons(str(world / "data/new_scenes"))
     perfect = write_jsonl(
