@@ -263,779 +263,10 @@ def convert_row(read: Callable[[], dict], convert: Callable[[dict], dict]) -> di
         raise Unusable(f"not a row of this data set: {type(error).__name__}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Published training sets. Each function takes a row as published and returns a record in this project's JSON form, or
-# raises Unusable with the reason. Fields are those of the sets' cards on the hub or of their authors' loaders;
-# "unconfirmed" marks what neither says.
-
-
-def message(who: str, text: str) -> dict:
-    """One turn of a conversation, whatever its set calls the two sides."""
-    return {"role": {"human": "user", "gpt": "assistant"}.get(who.lower(), who.lower()), "content": text}
-
-
-def with_images(text: str) -> list[dict]:
-    """The parts of a text in which <image> marks the place of each picture. Where there are pictures and no mark, they
-    stand before the text (encode_prompt)."""
-    pieces = re.split("(<image>)", text)
-    return [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces if piece]
-
-
-def question(text: str) -> list[dict]:
-    return [{"role": "user", "content": with_images(text)}]
-
-
-def last_turns(chosen: list[dict], rejected: list[dict]) -> dict:
-    """Two whole conversations as one prompt and two responses: everything up to the last turn has to be the same."""
-    chosen, rejected = (
-        [{key: turn[key] for key in ("role", "content")} for turn in each] for each in (chosen, rejected)
-    )
-    if chosen[:-1] != rejected[:-1]:
-        raise Unusable("chosen and rejected do not share everything up to the last assistant turn")
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-
-
-def rlaif_v(row: dict) -> dict:
-    """RLAIF-V: 83,132 pairs with one picture, inside the parquet file. origin_split is a JSON string, not a split."""
-    more = {"id": row["idx"], "category": row["origin_dataset"], "images": [row["image"]]}
-    return {"prompt": row["question"], "chosen": row["chosen"], "rejected": row["rejected"], **more}
-
-
-def mmpr(row: dict, root: Path) -> dict:
-    """MMPR-v1.2: image is one path or several, relative to the root that meta.json gives its annotation file; the
-    question may have <image> marks."""
-    images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    paths = [str(root / image) for image in images if image]
-    return {"prompt": question(row["question"]), "chosen": row["chosen"], "rejected": row["rejected"], "images": paths}
-
-
-def read_mmpr(path: str) -> Iterator[Line]:
-    """MMPR-v1.2 (about 2 M pairs): meta.json is {name: {root, annotation}}, both below "MMPR-v1.2/". It comes packed:
-
-    cat images.zip_* > images.zip && unzip images.zip && unzip annotations.zip
-    """
-    folder = Path(path).resolve()
-    if not (folder / "meta.json").is_file():
-        raise UserError(f"--source mmpr:{path}: no meta.json there; PATH is the set's folder")
-    for entry in json.loads((folder / "meta.json").read_bytes()).values():
-        root, annotation = (folder / entry[key].removeprefix("MMPR-v1.2/") for key in ("root", "annotation"))
-        yield from read_rows(str(annotation), partial(mmpr, root=root))
-
-
-FRAMES = 8  # of a video, evenly spread
-
-
-def mm_rlhf(row: dict, folder: Path) -> dict:
-    """MM-RLHF: a path to a picture or to a folder of a video's frames, of which FRAMES are given as pictures; the
-    reasons for the ranking, where both are there, are critiques."""
-    path = row.get("image") or row["video"]
-    images = [folder / path]
-    if not row.get("image"):  # 2.jpg before 10.jpg
-        frames = sorted((folder / path).glob("*"), key=lambda frame: (len(frame.name), frame.name))
-        images = frames[:: max(1, math.ceil(len(frames) / FRAMES))]
-        if not images:
-            raise Unusable(f"video: no folder of frames: {path}")
-    reasons = [row.get("chosen_reason"), row.get("rejected_reason")]
-    more = {"critiques": reasons} if all(reasons) else {}
-    more |= {"category": path.split("/")[0], "images": list(map(str, images))}
-    return {"prompt": question(row["prompt"]), "chosen": row["chosen"], "rejected": row["rejected"], **more}
-
-
-def in_folder(path: str) -> Path:
-    """The folder that a set's picture paths are relative to: that of the set, or of its one file."""
-    return (Path(path) if Path(path).is_dir() else Path(path).parent).resolve()
-
-
-def read_mm_rlhf(path: str) -> Iterator[Line]:
-    """MM-RLHF (about 80,000 pairs): dpo_pairs.jsonl beside the unpacked long.zip, mcq.zip, safety.zip, short.zip and
-    video.zip."""
-    return read_rows(path, partial(mm_rlhf, folder=in_folder(path)), "dpo_pairs.jsonl")
-
-
-def r1_reward(row: dict) -> dict:
-    """R1-Reward-RL: 17,261 rows. `message` is the JSON of a judge's prompt that holds both responses, `answer` is
-    ["<answer>2</answer>"]; `image` is a string, by its size the picture itself in base64 (unconfirmed), else a path."""
-    parts = [part for turn in json.loads(row["message"]) for part in turn["content"]]
-    text = "".join(part["text"] for part in parts if part["type"] == "text")
-    found = re.search(r"\[Response 1\]:(.*?)#+ *\[Response 2\]:(.*?)(?:#+ *\*\*Output Format|$)", text, re.DOTALL)
-    better = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", row["answer"][0])
-    if not found or not better:
-        raise Unusable("message without [Response 1] and [Response 2]" if better else f"answer: {row['answer'][0]!r}")
-    responses, ranks = [found[1].strip(), found[2].strip()], [1, 2] if better[1] == "1" else [2, 1]
-    image = row["image"]
-    if not image and any(part["type"] != "text" for part in parts):
-        raise Unusable("image: empty, though the message shows one")
-    if isinstance(image, str) and len(image) > 1000:  # no path
-        image = base64.b64decode(image.rpartition(",")[2], validate=True)  # without "data:image/jpeg;base64,"
-    return {"prompt": row["question"], "responses": responses, "ranks": ranks, "images": [image] if image else []}
-
-
-def llama_factory(row: dict) -> dict:
-    """LLaMA-Factory's preference data (its data/README.md): `conversations` of {from, value} with chosen and rejected
-    {from, value}, or `instruction` and `input` with chosen and rejected strings; `system`, `history` and `images` where
-    there are any."""
-    for key in ("tools", "videos", "audios"):
-        if row.get(key):
-            raise Unusable(f"{key}: not supported")
-    if row.get("conversations"):
-        turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
-        chosen, rejected = row["chosen"]["value"], row["rejected"]["value"]
-    else:
-        turns = [turn for asked, said in row.get("history") or [] for turn in (("human", asked), ("gpt", said))]
-        turns.append(("human", "\n".join(filter(None, (row["instruction"], row.get("input"))))))
-        chosen, rejected = row["chosen"], row["rejected"]
-    if row.get("system"):
-        turns.insert(0, ("system", row["system"]))
-    prompt = [message(who, with_images(text)) for who, text in turns]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": row.get("images") or []}
-
-
-def read_mmif(path: str) -> Iterator[Line]:
-    """MMIF-23k: LLaMA-Factory's form, in a .json below dpo/ (beside one for fine-tuning); that picture paths are
-    relative to the set's folder is unconfirmed."""
-
-    def convert(row: dict) -> dict:
-        record = llama_factory(row)
-        return record | {"images": [str(in_folder(path) / image) for image in record["images"]]}
-
-    return read_rows(path, convert, "**/dpo/*.json")
-
-
-def omnialign_v_dpo(row: dict) -> dict:
-    """OmniAlign-V-DPO: about 133,000 pairs in one .jsonl for each kind, beside the unpacked images.tar; keys as in the
-    authors' train_dpo.py, which sets the picture before the prompt whatever place <image> has."""
-    images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    prompt = row["prompt"].replace("<image>", "").strip()
-    return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"], "images": images}
-
-
-def ultrafeedback_all(row: dict) -> dict:
-    """UltraFeedback: 63,967 prompts, each with up to four responses ranked by overall_score, as one comparison; equal
-    scores tie."""
-    answers = row["completions"]
-    scores = [float(answer["overall_score"]) for answer in answers]
-    if not all(map(math.isfinite, scores)):
-        raise Unusable("overall_score: not a number")
-    ranks = [1 + sum(other > score for other in scores) for score in scores]
-    more = {"critiques": [answer["critique"] for answer in answers], "category": row["source"]}
-    responses = [answer["response"] for answer in answers]
-    return {"prompt": row["instruction"], "responses": responses, "ranks": ranks, **more}
-
-
-def ultrafeedback_hard(row: dict) -> dict:
-    """The same, of each prompt only the pair with the largest score difference: the paper's Ultra-Hard. (The copy
-    called "binarized" pairs the best with a random other.)"""
-    record = ultrafeedback_all(row)
-    pair = [record["ranks"].index(extreme) for extreme in (min(record["ranks"]), max(record["ranks"]))]
-    return record | {key: [record[key][i] for i in pair] for key in ("responses", "ranks", "critiques")}
-
-
-def shp(row: dict) -> dict:
-    """SHP: 348,718 pairs of comments on a post; labels is 1 where A is the better one, 0 where B is. As is common, only
-    pairs whose scores are in a ratio of 2 or more are taken, and of a post the first 5 (read_shp)."""
-    if row["score_ratio"] < 2:
-        raise Unusable("score_ratio below 2")
-    chosen, rejected = (row[f"human_ref_{letter}"] for letter in {1: "AB", 0: "BA"}[row["labels"]])
-    more = {"id": row["post_id"], "category": row["domain"]}
-    return {"prompt": row["history"], "chosen": chosen, "rejected": rejected, **more}
-
-
-def read_shp(path: str) -> Iterator[Line]:
-    """A folder for each of 18 subjects, JSON lines in train.json. Every rank reads all, to count a post's pairs."""
-    pairs = Counter()
-    for file, number, read in read_rows(path, shp, "**/train*.json*"):
-        try:
-            post = read()["id"]
-        except Unusable:
-            pass  # said again by whoever the row belongs to
-        else:
-            pairs[post] += 1
-            read = partial(reject, "more than 5 pairs of this post") if pairs[post] > 5 else read
-        yield file, number, read
-
-
-def reject(reason: str) -> dict:
-    raise Unusable(reason)
-
-
-def conversations(row: dict) -> dict:
-    """Tulu-3 IF (65,551), Tulu-3's UltraFeedback (41,600) and WildChat (five named splits, no "train"), OLMo-2's mix
-    (378,000): chosen and rejected are whole conversations, user turns included; `prompt` is a string or missing."""
-    return last_turns(row["chosen"], row["rejected"]) | {"id": row.get("id")}
-
-
-def swe_arena(row: dict) -> dict:
-    """SWE-arena, now BigCodeArena: about 5,000 votes on two conversations with the same user; messages are [role, text]
-    (what the two are is unconfirmed). Ties and votes for neither are dropped, and so are conversations of several turns
-    in which the two models' earlier answers differ."""
-    better = {"vote_model_A": "model_A", "vote_model_B": "model_B"}.get(row["feedback"]["vote_type"])
-    if not better:
-        raise Unusable(f"no better response: {row['feedback']['vote_type']}")
-    worse = "model_B" if better == "model_A" else "model_A"
-    chosen, rejected = ([message(*turn) for turn in row["states"][model]["messages"]] for model in (better, worse))
-    return last_turns(chosen, rejected) | {"id": row["chat_session_id"]}
-
-
-def hh_rlhf(row: dict) -> dict:
-    """HH-RLHF: two transcripts, "\\n\\nHuman: ... \\n\\nAssistant: ...", that should differ in the last answer only."""
-
-    def turns(transcript: str) -> list[dict]:
-        start, *pieces = re.split("\n\n(Human|Assistant):", transcript)
-        if start.strip() or not pieces:
-            raise Unusable("no transcript that begins with Human: or Assistant:")
-        return [message(who, text.strip()) for who, text in zip(pieces[::2], pieces[1::2])]
-
-    return last_turns(turns(row["chosen"]), turns(row["rejected"]))
-
-
-def trl(row: dict) -> dict:
-    """TRL's forms of preference data (its docs, Dataset formats): conversations or strings, with `prompt` or with an
-    implicit one. Of two strings the prompt is what both begin with, up to a whole word, where TRL would cut words."""
-    images = row.get("images") or [row["image"]] if row.get("image") else row.get("images")
-    if row.get("prompt"):
-        return row | {"images": images}
-    chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, list):
-        return last_turns(chosen, rejected) | {"images": images}
-    same = re.match(r"(.*\s)?", os.path.commonprefix([chosen, rejected]), re.DOTALL).end()
-    if not same:
-        raise Unusable("no prompt, and chosen and rejected begin with different words")
-    return {"prompt": chosen[:same].rstrip(), "chosen": chosen[same:], "rejected": rejected[same:], "images": images}
-
-
-@dataclass
-class Source:
-    """Where published data comes from: how its files are read, what they are called on the hub, how it is scored."""
-
-    read: Callable[[str], Iterator[Line]]  # of a downloaded file or folder
-    hub: str = ""  # "owner/name" of the data set, for the download
-    metric: str = ""  # of a benchmark: its official one, a name in 04 (of questions for a policy: in 06)
-
-
-def rows(convert: Callable, pattern: str = "**/*", with_file: bool = False) -> Callable[[str], Iterator[Line]]:
-    return partial(read_rows_with_file if with_file else read_rows, convert=convert, pattern=pattern)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks.
-#
-# One function each makes a published row a record. What it calls right gets rank 1; the responses stay in the published
-# order, so that another system's scores fit, and that order decides nothing. A row that does not say clearly which
-# response is right is Unusable. "category" is the benchmark's own grouping. The metrics are in 04, by the same names.
-
-
-def fields(row: dict, *names: str) -> list:
-    """The row's values of these names; raises Unusable with the one that is missing."""
-    for name in names:
-        if row.get(name) is None:
-            raise Unusable(f"missing field: {name}")
-    return [row[name] for name in names]
-
-
 def read_rows_with_file(path: str, convert: Callable[[dict, Path], dict], pattern: str = "**/*") -> Iterator[Line]:
     """read_rows for rows that are not complete without the file they stand in: what lies beside it, or its name."""
     for file, number, read in read_rows(path, pattern=pattern):
         yield file, number, partial(convert_row, read, partial(lambda file, row: convert(row, file), Path(file)))
-
-
-def vl_rewardbench(row: dict) -> dict:
-    """VL-RewardBench (arXiv 2411.17451), 1250 pairs; human_ranking holds the places of the two responses, 0 is better.
-
-    The grouping is that of the official repository, by where an item comes from. Ids are not unique.
-    """
-    id, query, responses, image, places = fields(row, "id", "query", "response", "image", "human_ranking")
-    if len(responses) != 2 or list(places) not in ([0, 1], [1, 0]):
-        raise Unusable(f"human_ranking: {places} of {len(responses)} responses does not say which of two is better")
-    if id.startswith(("hallucination", "RLAIF", "RLHF")):
-        category = "hallucination"
-    else:
-        category = "reasoning" if id.startswith(("mathverse", "mmmu")) else "general"
-    return {
-        "id": id,
-        "category": category,
-        "prompt": query,
-        "images": [image["bytes"] if isinstance(image, dict) else image],  # the hub's parquet, or a path
-        "responses": list(responses),
-        "ranks": [place + 1 for place in places],
-    }
-
-
-def video_frames(video: str, folder: Path, count: int = 32) -> list[str]:
-    """At most `count` pictures, evenly spread, of a video that is published as a folder of frames.
-
-    The benchmark's own code takes 32. Without frames it is the video's own path, which will be an unreadable image.
-    """
-    names = [path.name for path in (folder / video).glob("*") if path.is_file()]
-    names.sort(key=lambda name: (len(name), name))  # frame 9 before frame 10
-    spread = np.linspace(0, len(names) - 1, min(count, len(names))).astype(int)
-    return [f"{video}/{names[i]}" for i in spread] or [video]
-
-
-def mm_rlhf_rewardbench(row: dict, file: Path) -> dict:
-    """MM-RLHF-RewardBench (arXiv 2502.10391), 170 pairs over 46 ids; its category is the first keyword in the path.
-
-    A video's frames are given as pictures, not as Qwen-VL's video input: 32 of them want a large --max_length.
-    """
-    id, prompt, chosen, rejected = fields(row, "id", "prompt", "chosen", "rejected")
-    media = row.get("image") or row.get("video") or ""
-    category = next((word for word in ("mcq", "long", "short", "safety", "video") if word in media), None)
-    if category is None:
-        raise Unusable(f"image or video: {media!r} names no category")
-    return {
-        "id": id,
-        "group": id,
-        "category": category,
-        "prompt": prompt,
-        "images": [media] if row.get("image") else video_frames(media, file.parent),
-        "responses": [chosen, rejected],
-        "ranks": [1, 2],
-    }
-
-
-def multimodal_rewardbench(row: dict) -> dict:
-    """Multimodal RewardBench (arXiv 2502.14191), all_data.json; the official script splits two categories by the id."""
-    id, prompt, image, first, second = fields(row, "ID", "Text", "Image", "Output1", "Output2")
-    better, category = fields(row, "Better", "Category")
-    if better not in ("Output1", "Output2"):
-        raise Unusable(f"Better: {better!r}, neither 'Output1' nor 'Output2'")
-    if category == "safety":
-        category = "safety/bias" if id.lower().startswith("pairs") else "safety/toxicity"
-    elif category == "reasoning":
-        category = "reasoning/math" if id.lower().startswith("math") else "reasoning/coding"
-    ranks = [1, 2] if better == "Output1" else [2, 1]
-    return {
-        "id": id,
-        "category": category,
-        "prompt": prompt,
-        "images": [image],
-        "responses": [first, second],
-        "ranks": ranks,
-    }
-
-
-def rewardbench(row: dict) -> dict:
-    """RewardBench (arXiv 2403.13787), the split `filtered`, 2985 pairs; the category is the subset."""
-    id, subset, prompt, chosen, rejected = fields(row, "id", "subset", "prompt", "chosen", "rejected")
-    return {"id": id, "category": subset, "prompt": prompt, "responses": [chosen, rejected], "ranks": [1, 2]}
-
-
-def rewardbench_prior_set(row: dict, file: Path) -> dict:
-    """The older test sets that count half in RewardBench's score; a file's name begins with the set, shp-00000.parquet.
-
-    `chosen` and `rejected` are texts after the turns in `prompt`, or whole conversations.
-    """
-    chosen, rejected = fields(row, "chosen", "rejected")
-    if isinstance(chosen, list):
-        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
-    else:
-        (prompt,) = fields(row, "prompt")
-    name = re.split(r"[-.]", file.name)[0]
-    return {"category": name, "prompt": prompt, "responses": [chosen, rejected], "ranks": [1, 2]}
-
-
-def rewardbench_2(row: dict) -> dict:
-    """RewardBench 2 (arXiv 2506.01937), 1865 prompts: one right response of four; of Ties several right, many wrong."""
-    id, subset, prompt, chosen, rejected = fields(row, "id", "subset", "prompt", "chosen", "rejected")
-    correct, total = fields(row, "num_correct", "total_completions")
-    if len(chosen) != correct or len(chosen) + len(rejected) != total:
-        raise Unusable(f"{len(chosen)} chosen and {len(rejected)} rejected, but {correct} correct of {total}")
-    ranks = [1] * len(chosen) + [2] * len(rejected)
-    return {"id": id, "category": subset, "prompt": prompt, "responses": [*chosen, *rejected], "ranks": ranks}
-
-
-def rm_bench(row: dict, file: Path) -> dict:
-    """RM-Bench (arXiv 2410.16184), 1327 prompts, 3 chosen and 3 rejected: concise, detailed plain, detailed markdown.
-
-    total_dataset.json has the domain in each row; chat_filtered.json and the like only in their names.
-    """
-    id, prompt, chosen, rejected = fields(row, "id", "prompt", "chosen", "rejected")
-    if len(chosen) != 3 or len(rejected) != 3:
-        raise Unusable(f"{len(chosen)} chosen and {len(rejected)} rejected, not 3 styles of each")
-    place = row.get("domain") or file.name
-    domain = next((domain for domain in ("chat", "code", "math", "safety") if domain in place), None)
-    if domain is None:
-        raise Unusable(f"domain: {place!r} is none of chat, code, math and safety")
-    ranks = [1, 1, 1, 2, 2, 2]
-    return {"id": id, "category": domain, "prompt": prompt, "responses": [*chosen, *rejected], "ranks": ranks}
-
-
-JUDGEBENCH = {
-    "mmlu-pro": "knowledge",
-    "livebench-reasoning": "reasoning",
-    "livebench-math": "math",
-    "livecodebench": "coding",
-}  # how `source` begins
-
-
-def judgebench(row: dict) -> dict:
-    """JudgeBench (arXiv 2410.12784): 350 pairs of GPT-4o's responses and 270 of Claude 3.5 Sonnet's, one file each."""
-    id, source, prompt, first, second = fields(row, "pair_id", "source", "question", "response_A", "response_B")
-    label, model = fields(row, "label", "response_model")
-    if label not in ("A>B", "B>A"):
-        raise Unusable(f"label: {label!r}, neither 'A>B' nor 'B>A'")
-    category = next((category for start, category in JUDGEBENCH.items() if source.startswith(start)), None)
-    if category is None:
-        raise Unusable(f"source: {source!r} begins with none of {', '.join(JUDGEBENCH)}")
-    ranks = [1, 2] if label == "A>B" else [2, 1]
-    return {
-        "id": id,
-        "category": category,
-        "subset": model,
-        "prompt": prompt,
-        "responses": [first, second],
-        "ranks": ranks,
-    }
-
-
-def llmbar(row: dict, file: Path) -> dict:
-    """LLMBar (arXiv 2310.07641), 419 pairs in files dataset.json, each in a folder named after its subset."""
-    prompt, first, second, label = fields(row, "input", "output_1", "output_2", "label")
-    if label not in (1, 2):
-        raise Unusable(f"label: {label!r}, neither 1 nor 2")
-    subset = file.parent.name if file.stem == "dataset" else file.stem
-    ranks = [1, 2] if label == 1 else [2, 1]
-    return {"category": subset, "prompt": prompt, "responses": [first, second], "ranks": ranks}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions with answers that a rule can check.
-#
-# Each function makes one published row a question: the prompt in the words of the benchmark, `answer`, and the `rule`
-# by which 06 checks it. A row without an answer, as in most test splits, is rejected.
-
-LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA's words, since then everyone's
-
-
-def picture_question(text: str, image: str | bytes | dict, **more) -> dict:
-    """A record that asks about one picture, given as parquet holds it ({"bytes", "path"}), as bytes, or as a path."""
-    if isinstance(image, dict):
-        image = image["bytes"] or image["path"]
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    return {"prompt": [{"role": "user", "content": content}], "images": [image], **more}
-
-
-def lettered(options: list[str]) -> str:
-    """Options one a line, each behind its letter: "A. red", "B. blue"."""
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options))
-
-
-def vstar(row: dict) -> dict:
-    """V*, the training data of SEAL (craigwu/seal_vqa_data): GQA_data, vaw_attribute_data, spatial_relation_data and
-    llava_focus_data.json, lists of {image, conversations: [{from, value}, ...], target_instances: [{name, bbox}]}.
-    `image` is a path below the folder of the JSON file: gqa/images/, coco2014/train2014/, coco2017/train2017/.
-
-    The first turn names the objects to look at before the question, in front of which "<object>." ends the line; it is
-    cut off there, and rows without objects (negative_data and llava_instruct_data.json) are left out, both as DeepEyes
-    did (arXiv 2505.14362), whose three sets of prompts are the paper's. The answers are sentences. Of those that begin
-    with Yes or No that word is checked; the others have to be matched whole, which few policies will do, so it is the
-    reward model that tells their answers apart. (DeepEyes had a language model compare them.)
-    Fields as in SEAL's train.py and in readers of others; the files themselves we have not seen."""
-    if not row["target_instances"]:
-        raise Unusable("no target_instances: not a question about objects")
-    asked, answered = (turn["value"] for turn in row["conversations"][:2])
-    text = asked.split("<object>.\n")[-1].replace("<image>", "").strip()
-    said = re.match(r"(Yes|No)([,.]|$)", answered)
-    answer, rule = (said[1], "yes_no") if said else (answered, "text")
-    return picture_question(text, row["image"], answer=answer, rule=rule, category="vstar")
-
-
-def arxivqa(row: dict) -> dict:
-    """ArXivQA (MMInstruction/ArxivQA, arxivqa.jsonl and images.tgz): id, image (a path), question, options, label,
-    rationale. Written by GPT-4V and not cleaned: options with or without their letters ("A) red"), labels like "B",
-    "B)", "[B]" or the whole option, separators and headings among the options; rows with those are left out.
-    The set has no prompt of its own. Fields and flaws as in readers of others; the file itself we have not seen."""
-    options = [option.strip() for option in row["options"]]
-    if any(option in ("", "-") or option.startswith("#") for option in options):
-        raise Unusable("options: one of them is empty, a separator or a heading")
-    own = [re.match(rf"[(\[]?{a}[.):\]]+\s*(.+)", option) for a, option in zip(string.ascii_uppercase, options)]
-    if all(own):  # else "B. cereus" would lose the genus
-        options = [found[1] for found in own]
-    label = re.match(r"[(\[]?([A-Z])(?![A-Za-z])", row["label"].strip())
-    if not label:
-        raise Unusable(f"label: {row['label']!r} does not begin with a letter")
-    text = f"{row['question']}\n{lettered(options)}\n{LETTER}"
-    rule = {"kind": "letter", "options": options}
-    return picture_question(text, row["image"], id=row["id"], answer=label[1], rule=rule, category="arxivqa")
-
-
-def thinklite_vl(row: dict) -> dict:
-    """ThinkLite-VL (russwang/ThinkLite-VL-hard-11k, parquet): id, problem ("<image>", then the question with its
-    options and instruction), answer, image (bytes); also ground_truth and choices, which are not read: `answer` is what
-    the authors' own search is given (mcts.py). What an answer looks like decides its rule. Fields as in the authors'
-    code; that a multiple choice's answer is its letter is unconfirmed."""
-    answer = str(row["answer"]).strip()
-    kinds = {"letter": r"[A-Z]", "yes_no": r"(?i)yes|no", "number": r"-?[\d,]*\.?\d+"}
-    rule = next((kind for kind, form in kinds.items() if re.fullmatch(form, answer)), "text")
-    text = row["problem"].replace("<image>", "").strip()
-    return picture_question(text, row["image"], id=row["id"], answer=answer, rule=rule, category="thinklite-vl")
-
-
-def read_mmbench(path: str) -> Iterator[Line]:
-    """MMBench (MMBench_DEV_EN.tsv and its like from VLMEvalKit). To save space the rotations of a question have the
-    index of another row where the picture should be; that row stands before them."""
-    images: dict[str, str] = {}
-    for file, number, read in read_rows(path, pattern="**/*.tsv"):
-        row = read()
-        image = row.get("image") or ""
-        if len(image) > 64:  # VLMEvalKit's test of which it is
-            images[row.get("index")] = image
-        yield file, number, partial(convert_row, partial(dict, row, image=images.get(image, image)), mmbench)
-
-
-def mmbench(row: dict) -> dict:
-    """index, question, hint, A, B, C, D, answer, category, image (base64), l2-category (also L2-category), split.
-    What is missing is empty or "nan"; the test split has no answers. The prompt is VLMEvalKit's, ImageMCQDataset.
-
-    index = rotation * 1,000,000 + question: each question is asked again with its options rotated, and those rows are
-    one group, for CircularEval."""
-    given = {key: value for key, value in row.items() if value not in (None, "", "nan")}
-    if "answer" not in given:
-        raise Unusable("no answer: the answers of the test split are not published")
-    options = list(itertools.takewhile(bool, (given.get(letter) for letter in "ABCDEFGH")))
-    text = f"Hint: {given['hint']}\n" if "hint" in given else ""
-    text += f"Question: {given['question']}\nOptions:\n{lettered(options)}\n"
-    text += "Please select the correct answer from the options above. \n"
-    category = given.get("l2-category") or given.get("L2-category") or given["category"]
-    more = {"id": given["index"], "group": int(given["index"]) % 1_000_000, "category": category}
-    rule = {"kind": "letter", "options": options}
-    image = base64.b64decode(given["image"], validate=True)
-    return picture_question(text, image, answer=given["answer"], rule=rule, **more)
-
-
-def mme(row: dict) -> dict:
-    """MME (lmms-lab/MME, parquet): question_id, image, question, answer, category; two questions with the same
-    question_id for each picture, one answered Yes and one No. "Please answer yes or no." is part of the question."""
-    more = {"id": row["question_id"], "group": row["question_id"], "category": row["category"]}
-    return picture_question(row["question"], row["image"], answer=row["answer"].strip(), rule="yes_no", **more)
-
-
-def mmstar(row: dict) -> dict:
-    """MMStar (Lin-Chen/MMStar, mmstar.parquet): index, question (its options in it, "Options: A: ..., B: ..."), image,
-    answer (a letter), category (6), l2_category (18), meta_info."""
-    text = f"{row['question'].strip()}\n{LETTER}"
-    more = {"id": row["index"], "category": row["category"]}
-    return picture_question(text, row["image"], answer=row["answer"].strip(), rule="letter", **more)
-
-
-def mathvista(row: dict) -> dict:
-    """MathVista (AI4Math/MathVista, testmini*.parquet): pid, question, image (a path), decoded_image, choices, unit,
-    precision (a float), answer, question_type, answer_type, metadata {task, ...}, query. `query` is the benchmark's
-    zero-shot prompt, built from the others: a hint about the form, the question with its unit, the choices. The answer
-    to a multiple choice is the choice's text; the test split has no answers."""
-    answer = row["answer"]
-    if answer in (None, ""):
-        raise Unusable("no answer: the answers of the test split are not published; testmini has them")
-    if row["question_type"] == "multi_choice":
-        choices = list(row["choices"])
-        if answer not in choices:
-            raise Unusable(f"answer: {answer!r} is none of the choices")
-        answer, rule = string.ascii_uppercase[choices.index(answer)], {"kind": "letter", "options": choices}
-    else:
-        rule = {"kind": "number", "type": row["answer_type"]}
-        if row["precision"] is not None:
-            rule["precision"] = int(row["precision"])
-        if row["unit"]:
-            rule["unit"] = row["unit"]
-    more = {"id": row["pid"], "category": row["metadata"]["task"]}
-    return picture_question(row["query"], row["decoded_image"], answer=answer, rule=rule, **more)
-
-
-def vstar_bench(row: dict) -> dict:
-    """V*Bench (craigwu/vstar_bench: test_questions.jsonl, its pictures beside it; or lmms-lab/vstar-bench's parquet):
-    image, text (the question and its options, "(A) rubber"), category (direct_attributes, relative_position),
-    question_id, label. SEAL's own evaluation compares the options' likelihoods instead of asking for a letter."""
-    text = row["text"].strip()
-    text = text if text.endswith(LETTER) else f"{text}\n{LETTER}"  # there are copies with and without it
-    more = {"id": row["question_id"], "category": row["category"]}
-    return picture_question(text, row["image"], answer=row["label"].strip(), rule="letter", **more)
-
-
-# Two benchmarks need a judge model. Their questions have no answer but `judged`: what, beside the policy's answer, is
-# in a line of the file that their judge reads. 06 writes it.
-
-
-def llava_in_the_wild(row: dict) -> dict:
-    """LLaVA-Bench in the Wild (liuhaotian/llava-bench-in-the-wild, questions.jsonl): question_id, image (a name in
-    images/), text, category (conv, detail, complex)."""
-    judged = {"question_id": row["question_id"], "prompt": row["text"]}
-    more = {"id": row["question_id"], "category": row["category"]}
-    return picture_question(row["text"], f"images/{row['image']}", judged=judged, **more)
-
-
-def wildvision(row: dict) -> dict:
-    """WildVision-Bench (WildVision/wildvision-bench, vision_bench_0617): question_id, instruction, image, language."""
-    judged = {key: row[key] for key in ("question_id", "instruction", "language")}
-    return picture_question(
-        row["instruction"], row["image"], judged=judged, id=row["question_id"], category="wildvision"
-    )
-
-
-SOURCES: dict[str, Source] = {
-    "jsonl": Source(read_rows),
-    "trl": Source(rows(trl)),
-    "llama-factory": Source(rows(llama_factory)),
-    "rlaif-v": Source(rows(rlaif_v, "**/*.parquet"), "openbmb/RLAIF-V-Dataset"),
-    "mmpr": Source(read_mmpr, "OpenGVLab/MMPR-v1.2"),
-    "mm-rlhf": Source(read_mm_rlhf, "yifanzhang114/MM-RLHF"),
-    "r1-reward": Source(rows(r1_reward, "**/train-*.parquet"), "yifanzhang114/R1-Reward-RL"),
-    "mmif": Source(read_mmif, "ChrisDing1105/MMIF-23k"),
-    "omnialign-v-dpo": Source(rows(omnialign_v_dpo, "*.jsonl"), "PhoenixZ/OmniAlign-V-DPO"),
-    "ultrafeedback-all": Source(rows(ultrafeedback_all), "openbmb/UltraFeedback"),
-    "ultrafeedback-hard": Source(rows(ultrafeedback_hard), "openbmb/UltraFeedback"),
-    "shp": Source(read_shp, "stanfordnlp/SHP"),
-    "tulu-3-if": Source(rows(conversations, "**/*.parquet"), "allenai/tulu-3-IF-augmented-on-policy-70b"),
-    "tulu-3-ultrafeedback": Source(
-        rows(conversations, "**/*.parquet"), "allenai/tulu-3-ultrafeedback-cleaned-on-policy-70b"
-    ),
-    "wildchat": Source(rows(conversations, "**/*.parquet"), "allenai/tulu-3-wildchat-ultrafeedback"),
-    "olmo-2": Source(rows(conversations, "**/*.parquet"), "allenai/olmo-2-0425-1b-preference-mix"),
-    "swe-arena": Source(rows(swe_arena, "**/*.parquet"), "bigcode/bigcodearena-preference-5k"),
-    "hh-rlhf": Source(rows(hh_rlhf, "**/train.jsonl.gz"), "Anthropic/hh-rlhf"),
-    "vl-rewardbench": Source(rows(vl_rewardbench), "MMInstruction/VL-RewardBench", "vl-rewardbench"),
-    "mm-rlhf-rewardbench": Source(
-        rows(mm_rlhf_rewardbench, "**/*.jsonl", with_file=True),
-        "yifanzhang114/MM-RLHF-RewardBench",
-        "mm-rlhf-rewardbench",
-    ),
-    "multimodal-rewardbench": Source(  # not on the hub: github.com/facebookresearch/multimodal_rewardbench
-        rows(multimodal_rewardbench, "**/all_data.json"), metric="multimodal-rewardbench"
-    ),
-    "rewardbench": Source(rows(rewardbench, "**/filtered*"), "allenai/reward-bench", "rewardbench"),
-    "rewardbench-prior-sets": Source(
-        rows(rewardbench_prior_set, "**/*", with_file=True), "allenai/preference-test-sets", "rewardbench"
-    ),
-    "rewardbench-2": Source(rows(rewardbench_2), "allenai/reward-bench-2", "rewardbench-2"),
-    "rm-bench": Source(rows(rm_bench, "**/total_dataset.json", with_file=True), "THU-KEG/RM-Bench", "rm-bench"),
-    "judgebench": Source(rows(judgebench), "ScalerLab/JudgeBench", "judgebench"),
-    "llmbar": Source(  # github.com/princeton-nlp/LLMBar, its folder Dataset/LLMBar
-        rows(llmbar, "**/dataset.json", with_file=True), metric="llmbar"
-    ),
-    # Questions for a policy: to train on,
-    "vstar": Source(rows(vstar, "**/*_data.json"), "craigwu/seal_vqa_data"),
-    "arxivqa": Source(rows(arxivqa, "**/*.jsonl"), "MMInstruction/ArxivQA"),
-    "thinklite-vl": Source(rows(thinklite_vl, "**/*.parquet"), "russwang/ThinkLite-VL-hard-11k"),
-    # to evaluate on,
-    "mmbench": Source(read_mmbench, metric="circular"),
-    "mme": Source(rows(mme, "**/*.parquet"), "lmms-lab/MME", "mme"),
-    "mmstar": Source(rows(mmstar, "**/*.parquet"), "Lin-Chen/MMStar", "accuracy"),
-    "mathvista": Source(rows(mathvista, "**/testmini*.parquet"), "AI4Math/MathVista", "accuracy"),
-    "vstar-bench": Source(rows(vstar_bench, "**/test_questions.jsonl"), "craigwu/vstar_bench", "accuracy"),
-    # and for a judge model to read.
-    "llava-in-the-wild": Source(
-        rows(llava_in_the_wild, "**/questions.jsonl"), "liuhaotian/llava-bench-in-the-wild", "llava-in-the-wild"
-    ),
-    "wildvision": Source(
-        rows(wildvision, "**/vision_bench_0617/*.parquet"), "WildVision/wildvision-bench", "wildvision"
-    ),
-}
-
-# The seven sets that the paper keeps, 2.85 M pairs by its count. It keeps or drops whole sets, so none has a limit.
-MIXES = {
-    "basereward": [
-        "rlaif-v",  # 83 k
-        "mmpr",  # 2 M
-        # R1-Reward, 200 k, is not published as one set: the paper links MM-RLHF, its authors released R1-Reward-RL.
-        "mm-rlhf",
-        "r1-reward",
-        "tulu-3-if",  # 65 k
-        "olmo-2",  # 378 k
-        "ultrafeedback-hard",  # 63 k
-        # Others, 63 k: 5 k of chat, 41 k of UltraFeedback and 17 k of WildChat; which sets and splits is inferred from
-        # these numbers.
-        "swe-arena",
-        "tulu-3-ultrafeedback",
-        "wildchat:data/wildchat_reused_on_policy_70b-*",
-    ]
-}
-
-
-def split_source(source: str) -> tuple[str, str, float]:
-    """`name:PATH@LIMIT` as (name, PATH, LIMIT). What has no name in SOURCES is a path in this project's JSON form, what
-    follows an @ and is no number belongs to the path. LIMIT is a number of rows, below 1 a share of them, inf: all."""
-    found = re.fullmatch(r"(.*)@(\d+|0?\.\d+)", source)
-    source, limit = (found[1], float(found[2])) if found else (source, math.inf)
-    name, colon, path = source.partition(":")
-    return (name, path, limit) if name in SOURCES and (colon or not Path(source).exists()) else ("jsonl", source, limit)
-
-
-def open_source(source: str) -> Iterator[Line]:
-    """The lines of one --source, which is located at once. A share of them is chosen by a hash of the line's number, so
-    that all ranks choose the same."""
-    name, path, limit = split_source(source)
-    lines = SOURCES[name].read(locate(name, path))
-    if limit < 1:
-        lines = (line for i, line in enumerate(lines) if uniform(hashlib.sha256(b"%d" % i).digest()) < limit)
-    elif limit < math.inf:
-        lines = itertools.islice(lines, int(limit))
-    known = {} if name == "jsonl" else {"source": name}
-    return ((file, number, partial(lambda read: known | read(), read)) for file, number, read in lines)
-
-
-def default_name(source: str) -> str:
-    """What a data set made of this source is called: after its file or folder, or like the source itself."""
-    name, path, _ = split_source(source)
-    if Path(path).is_file():
-        return Path(path.removesuffix(".gz")).stem
-    return name if "*" in path else Path(path).name or name
-
-
-def uniform(digest: bytes) -> float:
-    """A hash as a number from 0 to 1."""
-    return int.from_bytes(digest[:4], "big") / 2**32
-
-
-def locate(name: str, path: str) -> str:
-    """PATH where something is there; otherwise the data set of that name on the hub, or the source's own, downloaded
-    into the hub's cache. Rank 0 goes first, so that what other ranks ask for is there already."""
-    if path and (Path(path).exists() or glob.glob(path)):
-        return path
-    repo = path or SOURCES[name].hub
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(DATA_FILES):
-        raise UserError(
-            f"--source {path or name}: nothing there. A source is a file or name:PATH, name one of {', '.join(SOURCES)}"
-        )
-    from huggingface_hub import snapshot_download  # comes with transformers
-
-    if dist.get_rank() > 0:
-        dist.barrier()
-    try:
-        return snapshot_download(repo, repo_type="dataset")
-    except Exception as error:  # offline, no such set, not logged in, disk full: the hub's client raises many kinds
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise UserError(
-            f"--source {path or name}: nothing there, nor could it be downloaded ({reason}). Where the hub can be "
-            f"reached: {download_command(repo, repo)}, then --source {name}:{repo}"
-        ) from None
-    finally:
-        if dist.get_rank() == 0:
-            dist.barrier()
-
-
-def download_command(repo: str, folder: str) -> str:
-    return f"hf download {repo} --repo-type dataset --local-dir {folder}"
-
-
-def mix_sources(mix: str, folder: str) -> list[str]:
-    """The sources of a mixture, in `folder` by their names on the hub; UserError says how to get what is missing."""
-    if mix not in MIXES:
-        raise UserError(f"--mix {mix}: not one of {', '.join(MIXES)}")
-    parts = [split_source(part)[:2] for part in MIXES[mix]]
-    repos = [(SOURCES[name].hub, f"{folder or '.'}/{SOURCES[name].hub}") for name, _ in parts]
-    missing = [download_command(*repo) for repo in repos if not Path(repo[1]).is_dir()]
-    if missing:
-        raise UserError(
-            "\n    ".join([f"--mix {mix}: {len(missing)} of its sets are missing in --mix_folder:", *missing])
-        )
-    return [f"{name}:{place}/{path}" for (name, path), (_, place) in zip(parts, repos)]
-
-
-def official_metric(sources: list[str]) -> str:
-    """The metric by which a data set made of these sources is scored; empty if they are no benchmark."""
-    names = [split_source(source)[0] for source in sources]
-    metrics = {SOURCES[name].metric for name in names}
-    if len(metrics) > 1:
-        raise UserError(f"--source: {' and '.join(names)} are not scored together; prepare each by itself")
-    return metrics.pop() if metrics else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1628,6 +859,714 @@ def is_made(record: Path, made_of: str, shards: dict[str, Path]) -> bool:
     """Whether a chunk's record and shards are there and were made of the same."""
     chunk = json.loads(record.read_text()) if record.is_file() else {}
     return chunk.get("made_of") == made_of and all(shards[each].is_file() for each, n in chunk["kept"].items() if n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published data sets. This is an appendix, to be looked up and added to rather than read through: each function takes a
+# row as published and returns a record in this project's JSON form, or raises Unusable with the reason; SOURCES, at the
+# end, names them. Fields are those of the sets' cards on the hub or of their authors' loaders; "unconfirmed" marks what
+# neither says.
+#
+# Training sets.
+
+
+def message(who: str, text: str) -> dict:
+    """One turn of a conversation, whatever its set calls the two sides."""
+    return {"role": {"human": "user", "gpt": "assistant"}.get(who.lower(), who.lower()), "content": text}
+
+
+def with_images(text: str) -> list[dict]:
+    """The parts of a text in which <image> marks the place of each picture. Where there are pictures and no mark, they
+    stand before the text (encode_prompt)."""
+    pieces = re.split("(<image>)", text)
+    return [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces if piece]
+
+
+def question(text: str) -> list[dict]:
+    return [{"role": "user", "content": with_images(text)}]
+
+
+def last_turns(chosen: list[dict], rejected: list[dict]) -> dict:
+    """Two whole conversations as one prompt and two responses: everything up to the last turn has to be the same."""
+    chosen, rejected = (
+        [{key: turn[key] for key in ("role", "content")} for turn in each] for each in (chosen, rejected)
+    )
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable("chosen and rejected do not share everything up to the last assistant turn")
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def rlaif_v(row: dict) -> dict:
+    """RLAIF-V: 83,132 pairs with one picture, inside the parquet file. origin_split is a JSON string, not a split."""
+    more = {"id": row["idx"], "category": row["origin_dataset"], "images": [row["image"]]}
+    return {"prompt": row["question"], "chosen": row["chosen"], "rejected": row["rejected"], **more}
+
+
+def mmpr(row: dict, root: Path) -> dict:
+    """MMPR-v1.2: image is one path or several, relative to the root that meta.json gives its annotation file; the
+    question may have <image> marks."""
+    images = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    paths = [str(root / image) for image in images if image]
+    return {"prompt": question(row["question"]), "chosen": row["chosen"], "rejected": row["rejected"], "images": paths}
+
+
+def read_mmpr(path: str) -> Iterator[Line]:
+    """MMPR-v1.2 (about 2 M pairs): meta.json is {name: {root, annotation}}, both below "MMPR-v1.2/". It comes packed:
+
+    cat images.zip_* > images.zip && unzip images.zip && unzip annotations.zip
+    """
+    folder = Path(path).resolve()
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"--source mmpr:{path}: no meta.json there; PATH is the set's folder")
+    for entry in json.loads((folder / "meta.json").read_bytes()).values():
+        root, annotation = (folder / entry[key].removeprefix("MMPR-v1.2/") for key in ("root", "annotation"))
+        yield from read_rows(str(annotation), partial(mmpr, root=root))
+
+
+def video_frames(video: str, folder: Path, count: int) -> list[str]:
+    """At most `count` pictures, evenly spread, of a video that is published as a folder of frames. Without frames it is
+    the video's own path, which will be an unreadable image."""
+    names = [path.name for path in (folder / video).glob("*") if path.is_file()]
+    names.sort(key=lambda name: (len(name), name))  # frame 9 before frame 10
+    spread = np.linspace(0, len(names) - 1, min(count, len(names))).astype(int)
+    return [f"{video}/{names[i]}" for i in spread] or [video]
+
+
+def mm_rlhf(row: dict, file: Path) -> dict:
+    """MM-RLHF (about 80,000 pairs): dpo_pairs.jsonl beside the unpacked long.zip, mcq.zip, safety.zip, short.zip and
+    video.zip: a path to a picture or to the folder of a video's frames, of which 8 are taken; the reasons for the
+    ranking, where both are there, are critiques."""
+    path, reasons = row.get("image") or row["video"], [row.get("chosen_reason"), row.get("rejected_reason")]
+    more = {"critiques": reasons} if all(reasons) else {}
+    more |= {"category": path.split("/")[0]}
+    more |= {"images": [path] if row.get("image") else video_frames(path, file.parent, 8)}
+    return {"prompt": question(row["prompt"]), "chosen": row["chosen"], "rejected": row["rejected"], **more}
+
+
+def r1_reward(row: dict) -> dict:
+    """R1-Reward-RL: 17,261 rows. `message` is the JSON of a judge's prompt that holds both responses, `answer` is
+    ["<answer>2</answer>"]; `image` is a string, by its size the picture itself in base64 (unconfirmed), else a path."""
+    parts = [part for turn in json.loads(row["message"]) for part in turn["content"]]
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    found = re.search(r"\[Response 1\]:(.*?)#+ *\[Response 2\]:(.*?)(?:#+ *\*\*Output Format|$)", text, re.DOTALL)
+    better = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", row["answer"][0])
+    if not found or not better:
+        raise Unusable("message without [Response 1] and [Response 2]" if better else f"answer: {row['answer'][0]!r}")
+    responses, ranks = [found[1].strip(), found[2].strip()], [1, 2] if better[1] == "1" else [2, 1]
+    image = row["image"]
+    if not image and any(part["type"] != "text" for part in parts):
+        raise Unusable("image: empty, though the message shows one")
+    if isinstance(image, str) and len(image) > 1000:  # no path
+        image = base64.b64decode(image.rpartition(",")[2], validate=True)  # without "data:image/jpeg;base64,"
+    return {"prompt": row["question"], "responses": responses, "ranks": ranks, "images": [image] if image else []}
+
+
+def llama_factory(row: dict) -> dict:
+    """LLaMA-Factory's preference data (its data/README.md): `conversations` of {from, value} with chosen and rejected
+    {from, value}, or `instruction` and `input` with chosen and rejected strings; `system`, `history` and `images` where
+    there are any."""
+    for key in ("tools", "videos", "audios"):
+        if row.get(key):
+            raise Unusable(f"{key}: not supported")
+    if row.get("conversations"):
+        turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
+        chosen, rejected = row["chosen"]["value"], row["rejected"]["value"]
+    else:
+        turns = [turn for asked, said in row.get("history") or [] for turn in (("human", asked), ("gpt", said))]
+        turns.append(("human", "\n".join(filter(None, (row["instruction"], row.get("input"))))))
+        chosen, rejected = row["chosen"], row["rejected"]
+    if row.get("system"):
+        turns.insert(0, ("system", row["system"]))
+    prompt = [message(who, with_images(text)) for who, text in turns]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": row.get("images") or []}
+
+
+def read_mmif(path: str) -> Iterator[Line]:
+    """MMIF-23k: LLaMA-Factory's form, in a .json below dpo/ (beside one for fine-tuning); that picture paths are
+    relative to the set's folder is unconfirmed."""
+
+    folder = (Path(path) if Path(path).is_dir() else Path(path).parent).resolve()
+
+    def convert(row: dict) -> dict:
+        record = llama_factory(row)
+        return record | {"images": [str(folder / image) for image in record["images"]]}
+
+    return read_rows(path, convert, "**/dpo/*.json")
+
+
+def omnialign_v_dpo(row: dict) -> dict:
+    """OmniAlign-V-DPO: about 133,000 pairs in one .jsonl for each kind, beside the unpacked images.tar; keys as in the
+    authors' train_dpo.py, which sets the picture before the prompt whatever place <image> has."""
+    images = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    prompt = row["prompt"].replace("<image>", "").strip()
+    return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"], "images": images}
+
+
+def ultrafeedback_all(row: dict) -> dict:
+    """UltraFeedback: 63,967 prompts, each with up to four responses ranked by overall_score, as one comparison; equal
+    scores tie."""
+    answers = row["completions"]
+    scores = [float(answer["overall_score"]) for answer in answers]
+    if not all(map(math.isfinite, scores)):
+        raise Unusable("overall_score: not a number")
+    ranks = [1 + sum(other > score for other in scores) for score in scores]
+    more = {"critiques": [answer["critique"] for answer in answers], "category": row["source"]}
+    responses = [answer["response"] for answer in answers]
+    return {"prompt": row["instruction"], "responses": responses, "ranks": ranks, **more}
+
+
+def ultrafeedback_hard(row: dict) -> dict:
+    """The same, of each prompt only the pair with the largest score difference: the paper's Ultra-Hard. (The copy
+    called "binarized" pairs the best with a random other.)"""
+    record = ultrafeedback_all(row)
+    pair = [record["ranks"].index(extreme) for extreme in (min(record["ranks"]), max(record["ranks"]))]
+    return record | {key: [record[key][i] for i in pair] for key in ("responses", "ranks", "critiques")}
+
+
+def shp(row: dict) -> dict:
+    """SHP: 348,718 pairs of comments on a post; labels is 1 where A is the better one, 0 where B is. As is common, only
+    pairs whose scores are in a ratio of 2 or more are taken, and of a post the first 5 (read_shp)."""
+    if row["score_ratio"] < 2:
+        raise Unusable("score_ratio below 2")
+    if row["labels"] not in (0, 1):
+        raise Unusable(f"labels: {row['labels']!r}, neither 1 nor 0")
+    chosen, rejected = (row[f"human_ref_{letter}"] for letter in ("AB" if row["labels"] else "BA"))
+    more = {"id": row["post_id"], "category": row["domain"]}
+    return {"prompt": row["history"], "chosen": chosen, "rejected": rejected, **more}
+
+
+def read_shp(path: str) -> Iterator[Line]:
+    """A folder for each of 18 subjects, JSON lines in train.json. Every rank reads all, to count a post's pairs."""
+    pairs = Counter()
+    for file, number, read in read_rows(path, shp, "**/train*.json*"):
+        try:
+            post = read()["id"]
+        except Unusable:
+            pass  # said again by whoever the row belongs to
+        else:
+            pairs[post] += 1
+            read = partial(reject, "more than 5 pairs of this post") if pairs[post] > 5 else read
+        yield file, number, read
+
+
+def reject(reason: str) -> dict:
+    raise Unusable(reason)
+
+
+def conversations(row: dict) -> dict:
+    """Tulu-3 IF (65,551), Tulu-3's UltraFeedback (41,600) and WildChat (five named splits, no "train"), OLMo-2's mix
+    (378,000): chosen and rejected are whole conversations, user turns included; `prompt` is a string or missing."""
+    return last_turns(row["chosen"], row["rejected"]) | {"id": row.get("id")}
+
+
+def swe_arena(row: dict) -> dict:
+    """SWE-arena, now BigCodeArena: about 5,000 votes on two conversations with the same user; messages are [role, text]
+    (what the two are is unconfirmed). Ties and votes for neither are dropped, and so are conversations of several turns
+    in which the two models' earlier answers differ."""
+    better = {"vote_model_A": "model_A", "vote_model_B": "model_B"}.get(row["feedback"]["vote_type"])
+    if not better:
+        raise Unusable(f"no better response: {row['feedback']['vote_type']}")
+    worse = "model_B" if better == "model_A" else "model_A"
+    chosen, rejected = ([message(*turn) for turn in row["states"][model]["messages"]] for model in (better, worse))
+    return last_turns(chosen, rejected) | {"id": row["chat_session_id"]}
+
+
+def hh_rlhf(row: dict) -> dict:
+    """HH-RLHF: two transcripts, "\\n\\nHuman: ... \\n\\nAssistant: ...", that should differ in the last answer only."""
+
+    def turns(transcript: str) -> list[dict]:
+        start, *pieces = re.split("\n\n(Human|Assistant):", transcript)
+        if start.strip() or not pieces:
+            raise Unusable("no transcript that begins with Human: or Assistant:")
+        return [message(who, text.strip()) for who, text in zip(pieces[::2], pieces[1::2])]
+
+    return last_turns(turns(row["chosen"]), turns(row["rejected"]))
+
+
+def trl(row: dict) -> dict:
+    """TRL's forms of preference data (its docs, Dataset formats): conversations or strings, with `prompt` or with an
+    implicit one. Of two strings the prompt is what both begin with, up to a whole word, where TRL would cut words."""
+    images = row.get("images") or [row["image"]] if row.get("image") else row.get("images")
+    if row.get("prompt"):
+        return row | {"images": images}
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, list):
+        return last_turns(chosen, rejected) | {"images": images}
+    same = re.match(r"(.*\s)?", os.path.commonprefix([chosen, rejected]), re.DOTALL).end()
+    if not same:
+        raise Unusable("no prompt, and chosen and rejected begin with different words")
+    return {"prompt": chosen[:same].rstrip(), "chosen": chosen[same:], "rejected": rejected[same:], "images": images}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks. What a benchmark calls right gets rank 1; the responses stay in the published order, so that another
+# system's scores fit, and that order decides nothing. A row that does not say clearly which response is right is
+# Unusable. "category" is the benchmark's own grouping. The metrics are in 04, by the same names.
+
+
+def right_first(prompt, chosen: list, rejected: list, **more) -> dict:
+    ranks = [1] * len(chosen) + [2] * len(rejected)
+    return {"prompt": prompt, "responses": [*chosen, *rejected], "ranks": ranks, **more}
+
+
+def one_of_two(prompt, responses: list, labels: tuple, label, **more) -> dict:
+    """`label` is the one of the two `labels` that says that the first, or the second, response is right."""
+    if label not in labels or len(responses) != 2:
+        raise Unusable(f"{label!r} does not say which of two is better; there are {len(responses)} responses")
+    return {"prompt": prompt, "responses": responses, "ranks": [1, 2] if label == labels[0] else [2, 1], **more}
+
+
+def vl_rewardbench(row: dict) -> dict:
+    """VL-RewardBench (arXiv 2411.17451), 1250 pairs; human_ranking holds the places of the two responses, 0 is better.
+
+    The grouping is that of the official repository, by where an item comes from. Ids are not unique."""
+    if row["id"].startswith(("hallucination", "RLAIF", "RLHF")):
+        category = "hallucination"
+    else:
+        category = "reasoning" if row["id"].startswith(("mathverse", "mmmu")) else "general"
+    more = {"id": row["id"], "category": category, "images": [row["image"]]}
+    return one_of_two(row["query"], list(row["response"]), ([0, 1], [1, 0]), list(row["human_ranking"]), **more)
+
+
+def mm_rlhf_rewardbench(row: dict, file: Path) -> dict:
+    """MM-RLHF-RewardBench (arXiv 2502.10391), 170 pairs over 46 ids; its category is the first keyword in the path.
+
+    A video's frames are given as pictures, 32 as the benchmark's own code takes, not as Qwen-VL's video input; so many
+    want a large --max_length."""
+    media = row.get("image") or row.get("video") or ""
+    category = next((word for word in ("mcq", "long", "short", "safety", "video") if word in media), None)
+    if category is None:
+        raise Unusable(f"image or video: {media!r} names no category")
+    images = [media] if row.get("image") else video_frames(media, file.parent, 32)
+    more = {"id": row["id"], "group": row["id"], "category": category, "images": images}
+    return right_first(row["prompt"], [row["chosen"]], [row["rejected"]], **more)
+
+
+def multimodal_rewardbench(row: dict) -> dict:
+    """Multimodal RewardBench (arXiv 2502.14191), all_data.json; the official script splits two categories by the id."""
+    category = row["Category"]
+    if category == "safety":
+        category = "safety/bias" if row["ID"].lower().startswith("pairs") else "safety/toxicity"
+    elif category == "reasoning":
+        category = "reasoning/math" if row["ID"].lower().startswith("math") else "reasoning/coding"
+    more = {"id": row["ID"], "category": category, "images": [row["Image"]]}
+    return one_of_two(row["Text"], [row["Output1"], row["Output2"]], ("Output1", "Output2"), row["Better"], **more)
+
+
+def rewardbench(row: dict) -> dict:
+    """RewardBench (arXiv 2403.13787), the split `filtered`, 2985 pairs; the category is the subset."""
+    return right_first(row["prompt"], [row["chosen"]], [row["rejected"]], id=row["id"], category=row["subset"])
+
+
+def rewardbench_prior_set(row: dict, file: Path) -> dict:
+    """The older test sets that count half in RewardBench's score; a file's name begins with the set, shp-00000.parquet.
+
+    `chosen` and `rejected` are texts after the turns in `prompt`, or whole conversations."""
+    pair = {key: row[key] for key in ("chosen", "rejected")}
+    pair = last_turns(**pair) if isinstance(pair["chosen"], list) else pair | {"prompt": row["prompt"]}
+    name = re.split(r"[-.]", file.name)[0]
+    return right_first(pair["prompt"], [pair["chosen"]], [pair["rejected"]], category=name)
+
+
+def rewardbench_2(row: dict) -> dict:
+    """RewardBench 2 (arXiv 2506.01937), 1865 prompts: one right response of four; of Ties several right, many wrong."""
+    chosen, rejected, correct, total = (row[k] for k in ("chosen", "rejected", "num_correct", "total_completions"))
+    if len(chosen) != correct or len(chosen) + len(rejected) != total:
+        raise Unusable(f"{len(chosen)} chosen and {len(rejected)} rejected, but {correct} correct of {total}")
+    return right_first(row["prompt"], chosen, rejected, id=row["id"], category=row["subset"])
+
+
+def rm_bench(row: dict, file: Path) -> dict:
+    """RM-Bench (arXiv 2410.16184), 1327 prompts, 3 chosen and 3 rejected: concise, detailed plain, detailed markdown.
+
+    total_dataset.json has the domain in each row; chat_filtered.json and the like only in their names."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if len(chosen) != 3 or len(rejected) != 3:
+        raise Unusable(f"{len(chosen)} chosen and {len(rejected)} rejected, not 3 styles of each")
+    place = row.get("domain") or file.name
+    domain = next((domain for domain in ("chat", "code", "math", "safety") if domain in place), None)
+    if domain is None:
+        raise Unusable(f"domain: {place!r} is none of chat, code, math and safety")
+    return right_first(row["prompt"], chosen, rejected, id=row["id"], category=domain)
+
+
+def judgebench(row: dict) -> dict:
+    """JudgeBench (arXiv 2410.12784): 350 pairs of GPT-4o's responses and 270 of Claude 3.5 Sonnet's, one file each. The
+    category is the first part of `source`, "mmlu-pro-law"."""
+    categories = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning"}
+    categories |= {"livebench-math": "math", "livecodebench": "coding"}
+    category = next((name for start, name in categories.items() if row["source"].startswith(start)), None)
+    if category is None:
+        raise Unusable(f"source: {row['source']!r} begins with none of {', '.join(categories)}")
+    more = {"id": row["pair_id"], "category": category, "subset": row["response_model"]}
+    responses = [row["response_A"], row["response_B"]]
+    return one_of_two(row["question"], responses, ("A>B", "B>A"), row["label"], **more)
+
+
+def llmbar(row: dict, file: Path) -> dict:
+    """LLMBar (arXiv 2310.07641), 419 pairs in files dataset.json, each in a folder named after its subset."""
+    subset = file.parent.name if file.stem == "dataset" else file.stem
+    return one_of_two(row["input"], [row["output_1"], row["output_2"]], (1, 2), row["label"], category=subset)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions with answers that a rule can check.
+#
+# Each function makes one published row a question: the prompt in the words of the benchmark, `answer`, and the `rule`
+# by which 06 checks it. A row without an answer, as in most test splits, is rejected.
+
+LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA's words, since then everyone's
+
+
+def picture_question(text: str, image: str | bytes | dict, **more) -> dict:
+    """A record that asks about one picture, which stands before the text."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return {"prompt": [{"role": "user", "content": content}], "images": [image], **more}
+
+
+def lettered(options: list[str]) -> str:
+    """Options one a line, each behind its letter: "A. red", "B. blue"."""
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options))
+
+
+def vstar(row: dict) -> dict:
+    """V*, the training data of SEAL (craigwu/seal_vqa_data): GQA_data, vaw_attribute_data, spatial_relation_data and
+    llava_focus_data.json, lists of {image, conversations: [{from, value}, ...], target_instances: [{name, bbox}]}.
+    `image` is a path below the folder of the JSON file: gqa/images/, coco2014/train2014/, coco2017/train2017/.
+
+    The first turn names the objects to look at before the question, in front of which "<object>." ends the line; it is
+    cut off there, and rows without objects (negative_data and llava_instruct_data.json) are left out, both as DeepEyes
+    did (arXiv 2505.14362), whose three sets of prompts are the paper's. The answers are sentences. Of those that begin
+    with Yes or No that word is checked; the others have to be matched whole, which few policies will do, so it is the
+    reward model that tells their answers apart. (DeepEyes had a language model compare them.)
+    Fields as in SEAL's train.py and in readers of others; the files themselves we have not seen."""
+    if not row["target_instances"]:
+        raise Unusable("no target_instances: not a question about objects")
+    asked, answered = (turn["value"] for turn in row["conversations"][:2])
+    text = asked.split("<object>.\n")[-1].replace("<image>", "").strip()
+    said = re.match(r"(Yes|No)([,.]|$)", answered)
+    answer, rule = (said[1], "yes_no") if said else (answered, "text")
+    return picture_question(text, row["image"], answer=answer, rule=rule, category="vstar")
+
+
+def arxivqa(row: dict) -> dict:
+    """ArXivQA (MMInstruction/ArxivQA, arxivqa.jsonl and images.tgz): id, image (a path), question, options, label,
+    rationale. Written by GPT-4V and not cleaned: options with or without their letters ("A) red"), labels like "B",
+    "B)", "[B]" or the whole option, separators and headings among the options; rows with those are left out.
+    The set has no prompt of its own. Fields and flaws as in readers of others; the file itself we have not seen."""
+    options = [option.strip() for option in row["options"]]
+    if any(option in ("", "-") or option.startswith("#") for option in options):
+        raise Unusable("options: one of them is empty, a separator or a heading")
+    own = [re.match(rf"[(\[]?{a}[.):\]]+\s*(.+)", option) for a, option in zip(string.ascii_uppercase, options)]
+    if all(own):  # else "B. cereus" would lose the genus
+        options = [found[1] for found in own]
+    label = re.match(r"[(\[]?([A-Z])(?![A-Za-z])", row["label"].strip())
+    if not label:
+        raise Unusable(f"label: {row['label']!r} does not begin with a letter")
+    text = f"{row['question']}\n{lettered(options)}\n{LETTER}"
+    rule = {"kind": "letter", "options": options}
+    return picture_question(text, row["image"], id=row["id"], answer=label[1], rule=rule, category="arxivqa")
+
+
+def thinklite_vl(row: dict) -> dict:
+    """ThinkLite-VL (russwang/ThinkLite-VL-hard-11k, parquet): id, problem ("<image>", then the question with its
+    options and instruction), answer, image (bytes); also ground_truth and choices, which are not read: `answer` is what
+    the authors' own search is given (mcts.py). What an answer looks like decides its rule. Fields as in the authors'
+    code; that a multiple choice's answer is its letter is unconfirmed."""
+    answer = str(row["answer"]).strip()
+    kinds = {"letter": r"[A-Z]", "yes_no": r"(?i)yes|no", "number": r"-?[\d,]*\.?\d+"}
+    rule = next((kind for kind, form in kinds.items() if re.fullmatch(form, answer)), "text")
+    text = row["problem"].replace("<image>", "").strip()
+    return picture_question(text, row["image"], id=row["id"], answer=answer, rule=rule, category="thinklite-vl")
+
+
+def read_mmbench(path: str) -> Iterator[Line]:
+    """MMBench (MMBench_DEV_EN.tsv and its like from VLMEvalKit). To save space the rotations of a question have the
+    index of another row where the picture should be; that row stands before them."""
+    images: dict[str, str] = {}
+    for file, number, read in read_rows(path, pattern="**/*.tsv"):
+        row = read()
+        image = row.get("image") or ""
+        if len(image) > 64:  # VLMEvalKit's test of which it is
+            images[row.get("index")] = image
+        yield file, number, partial(convert_row, partial(dict, row, image=images.get(image, image)), mmbench)
+
+
+def mmbench(row: dict) -> dict:
+    """index, question, hint, A, B, C, D, answer, category, image (base64), l2-category (also L2-category), split.
+    What is missing is empty or "nan"; the test split has no answers. The prompt is VLMEvalKit's, ImageMCQDataset.
+
+    index = rotation * 1,000,000 + question: each question is asked again with its options rotated, and those rows are
+    one group, for CircularEval."""
+    given = {key: value for key, value in row.items() if value not in (None, "", "nan")}
+    if "answer" not in given:
+        raise Unusable("no answer: the answers of the test split are not published")
+    options = list(itertools.takewhile(bool, (given.get(letter) for letter in "ABCDEFGH")))
+    text = f"Hint: {given['hint']}\n" if "hint" in given else ""
+    text += f"Question: {given['question']}\nOptions:\n{lettered(options)}\n"
+    text += "Please select the correct answer from the options above. \n"
+    category = given.get("l2-category") or given.get("L2-category") or given["category"]
+    more = {"id": given["index"], "group": int(given["index"]) % 1_000_000, "category": category}
+    rule = {"kind": "letter", "options": options}
+    image = base64.b64decode(given["image"], validate=True)
+    return picture_question(text, image, answer=given["answer"], rule=rule, **more)
+
+
+def mme(row: dict) -> dict:
+    """MME (lmms-lab/MME, parquet): question_id, image, question, answer, category; two questions with the same
+    question_id for each picture, one answered Yes and one No. "Please answer yes or no." is part of the question."""
+    more = {"id": row["question_id"], "group": row["question_id"], "category": row["category"]}
+    return picture_question(row["question"], row["image"], answer=row["answer"].strip(), rule="yes_no", **more)
+
+
+def mmstar(row: dict) -> dict:
+    """MMStar (Lin-Chen/MMStar, mmstar.parquet): index, question (its options in it, "Options: A: ..., B: ..."), image,
+    answer (a letter), category (6), l2_category (18), meta_info."""
+    text = f"{row['question'].strip()}\n{LETTER}"
+    more = {"id": row["index"], "category": row["category"]}
+    return picture_question(text, row["image"], answer=row["answer"].strip(), rule="letter", **more)
+
+
+def mathvista(row: dict) -> dict:
+    """MathVista (AI4Math/MathVista, testmini*.parquet): pid, question, image (a path), decoded_image, choices, unit,
+    precision (a float), answer, question_type, answer_type, metadata {task, ...}, query. `query` is the benchmark's
+    zero-shot prompt, built from the others: a hint about the form, the question with its unit, the choices. The answer
+    to a multiple choice is the choice's text; the test split has no answers."""
+    answer = row["answer"]
+    if answer in (None, ""):
+        raise Unusable("no answer: the answers of the test split are not published; testmini has them")
+    if row["question_type"] == "multi_choice":
+        choices = list(row["choices"])
+        if answer not in choices:
+            raise Unusable(f"answer: {answer!r} is none of the choices")
+        answer, rule = string.ascii_uppercase[choices.index(answer)], {"kind": "letter", "options": choices}
+    else:
+        rule = {"kind": "number", "type": row["answer_type"]}
+        if row["precision"] is not None:
+            rule["precision"] = int(row["precision"])
+        if row["unit"]:
+            rule["unit"] = row["unit"]
+    more = {"id": row["pid"], "category": row["metadata"]["task"]}
+    return picture_question(row["query"], row["decoded_image"], answer=answer, rule=rule, **more)
+
+
+def vstar_bench(row: dict) -> dict:
+    """V*Bench (craigwu/vstar_bench: test_questions.jsonl, its pictures beside it; or lmms-lab/vstar-bench's parquet):
+    image, text (the question and its options, "(A) rubber"), category (direct_attributes, relative_position),
+    question_id, label. SEAL's own evaluation compares the options' likelihoods instead of asking for a letter."""
+    text = row["text"].strip()
+    text = text if text.endswith(LETTER) else f"{text}\n{LETTER}"  # there are copies with and without it
+    more = {"id": row["question_id"], "category": row["category"]}
+    return picture_question(text, row["image"], answer=row["label"].strip(), rule="letter", **more)
+
+
+# Two benchmarks need a judge model. Their questions have no answer but `judged`: what, beside the policy's answer, is
+# in a line of the file that their judge reads. 06 writes it.
+
+
+def llava_in_the_wild(row: dict) -> dict:
+    """LLaVA-Bench in the Wild (liuhaotian/llava-bench-in-the-wild, questions.jsonl): question_id, image (a name in
+    images/), text, category (conv, detail, complex)."""
+    judged = {"question_id": row["question_id"], "prompt": row["text"]}
+    more = {"id": row["question_id"], "category": row["category"]}
+    return picture_question(row["text"], f"images/{row['image']}", judged=judged, **more)
+
+
+def wildvision(row: dict) -> dict:
+    """WildVision-Bench (WildVision/wildvision-bench, vision_bench_0617): question_id, instruction, image, language."""
+    judged = {key: row[key] for key in ("question_id", "instruction", "language")}
+    return picture_question(
+        row["instruction"], row["image"], judged=judged, id=row["question_id"], category="wildvision"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them by name.
+
+
+@dataclass
+class Source:
+    """Where published data comes from: how its files are read, what they are called on the hub, how it is scored."""
+
+    read: Callable[[str], Iterator[Line]]  # of a downloaded file or folder
+    hub: str = ""  # "owner/name" of the data set, for the download
+    metric: str = ""  # of a benchmark: its official one, a name in 04 (of questions for a policy: in 06)
+
+
+def rows(convert: Callable, pattern: str = "**/*", with_file: bool = False) -> Callable[[str], Iterator[Line]]:
+    return partial(read_rows_with_file if with_file else read_rows, convert=convert, pattern=pattern)
+
+
+SOURCES: dict[str, Source] = {
+    "jsonl": Source(read_rows),
+    "trl": Source(rows(trl)),
+    "llama-factory": Source(rows(llama_factory)),
+    "rlaif-v": Source(rows(rlaif_v, "**/*.parquet"), "openbmb/RLAIF-V-Dataset"),
+    "mmpr": Source(read_mmpr, "OpenGVLab/MMPR-v1.2"),
+    "mm-rlhf": Source(rows(mm_rlhf, "dpo_pairs.jsonl", with_file=True), "yifanzhang114/MM-RLHF"),
+    "r1-reward": Source(rows(r1_reward, "**/train-*.parquet"), "yifanzhang114/R1-Reward-RL"),
+    "mmif": Source(read_mmif, "ChrisDing1105/MMIF-23k"),
+    "omnialign-v-dpo": Source(rows(omnialign_v_dpo, "*.jsonl"), "PhoenixZ/OmniAlign-V-DPO"),
+    "ultrafeedback-all": Source(rows(ultrafeedback_all), "openbmb/UltraFeedback"),
+    "ultrafeedback-hard": Source(rows(ultrafeedback_hard), "openbmb/UltraFeedback"),
+    "shp": Source(read_shp, "stanfordnlp/SHP"),
+    "tulu-3-if": Source(rows(conversations, "**/*.parquet"), "allenai/tulu-3-IF-augmented-on-policy-70b"),
+    "tulu-3-ultrafeedback": Source(
+        rows(conversations, "**/*.parquet"), "allenai/tulu-3-ultrafeedback-cleaned-on-policy-70b"
+    ),
+    "wildchat": Source(rows(conversations, "**/*.parquet"), "allenai/tulu-3-wildchat-ultrafeedback"),
+    "olmo-2": Source(rows(conversations, "**/*.parquet"), "allenai/olmo-2-0425-1b-preference-mix"),
+    "swe-arena": Source(rows(swe_arena, "**/*.parquet"), "bigcode/bigcodearena-preference-5k"),
+    "hh-rlhf": Source(rows(hh_rlhf, "**/train.jsonl.gz"), "Anthropic/hh-rlhf"),
+    "vl-rewardbench": Source(rows(vl_rewardbench), "MMInstruction/VL-RewardBench", "vl-rewardbench"),
+    "mm-rlhf-rewardbench": Source(
+        rows(mm_rlhf_rewardbench, "**/*.jsonl", with_file=True),
+        "yifanzhang114/MM-RLHF-RewardBench",
+        "mm-rlhf-rewardbench",
+    ),
+    "multimodal-rewardbench": Source(  # not on the hub: github.com/facebookresearch/multimodal_rewardbench
+        rows(multimodal_rewardbench, "**/all_data.json"), metric="multimodal-rewardbench"
+    ),
+    "rewardbench": Source(rows(rewardbench, "**/filtered*"), "allenai/reward-bench", "rewardbench"),
+    "rewardbench-prior-sets": Source(
+        rows(rewardbench_prior_set, "**/*", with_file=True), "allenai/preference-test-sets", "rewardbench"
+    ),
+    "rewardbench-2": Source(rows(rewardbench_2), "allenai/reward-bench-2", "rewardbench-2"),
+    "rm-bench": Source(rows(rm_bench, "**/total_dataset.json", with_file=True), "THU-KEG/RM-Bench", "rm-bench"),
+    "judgebench": Source(rows(judgebench), "ScalerLab/JudgeBench", "judgebench"),
+    "llmbar": Source(  # github.com/princeton-nlp/LLMBar, its folder Dataset/LLMBar
+        rows(llmbar, "**/dataset.json", with_file=True), metric="llmbar"
+    ),
+    # Questions for a policy: to train on,
+    "vstar": Source(rows(vstar, "**/*_data.json"), "craigwu/seal_vqa_data"),
+    "arxivqa": Source(rows(arxivqa, "**/*.jsonl"), "MMInstruction/ArxivQA"),
+    "thinklite-vl": Source(rows(thinklite_vl, "**/*.parquet"), "russwang/ThinkLite-VL-hard-11k"),
+    # to evaluate on,
+    "mmbench": Source(read_mmbench, metric="circular"),
+    "mme": Source(rows(mme, "**/*.parquet"), "lmms-lab/MME", "mme"),
+    "mmstar": Source(rows(mmstar, "**/*.parquet"), "Lin-Chen/MMStar", "accuracy"),
+    "mathvista": Source(rows(mathvista, "**/testmini*.parquet"), "AI4Math/MathVista", "accuracy"),
+    "vstar-bench": Source(rows(vstar_bench, "**/test_questions.jsonl"), "craigwu/vstar_bench", "accuracy"),
+    # and for a judge model to read.
+    "llava-in-the-wild": Source(
+        rows(llava_in_the_wild, "**/questions.jsonl"), "liuhaotian/llava-bench-in-the-wild", "llava-in-the-wild"
+    ),
+    "wildvision": Source(
+        rows(wildvision, "**/vision_bench_0617/*.parquet"), "WildVision/wildvision-bench", "wildvision"
+    ),
+}
+
+# The seven sets that the paper keeps, 2.85 M pairs by its count. It keeps or drops whole sets, so none has a limit.
+MIXES = {
+    "basereward": [
+        "rlaif-v",  # 83 k
+        "mmpr",  # 2 M
+        # R1-Reward, 200 k, is not published as one set: the paper links MM-RLHF, its authors released R1-Reward-RL.
+        "mm-rlhf",
+        "r1-reward",
+        "tulu-3-if",  # 65 k
+        "olmo-2",  # 378 k
+        "ultrafeedback-hard",  # 63 k
+        # Others, 63 k: 5 k of chat, 41 k of UltraFeedback and 17 k of WildChat; which sets and splits is inferred from
+        # these numbers.
+        "swe-arena",
+        "tulu-3-ultrafeedback",
+        "wildchat:data/wildchat_reused_on_policy_70b-*",
+    ]
+}
+
+
+def split_source(source: str) -> tuple[str, str, float]:
+    """`name:PATH@LIMIT` as (name, PATH, LIMIT). What has no name in SOURCES is a path in this project's JSON form, what
+    follows an @ and is no number belongs to the path. LIMIT is a number of rows, below 1 a share of them, inf: all."""
+    found = re.fullmatch(r"(.*)@(\d+|0?\.\d+)", source)
+    source, limit = (found[1], float(found[2])) if found else (source, math.inf)
+    name, colon, path = source.partition(":")
+    return (name, path, limit) if name in SOURCES and (colon or not Path(source).exists()) else ("jsonl", source, limit)
+
+
+def open_source(source: str) -> Iterator[Line]:
+    """The lines of one --source, which is located at once. A share of them is chosen by a hash of the line's number, so
+    that all ranks choose the same."""
+    name, path, limit = split_source(source)
+    lines = SOURCES[name].read(locate(name, path))
+    if limit < 1:
+        lines = (line for i, line in enumerate(lines) if uniform(hashlib.sha256(b"%d" % i).digest()) < limit)
+    elif limit < math.inf:
+        lines = itertools.islice(lines, int(limit))
+    known = {} if name == "jsonl" else {"source": name}
+    return ((file, number, partial(lambda read: known | read(), read)) for file, number, read in lines)
+
+
+def default_name(source: str) -> str:
+    """What a data set made of this source is called: after its file or folder, or like the source itself."""
+    name, path, _ = split_source(source)
+    if Path(path).is_file():
+        return Path(path.removesuffix(".gz")).stem
+    return name if "*" in path else Path(path).name or name
+
+
+def uniform(digest: bytes) -> float:
+    """A hash as a number from 0 to 1."""
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
+def locate(name: str, path: str) -> str:
+    """PATH where something is there; otherwise the data set of that name on the hub, or the source's own, downloaded
+    into the hub's cache. Rank 0 goes first, so that what other ranks ask for is there already."""
+    if path and (Path(path).exists() or glob.glob(path)):
+        return path
+    repo = path or SOURCES[name].hub
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(DATA_FILES):
+        raise UserError(
+            f"--source {path or name}: nothing there. A source is a file or name:PATH, name one of {', '.join(SOURCES)}"
+        )
+    from huggingface_hub import snapshot_download  # comes with transformers
+
+    if dist.get_rank() > 0:
+        dist.barrier()
+    try:
+        return snapshot_download(repo, repo_type="dataset")
+    except Exception as error:  # offline, no such set, not logged in, disk full: the hub's client raises many kinds
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise UserError(
+            f"--source {path or name}: nothing there, nor could it be downloaded ({reason}). Where the hub can be "
+            f"reached: {download_command(repo, repo)}, then --source {name}:{repo}"
+        ) from None
+    finally:
+        if dist.get_rank() == 0:
+            dist.barrier()
+
+
+def download_command(repo: str, folder: str) -> str:
+    return f"hf download {repo} --repo-type dataset --local-dir {folder}"
+
+
+def mix_sources(mix: str, folder: str) -> list[str]:
+    """The sources of a mixture, in `folder` by their names on the hub; UserError says how to get what is missing."""
+    if mix not in MIXES:
+        raise UserError(f"--mix {mix}: not one of {', '.join(MIXES)}")
+    parts = [split_source(part)[:2] for part in MIXES[mix]]
+    repos = [(SOURCES[name].hub, f"{folder or '.'}/{SOURCES[name].hub}") for name, _ in parts]
+    missing = [download_command(*repo) for repo in repos if not Path(repo[1]).is_dir()]
+    if missing:
+        raise UserError(
+            "\n    ".join([f"--mix {mix}: {len(missing)} of its sets are missing in --mix_folder:", *missing])
+        )
+    return [f"{name}:{place}/{path}" for (name, path), (_, place) in zip(parts, repos)]
+
+
+def official_metric(sources: list[str]) -> str:
+    """The metric by which a data set made of these sources is scored; empty if they are no benchmark."""
+    names = [split_source(source)[0] for source in sources]
+    metrics = {SOURCES[name].metric for name in names}
+    if len(metrics) > 1:
+        raise UserError(f"--source: {' and '.join(names)} are not scored together; prepare each by itself")
+    return metrics.pop() if metrics else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All that this stage does.
 
 
 def main(settings: Settings) -> None:

@@ -63,9 +63,9 @@ def test_vl_rewardbench_in_both_groupings_with_ids_that_occur_twice(tmp_path, pr
     assert as_paper == approximately(macro=7 / 12, hallucination=1, reasoning=1 / 2, general=1 / 4)
 
 
-def test_vl_rewardbench_from_the_hub_has_its_images_as_bytes(tmp_path):
+def test_vl_rewardbench_from_the_hub_has_its_images_as_bytes(processors):
     record = data.vl_rewardbench({**VL, "id": "RLHF-V-3", "image": {"bytes": picture(), "path": None}})
-    assert record["images"] == [picture()]
+    assert data.encode_record(record, processors, 4096).images == [picture()]
 
 
 def test_mm_rlhf_rewardbench_counts_pairs_and_whole_ids(tmp_path, processors):
@@ -85,7 +85,7 @@ def test_a_video_is_32_of_its_frames_in_their_order(tmp_path):
         (frames / f"{number}.png").touch()
     images = data.mm_rlhf_rewardbench({**MM, "image": None, "video": "video/3"}, tmp_path / "m.jsonl")["images"]
     assert images == [f"video/3/{number}.png" for number in range(1, 64, 2)]
-    assert data.video_frames("video/none", tmp_path) == ["video/none"]  # which is then reported as unreadable
+    assert data.video_frames("video/none", tmp_path, 32) == ["video/none"]  # which is then reported as unreadable
 
 
 def test_multimodal_rewardbench_splits_safety_and_reasoning_by_the_id(tmp_path, processors):
@@ -200,14 +200,14 @@ def test_llmbar_has_its_subsets_from_the_folders(tmp_path, processors):
         ("vl-rewardbench", {**VL, "id": "RLHF-V-1", "response": ["one"]}, "does not say which of two is better"),
         ("vl-rewardbench", VL, "missing field: id"),
         ("mm-rlhf-rewardbench", {**MM, "image": "other/1.png"}, "names no category"),
-        ("multimodal-rewardbench", {**MULTIMODAL, "ID": "1", "Category": "vqa", "Better": "tie"}, "Better: 'tie'"),
-        ("rewardbench", {**REWARDBENCH, "subset": None}, "missing field: subset"),
+        ("multimodal-rewardbench", {**MULTIMODAL, "ID": "1", "Category": "vqa", "Better": "tie"}, "'tie' does not say"),
+        ("rewardbench", REWARDBENCH, "missing field: subset"),
         ("rewardbench-2", {**REWARDBENCH_2, "num_correct": 2}, "1 chosen and 3 rejected, but 2 correct of 4"),
         ("rm-bench", {**RM_BENCH, "chosen": ["4"]}, "1 chosen and 3 rejected, not 3 styles of each"),
         ("rm-bench", {**RM_BENCH, "domain": "cooking"}, "domain: 'cooking'"),
-        ("judgebench", {**JUDGEBENCH, "label": "A=B"}, "label: 'A=B'"),
+        ("judgebench", {**JUDGEBENCH, "label": "A=B"}, "'A=B' does not say"),
         ("judgebench", {**JUDGEBENCH, "source": "arena"}, "source: 'arena'"),
-        ("llmbar", {**LLMBAR, "label": 0}, "label: 0"),
+        ("llmbar", {**LLMBAR, "label": 0}, "0 does not say"),
     ],
 )
 def test_a_row_that_does_not_say_what_is_right_is_unusable(source, row, reason, tmp_path, processors):
