@@ -527,16 +527,19 @@ def overlap(comparisons, training: list[str], distance: int = 2) -> dict[str, in
     return {what: int(count) for what, count in found.items()}
 
 
-def warn_of_overlap(name: str, model, comparisons) -> dict[str, int]:
+def warn_of_overlap(name: str, model, comparisons) -> None:
     """Prints what a benchmark shares with the data its model was trained on, where that is still there."""
     there = [folder for folder in model.trained_with.get("data", []) if Path(folder, "dataset.json").is_file()]
-    shared = overlap(comparisons, there) if there else {}
+    try:
+        shared = overlap(comparisons, there) if there else {}
+    except UserError as error:  # scores are not lost over this
+        print(f"{name}: whether {comparisons.folder} and the training data overlap is not known: {error}")
+        return
     for what, count in shared.items():
         if count:
             print(
                 f"{name}: {count} of {len(comparisons)} in {comparisons.folder} share a {what} with {', '.join(there)}"
             )
-    return shared
 
 
 # ---------------------------------------------------------------------------------------------------------------------
