@@ -72,7 +72,7 @@ class Settings:
         "what to prepare, repeatable; none: the embedded world. A JSONL file of your own, or name:PATH, a published "
         "set (SOURCES in 01_data.py has the names): PATH is its file, its folder, a pattern of files, or its name on "
         "the hub, from where it is downloaded; name alone takes the published one. With @LIMIT behind it, at most that "
-        "many rows (an integer), or that share of them (like 0.5)",
+        "many rows (an integer), or that share of them (like 0.5). world:PART@COUNT is a part of the embedded world",
     )
     mix: str = option("", "a mixture of published sets to prepare as one; known: basereward, the paper's training data")
     mix_folder: str = option("", "folder of the mixture's sets, each in a folder by its name on the hub, owner/name")
@@ -1399,6 +1399,7 @@ def rows(convert: Callable, pattern: str = "**/*", with_file: bool = False) -> C
 
 SOURCES: dict[str, Source] = {
     "jsonl": Source(read_rows),
+    "world": Source(read_world),  # see open_source
     "trl": Source(rows(trl)),
     "llama-factory": Source(rows(llama_factory)),
     "rlaif-v": Source(rows(rlaif_v, "**/*.parquet"), "openbmb/RLAIF-V-Dataset"),
@@ -1485,10 +1486,15 @@ def split_source(source: str) -> tuple[str, str, float]:
     return (name, path, limit) if name in SOURCES and (colon or not Path(source).exists()) else ("jsonl", source, limit)
 
 
-def open_source(source: str) -> Iterator[Line]:
+def open_source(source: str, seed: int = 0) -> Iterator[Line]:
     """The lines of one --source, which is located at once. A share of them is chosen by a hash of the line's number, so
-    that all ranks choose the same."""
+    that all ranks choose the same. `seed` is for the embedded world's."""
     name, path, limit = split_source(source)
+    if name == "world":
+        parts = embedded_world().SOURCES
+        if path not in parts or not 1 <= limit < math.inf:
+            raise UserError(f"--source {source}: should be world:PART@COUNT, PART one of {', '.join(parts)}")
+        return read_world(path, "train", int(limit), str(seed))
     lines = SOURCES[name].read(locate(name, path))
     if limit < 1:
         lines = (line for i, line in enumerate(lines) if uniform(hashlib.sha256(b"%d" % i).digest()) < limit)
@@ -1575,7 +1581,7 @@ def main(settings: Settings) -> None:
         settings.source += mix_sources(settings.mix, settings.mix_folder)
     if settings.source:
         name = settings.name or settings.mix or default_name(settings.source[0])
-        lines = itertools.chain.from_iterable([open_source(source) for source in settings.source])
+        lines = itertools.chain.from_iterable([open_source(source, settings.seed) for source in settings.source])
         holdout = 0 if official_metric(settings.source) else settings.holdout  # a benchmark is kept whole
         prepare(name, lines, processors, settings, holdout)
     else:
