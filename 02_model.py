@@ -688,7 +688,7 @@ def export(
     names, tied ones once, in several files with an index where they are more than `file_size`.
 
     Of a sharded model all ranks call this. A tensor is gathered at a time, on all of them, and rank 0 keeps it until
-    the file that it belongs to is written: it takes memory for one such file, the others for the largest tensor.
+    the file that it belongs to is written: that takes memory for twice the largest tensor, and on rank 0 for one file.
 
     All files are first written beside their place. What makes a model whole, the file or index that `from_pretrained`
     looks for and the head of a reward model, is the first to go of an earlier one and the last to come of this one.
