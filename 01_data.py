@@ -186,6 +186,11 @@ def read_json(line: bytes) -> dict:
         raise Unusable(f"not a line of JSON: {error}") from None
     if not isinstance(record, dict):
         raise Unusable(f"not a JSON object but {type(record).__name__}")
+    if re.search(rb"\\u[dD][89a-fA-F]", line):  # one of a surrogate pair, perhaps without the other
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Unusable("not a text: has half of a surrogate pair") from None
     return record
 
 
@@ -437,7 +442,7 @@ def encode_prompt(
     messages = check_messages(messages)
     parts = [part for turn in messages if isinstance(turn["content"], list) for part in turn["content"]]
     slots = [part for part in parts if part["type"] == "image"]
-    images = [part["image"] for part in slots if "image" in part] or list(images)
+    images = [part["image"] for part in slots if part.get("image") is not None] or list(images)
     if images and not slots:  # as in TRL: images without a place stand before the first user turn's text
         first = next(turn for turn in messages if turn["role"] == "user")
         first["content"] = [{"type": "image"}] * len(images) + [{"type": "text", "text": first["content"]}]

@@ -23,6 +23,7 @@ the score is read (we take the last, as the authors' public command).
 Deviation: the head computes in float32 even where the backbone computes in bfloat16, whose spacing near 4 is 0.03.
 """
 
+import copy
 import dataclasses
 import importlib
 import itertools
@@ -30,6 +31,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -40,10 +42,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import split_torch_state_dict_into_shards  # comes with transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as transformers_logging
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
@@ -51,6 +56,8 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 data = importlib.import_module("01_data")  # a module name that starts with a digit cannot be written after `import`
 option, Comparison, Processors, UserError = data.option, data.Comparison, data.Processors, data.UserError
 
+INDEX_FILE, HEAD_FILE = "model.safetensors.index.json", "reward_head.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of an exported backbone or policy
 ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
@@ -381,6 +388,10 @@ class RewardHead(nn.Module):
         self.mlp = nn.Sequential(*parts, last)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.mlp[0].weight.dtype != torch.float32:
+            raise UserError(
+                "the reward head is to stay float32; `place(reward, device, dtype)` makes only the backbone less"
+            )
         return self.mlp(hidden.float()).sum(-1)  # of one element; a view would trip FSDP's backward hooks
 
 
@@ -408,7 +419,7 @@ class RewardModel(nn.Module):
     def from_pretrained(cls, folder: str, empty: bool = False) -> "RewardModel":
         """A reward model that `save_pretrained` wrote; `empty` leaves the backbone's weights to be filled in, as in
         `load_backbone`. Raises UserError where there is none."""
-        path = Path(folder, "reward_head.safetensors")
+        path = Path(folder, HEAD_FILE)
         if not path.is_file():
             raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
         with safe_open(path, framework="pt") as file:
@@ -417,30 +428,13 @@ class RewardModel(nn.Module):
             head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
         return cls(load_backbone(folder, empty=empty), head, data.load_processors(folder), about["trained_with"])
 
-    def save_pretrained(self, folder: str, state: dict | None = None) -> None:
-        """Writes the Hugging Face layout plus reward_head.safetensors.
-
-        `state` is a full state dict where the model's own is sharded. All files are written beside their place first;
-        the head goes last and an old one first, so that a folder with a head is a whole model.
-        """
-        state = self.state_dict() if state is None else state
-
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-        out = Path(folder)
-        writing = out / ".writing"
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        self.backbone.save_pretrained(writing, state_dict=part("backbone."))
-        self.processors.save(str(writing))
+    def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32, file_size: str = "5GB") -> None:
+        """Writes the Hugging Face layout (`export`) plus reward_head.safetensors, which is float32 whatever `dtype`
+        the backbone gets. Where the model is sharded all ranks call it."""
+        head = {name: whole(tensor).cpu() for name, tensor in self.head.state_dict().items()}
         about = {"head": self.head.settings, "trained_with": self.trained_with}
-        save_file(part("head."), writing / "reward_head.safetensors", metadata={"reward_head": json.dumps(about)})
-        for old in [out / "reward_head.safetensors", *out.glob("model*.safetensors*")]:
-            old.unlink(missing_ok=True)
-        for path in sorted(writing.iterdir(), key=lambda path: path.name == "reward_head.safetensors"):
-            os.replace(path, out / path.name)
-        writing.rmdir()
+        head_file = save(head, metadata={"reward_head": json.dumps(about)})
+        export(self.backbone, self.processors, folder, dtype, file_size, head_file)
 
     def hidden_states(self, row: PackedRow) -> torch.Tensor:
         """The backbone's last hidden states, [T, hidden]."""
@@ -449,9 +443,9 @@ class RewardModel(nn.Module):
     def forward(self, row: PackedRow) -> torch.Tensor:
         return self.head(self.hidden_states(row)[row.last])  # [T, hidden] -> [N, hidden] -> [N]
 
-    @torch.inference_mode()
     def score(self, messages: list[dict], responses: list[str], images: list = ()) -> torch.Tensor:
-        """Scores N responses to one prompt, [N] float32; they do not depend on each other or on their order.
+        """Scores N responses to one prompt, [N] float32 on the CPU; they do not depend on each other or on their order.
+        The model computes where and in what it is; on a GPU, `place(reward, "cuda")` is the fast way.
 
         Args:
             messages: the prompt's turns; an image is {"type": "image", "image": path, bytes or PIL image}, or {"type":
@@ -460,15 +454,202 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: says what is wrong with the prompt, an image or a response.
         """
-        prompt, files, grids = data.encode_prompt(messages, images, self.processors)
         texts = [data.text_of(text, f"responses[{i}]") for i, text in enumerate(responses)]
-        encoded = [data.encode_response(text, self.processors) for text in texts]
-        comparison = Comparison(prompt, encoded, [1] * len(encoded), files, grids)
-        return self(pack([comparison], self.processors).to(self.device)).cpu()
+        return self.score_encoded([self.encode(messages, texts, images)]).cpu()
+
+    def encode(self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()) -> Comparison:
+        """A prompt and responses as `score` takes them, ready for `score_encoded`; image paths are relative to
+        `folder`. Raises ValueError as `score` does."""
+        prompt, files, grids = data.encode_prompt(messages, images, self.processors, folder)
+        responses = [data.encode_response(text, self.processors) for text in texts]
+        return Comparison(prompt, responses, [1] * len(responses), files, grids)
+
+    @torch.inference_mode()
+    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
+        """The scores of all responses of all comparisons, one behind the other, [N] float32 on the model's device, in
+        forwards of at most `micro_tokens` tokens each."""
+        rows = rows_of(comparisons, micro_tokens)
+        scores = [self(pack(row, self.processors).to(self.device)) for row in rows]
+        return torch.cat([torch.zeros(0, device=self.device), *scores])
+
+    def model_for(self, has_image: bool) -> "RewardModel":
+        return self  # a RewardRouter has two
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer with which prepared comparisons must have been encoded."""
+        return self.processors.fingerprint
 
     @property
     def device(self) -> torch.device:
         return self.head.mlp[0].weight.device
+
+
+def rows_of(comparisons: list[Comparison], micro_tokens: int) -> Iterator[list[Comparison]]:
+    """Deals comparisons, in order, into rows of at most `micro_tokens` tokens (an image patch counts a quarter). One
+    that is longer is cut between its responses and its prompt stands in each part; a single response is never cut."""
+    row, size = [], 0
+    for comparison in comparisons:
+        prompt = len(comparison.prompt) + int(comparison.grids.prod(1).sum()) // 4
+        rest, part = sum(map(len, comparison.responses)), None
+        for response in comparison.responses:
+            if row and size + (len(response) if part else prompt + rest) > micro_tokens:
+                yield row
+                row, size, part = [], 0, None
+            if part is None:
+                part = dataclasses.replace(comparison, responses=[])
+                row.append(part)
+                size += prompt
+            part.responses.append(response)
+            size += len(response)
+    if row:
+        yield row
+
+
+class RewardRouter(nn.Module):
+    """A multimodal and a text-only reward model that are used as one: a comparison with an image goes to the first, one
+    without to the second, which the paper finds better for text than any multimodal one.
+
+    Their scores live on different scales, so compare those of one prompt only. Each model encodes text with its own
+    tokenizer; comparisons that were encoded before, in shards, need two models that have the same.
+    """
+
+    def __init__(self, multimodal: RewardModel, text: RewardModel):
+        super().__init__()
+        if multimodal.processors.image is None:
+            raise UserError("the multimodal reward model of the two is text-only")
+        self.multimodal, self.text = multimodal, text
+
+    @classmethod
+    def from_pretrained(cls, multimodal: str, text: str) -> "RewardRouter":
+        return cls(RewardModel.from_pretrained(multimodal), RewardModel.from_pretrained(text))
+
+    def model_for(self, has_image: bool) -> RewardModel:
+        return self.multimodal if has_image else self.text
+
+    def score(self, messages: list[dict], responses: list[str], images: list = ()) -> torch.Tensor:
+        """As `RewardModel.score`."""
+        return self.model_for(has_image(messages, images)).score(messages, responses, images)
+
+    def encode(self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()) -> Comparison:
+        """As `RewardModel.encode`, with the tokenizer of the model that will score it."""
+        return self.model_for(has_image(messages, images)).encode(messages, texts, images, folder)
+
+    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
+        """As `RewardModel.score_encoded`."""
+        scores = {}
+        for images in (True, False):
+            part = [i for i, comparison in enumerate(comparisons) if bool(comparison.images) == images]
+            found = self.model_for(images).score_encoded([comparisons[i] for i in part], micro_tokens)
+            scores |= zip(part, found.split([len(comparisons[i].responses) for i in part])) if part else ()
+        return torch.cat([torch.zeros(0, device=self.multimodal.device), *(scores[i] for i in sorted(scores))])
+
+    @property
+    def fingerprint(self) -> str:
+        """As `RewardModel.fingerprint`. Raises UserError where the two models have different tokenizers."""
+        if self.multimodal.fingerprint != self.text.fingerprint:
+            raise UserError(
+                "the two reward models have different tokenizers or chat templates, and prepared data has one; "
+                "from text, both can score together: 04_eval.py --score, or `score` in Python"
+            )
+        return self.multimodal.fingerprint
+
+    @property
+    def processors(self) -> Processors:
+        return self.multimodal.processors
+
+    @property
+    def trained_with(self) -> dict:
+        sets = [model.trained_with.get("data", []) for model in (self.multimodal, self.text)]
+        return {"data": [*dict.fromkeys(itertools.chain(*sets))]}
+
+
+def has_image(messages: list[dict], images: list) -> bool:
+    """Whether a prompt, as `score` takes it, has an image. Raises ValueError where it is none."""
+    parts = [
+        part for turn in data.check_messages(messages) if isinstance(turn["content"], list) for part in turn["content"]
+    ]
+    return bool(images) or any(part["type"] == "image" for part in parts)
+
+
+def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Readies a model for inference on a device, in place, and returns it. Without `dtype` it computes in bfloat16 on a
+    GPU and in float32 elsewhere. As in training that is for parameters only: a reward head stays float32, and so do
+    rotary frequencies, which `model.to(dtype)` would round as well, and so be off by radians at position 1000."""
+    device = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.eval().requires_grad_(False).to(device)
+    heads = [module for module in model.modules() if isinstance(module, RewardHead)]
+    exact = {parameter for head in heads for parameter in head.parameters()}
+    for parameter in model.parameters():
+        if parameter not in exact:
+            parameter.data = parameter.to(dtype)
+    return model
+
+
+def load_reward(model: str, text_model: str = "") -> RewardModel | RewardRouter:
+    """The reward model of the command line's --model, or the router of --model and --text_model."""
+    return RewardRouter.from_pretrained(model, text_model) if text_model else RewardModel.from_pretrained(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As the reward of other people's training.
+
+
+def trl_reward(
+    reward: RewardModel | RewardRouter,
+    prompts: list,
+    completions: list,
+    images: list | None = None,
+    image: list | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **_,
+) -> list[float]:
+    """A reward function of TRL's GRPOTrainer: GRPOTrainer(..., reward_funcs=partial(trl_reward, reward)).
+
+    TRL gives a prompt anew with each of its completions. Prompts that are equal, images included, become one comparison
+    here, which is encoded once; TRL logs how many completions that makes for each as "completions_per_prompt".
+
+    Args: prompts and completions [n], texts or lists of messages; images, the data set's column of that name, a list
+        for each prompt, or `image`, one or None for each; what else TRL passes is not used.
+    Returns the raw scores [n]. Raises ValueError where a completion is more than one text, or a prompt is unusable.
+    """
+    given = images or [[] if each is None else [each] for each in image or [None] * len(prompts)]
+    groups: dict[tuple, list[int]] = {}
+    for i, prompt in enumerate(zip(prompts, given, strict=True)):
+        groups.setdefault(hashable(prompt), []).append(i)
+    comparisons = []
+    for places in groups.values():
+        texts = [completion_text(completions[i]) for i in places]
+        comparisons.append(reward.encode(prompts[places[0]], texts, given[places[0]] or []))
+    if log_metric is not None:
+        log_metric("completions_per_prompt", len(prompts) / len(groups))
+    scores = dict(zip(itertools.chain(*groups.values()), reward.score_encoded(comparisons).tolist()))
+    return [scores[i] for i in range(len(prompts))]
+
+
+def hashable(value):
+    """A prompt as something that is equal, and has the same hash, where two prompts are the same."""
+    if isinstance(value, dict):
+        return tuple((key, hashable(part)) for key, part in sorted(value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(hashable, value))
+    if isinstance(value, data.Image.Image):
+        return value.mode, value.size, value.tobytes()
+    return value
+
+
+def completion_text(completion: str | list[dict]) -> str:
+    """The text of what a policy wrote; it may be empty."""
+    if isinstance(completion, list) and len(completion) == 1:
+        completion = completion[0]["content"]
+    if not isinstance(completion, str):
+        raise data.Unusable("completions: neither a text nor one assistant message with a text")
+    return completion
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing checkpoints.
 
 
 def load_backbone(path: str, auto=AutoModel, empty: bool = False) -> nn.Module:
@@ -487,6 +668,78 @@ def load_backbone(path: str, auto=AutoModel, empty: bool = False) -> nn.Module:
         backbone = auto.from_pretrained(path, **wanted)
     prepare_vision(backbone)
     return backbone
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP may have sharded, gathered; then all ranks call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def export(
+    model: nn.Module,
+    processors: Processors,
+    folder: str,
+    dtype: torch.dtype = torch.float32,
+    file_size: str = "5GB",
+    head_file: bytes = b"",
+) -> None:
+    """Writes a transformers model and its processors as `from_pretrained` reads them: weights under their published
+    names, tied ones once, in several files with an index where they are more than `file_size`.
+
+    Of a sharded model all ranks call this. A tensor is gathered at a time, on all of them, and rank 0 keeps it until
+    the file that it belongs to is written: that takes memory for twice the largest tensor, and on rank 0 for one file.
+
+    All files are first written beside their place. What makes a model whole, the file or index that `from_pretrained`
+    looks for and the head of a reward model, is the first to go of an earlier one and the last to come of this one.
+
+    Raises UserError where `file_size` is no size like 5GB.
+    """
+    state = model.state_dict(keep_vars=True)  # asked for it, FSDP also shards again what it has left gathered
+    for tied in model.all_tied_weights_keys:
+        state.pop(tied, None)
+    state = revert_weight_conversion(model, state)
+    sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
+    writes = not sharded or dist.get_rank() == 0
+    shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
+    try:
+        files = split_torch_state_dict_into_shards(shapes, max_shard_size=file_size)
+    except ValueError as error:
+        raise UserError(f"--export_file_size {file_size}: {error}") from None
+    out, writing = Path(folder), Path(folder, ".writing")
+    if writes:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    for file, names in files.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            tensor = whole(state[name].to(dtype))
+            if writes:
+                tensors[name] = tensor.cpu().contiguous()
+        if writes:
+            save_file(tensors, writing / file, metadata={"format": "pt"})
+    if not writes:
+        return
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+        data.write_file(writing / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True))
+    config = copy.deepcopy(model.config)
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    config.save_pretrained(writing)
+    if model.can_generate():
+        model.generation_config.save_pretrained(writing)
+    processors.save(str(writing))
+    if head_file:
+        data.write_file(writing / HEAD_FILE, head_file)
+
+    order = ["model.safetensors", INDEX_FILE, HEAD_FILE]  # the last to come and the first to go
+    for name in reversed(order):
+        (out / name).unlink(missing_ok=True)
+    for old in out.glob("model-*.safetensors"):
+        old.unlink()
+    for path in sorted(writing.iterdir(), key=lambda path: order.index(path.name) if path.name in order else -1):
+        os.replace(path, out / path.name)
+    writing.rmdir()
 
 
 def attention_of(config) -> str | dict[str, str]:
@@ -540,9 +793,10 @@ def main(settings: Settings) -> None:
         getattr(model.backbone, "visual", None),
         getattr(model.backbone, "language_model", model.backbone),
     )
-    print(
-        f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}) and a new reward head\n\nparameters"
-    )
+    print(f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}) and a new reward head")
+    if Path(settings.backbone, HEAD_FILE).is_file():
+        print(f"The trained head there is not taken; 03_train.py --model {settings.backbone} continues with it")
+    print("\nparameters")
     for name, module in (
         ("vision tower", vision),
         ("language model", language),

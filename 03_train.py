@@ -23,8 +23,9 @@ The gradient of a step does not depend on the number of ranks: which comparisons
 alone; they are dealt to ranks by length; and each loss is divided by the number of comparisons in the step, whoever
 holds them.
 
-No rank holds more than its shards: the model is sharded while it is empty, then filled. Only the export gathers it, in
-rank 0's main memory. On several nodes, which have to see the same files, each runs its own line of
+No rank holds more than its shards: the model is sharded while it is empty, then filled. The export gathers a tensor at
+a time, and rank 0 keeps in main memory as many as make one file (--export_file_size). On several nodes, which have to
+see the same files, each runs its own line of
 
     torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr NODE0 03_train.py --shard_size 8
 
@@ -40,6 +41,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,7 +49,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -94,6 +95,10 @@ class Settings:
     validation_size: int = option(256, "comparisons of a validation")
     checkpoint_every: int = option(50, "steps between checkpoints; 0: none")
     resume: bool = option(False, "continue from the newest checkpoint in --out")
+    export_dtype: Literal["fp32", "bf16"] = option(
+        "fp32", "of the exported backbone: fp32 is what was trained, to the bit; bf16 is half as large (head: float32)"
+    )
+    export_file_size: str = option("5GB", "largest file of the export, which is what rank 0 gathers at a time")
     workers: int = option(1, "processes a rank that read and decode ahead of the step; 0: the step does it itself")
     seed: int = option(0, "seed of the order of the data")
     plan: bool = option(False, "train nothing: print what the run would compute, need and take (next seven settings)")
@@ -439,6 +444,7 @@ def load_checkpoint(folder: Path, model, optimizer, settings: Settings) -> int:
         return 0
     run = json.loads((found[-1] / "run.json").read_text())
     same_run = "resume out workers checkpoint_every validate_every validation validation_size micro_tokens shard_size"
+    same_run += " export_dtype export_file_size"
     same_run += " plan gpus gpu_memory gpu_flops utilisation gpu_link plan_comparisons plan_lengths"
     differ = [
         f"--{key} {run['settings'].get(key)} (now {value})"
@@ -680,6 +686,7 @@ def validate(model, comparisons, micro_batches, device) -> dict[str, float]:
         sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
     dist.all_reduce(sums)
     model.train()
+    model.reshard()  # without a backward the embeddings, of the root, stay gathered, and no checkpoint can have that
     return {"validation_loss": (sums[0] / sums[2]).item(), "validation_accuracy": (sums[1] / sums[2]).item()}
 
 
@@ -735,7 +742,9 @@ def train(settings: Settings) -> dict:
             shutil.rmtree(checkpoints, ignore_errors=True)
         logged = log.read_text().splitlines() if start and log.is_file() else []
         data.write_file(log, "".join(f"{line}\n" for line in logged if json.loads(line)["step"] <= start))
-        head = f"a head trained on {', '.join(began_with['data'])}" if began_with else "a new head"
+        head = "a new head"
+        if began_with:
+            head = f"its head, trained on {', '.join(began_with['data'])} for {began_with['steps']} steps"
         images = int((patches > 0).sum())
         print(f"{settings.model} with {head}; {len(comparisons)} comparisons, {images} of them with images", flush=True)
         print(f"steps {start + 1} to {steps} of {settings.batch_size} comparisons on {world} rank(s), ", end="")
@@ -794,11 +803,9 @@ def train(settings: Settings) -> dict:
         began, asked, waited = time.perf_counter(), time.perf_counter(), 0.0
     progress.close()
 
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:
-        model.trained_with = {"data": settings.data or [DEFAULT_DATA], "steps": began_with.get("steps", 0) + steps}
-        model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
-        model.save_pretrained(settings.out, state)
+    model.trained_with = {"data": settings.data or [DEFAULT_DATA], "steps": began_with.get("steps", 0) + steps}
+    model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
+    model.save_pretrained(settings.out, model_stage.DTYPES[settings.export_dtype], settings.export_file_size)
     dist.barrier()
     return line
 

@@ -3,12 +3,14 @@
     torchrun --standalone --nproc_per_node=2 04_eval.py                          # artifacts/reward on the held-out sets
     torchrun --standalone --nproc_per_node=2 04_eval.py --model A --model B --benchmark artifacts/data/mine
     torchrun --standalone --nproc_per_node=2 04_eval.py --benchmark artifacts/data/mine --scores_from theirs.jsonl
+    torchrun --standalone --nproc_per_node=2 04_eval.py --score mine.jsonl      # the same lines with scores, no tables
 
 In    Reward models (03) and prepared benchmarks (01), or another system's scores instead of a model.
 Out   artifacts/scores/<model>/<benchmark>.safetensors, the raw float32 scores (rounded ones make false ties), and
       summary.json, report.html, a page to look at; printed: a table for each benchmark, and how much of it the
       training data holds. Of several models also one table of all: so one sees what each source of training data is
       worth, by training a model on each and scoring all on everything (the paper's Table 4).
+      With --score, artifacts/scores/<model>/<FILE> and nothing else.
 
 What is counted. A pair is two responses to one prompt of which one is ranked better; it is right if the better one
 scores strictly higher, so a tie is wrong. `overall` is right pairs / pairs; `macro` the plain mean over categories;
@@ -28,10 +30,13 @@ import base64
 import importlib
 import io
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from html import escape
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +61,12 @@ class Settings:
     scores_from: str = option(
         "", "another system's scores instead of a model: one JSON list of N numbers a line, in the benchmark's order"
     )
+    text_model: str = option("", "text-only reward model for what has no image (the paper's advice); '' for none")
+    score: str = option(
+        "",
+        "instead of benchmarks a JSONL file, lines with prompt, images if any, and responses or chosen and rejected; "
+        "out come the same lines with their scores, or the error that kept one from being scored",
+    )
     out: str = option(
         "artifacts/scores", "folder that receives <model>/<benchmark>.safetensors and <model>/summary.json"
     )
@@ -66,13 +77,25 @@ class Settings:
 # Scores: a list of one float array [N] for each comparison, in the benchmark's order.
 
 
+def short_names(models: list[str]) -> list[str]:
+    """What models are called in tables and files: by their folder, or by their whole path where two have the same."""
+    names = [Path(model).name for model in models]
+    if len(set(models)) < len(models):
+        raise UserError(f"the same model is given twice: {', '.join(models)}")
+    return [model.strip("/").replace("/", "-") if names.count(name) > 1 else name for name, model in zip(names, models)]
+
+
+def models_of(settings: Settings) -> dict[str, str]:
+    """{name in tables and files: folder} of every --model."""
+    models, text = settings.model or ["artifacts/reward"], settings.text_model
+    return {f"{name}+{Path(text).name}" if text else name: model for name, model in zip(short_names(models), models)}
+
+
 @torch.inference_mode()
 def score_comparisons(model, comparisons, device: torch.device, micro_tokens: int = 8192) -> list[np.ndarray]:
     """Scores every comparison; all ranks share the work, every rank returns all scores."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    model.eval().to(device)
-    if device.type == "cuda":
-        model.backbone.to(torch.bfloat16)
+    model_stage.place(model, device)
     data.use_pixel_limits(model.processors, [comparisons])
     tokens, patches = comparisons.sizes()
     if model.processors.image is None and patches.any():
@@ -85,11 +108,87 @@ def score_comparisons(model, comparisons, device: torch.device, micro_tokens: in
     flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)
     for batch in tqdm(batches, desc=comparisons.info["name"], unit=" batch", disable=rank > 0, mininterval=1):
         if batch.comparisons:
-            row = model_stage.pack([comparisons[i] for i in batch.comparisons], model.processors)
             where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.comparisons])
-            flat[torch.from_numpy(where).to(device)] = model(row.to(device)).double()
+            scores = model.score_encoded([comparisons[i] for i in batch.comparisons], micro_tokens)
+            flat[torch.from_numpy(where).to(device)] = scores.double()
     dist.all_reduce(flat)  # every score was written by one rank and is zero on the others
     return np.split(flat.cpu().numpy(), starts[1:-1])
+
+
+def to_score(record: dict) -> tuple[list, list[str], list]:
+    """Prompt, responses and images of a record in the JSON form of 01, which here needs no ranks. Raises Unusable."""
+    named = {key: record[key] for key in ("chosen", "rejected") if key in record}
+    if isinstance(record.get("responses"), list):
+        named = {f"responses[{i}]": response for i, response in enumerate(record["responses"])}
+    elif len(named) < 2:
+        raise data.Unusable("missing field: responses, or chosen and rejected")
+    if "prompt" not in record:
+        raise data.Unusable("missing field: prompt")
+    images = record.get("images") or []
+    if not isinstance(images, list):
+        raise data.Unusable("images: not a list")
+    return record["prompt"], [data.text_of(response, name) for name, response in named.items()], images
+
+
+def scored_lines(model, lines: Iterable[bytes], folder: Path, micro_tokens: int) -> Iterator[dict]:
+    """The records of JSONL lines, in order, each with `scores`, one for each of `responses` or for chosen and rejected,
+    or with `error`, why it has none. Image paths are relative to `folder`. As many lines are held as make some rows."""
+    waiting, tokens = [], 0  # [(record, comparison, or None where there is an error)]
+
+    def scored() -> Iterator[dict]:
+        comparisons = [comparison for _, comparison in waiting if comparison is not None]
+        scores = iter(model.score_encoded(comparisons, micro_tokens).tolist())
+        for record, comparison in waiting:
+            yield record if comparison is None else record | {"scores": list(islice(scores, len(comparison.responses)))}
+
+    for line in lines:
+        record, comparison = {"line": line.decode(errors="replace")}, None
+        try:
+            record = data.read_json(line)
+            record = {key: value for key, value in record.items() if key not in ("scores", "error")}
+            comparison = model.encode(*to_score(record), folder)
+            tokens += comparison.length
+        except data.Unusable as error:
+            record["error"] = str(error)
+        waiting.append((record, comparison))
+        if tokens >= 4 * micro_tokens or len(waiting) == 1000:
+            yield from scored()
+            waiting, tokens = [], 0
+    yield from scored()
+
+
+def score_file(settings: Settings) -> None:
+    """Scores a JSONL file; every rank takes every world-th line, and rank 0 puts the lines together in their order."""
+    rank, world, device = data.start_distributed()
+    source = Path(settings.score)
+    if settings.benchmark or settings.scores_from:
+        raise UserError("--score: instead of --benchmark and --scores_from, not beside them")
+    if not source.is_file():
+        raise UserError(f"--score {source}: no such file")
+    (name, folder), *others = models_of(settings).items()
+    if others:
+        raise UserError("--score takes one --model")
+    model = model_stage.place(model_stage.load_reward(folder, settings.text_model), device)
+    out = Path(settings.out, name, source.name)
+    parts = [out.with_name(f".{out.name}.{each}.tmp") for each in range(world)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    counts = torch.zeros(2, dtype=torch.long)  # lines, and those without scores
+    with open(source, "rb") as lines, open(parts[rank], "w") as part:
+        mine = tqdm(islice(lines, rank, None, world), unit=" lines", disable=rank > 0, mininterval=1)
+        for record in scored_lines(model, mine, source.parent, settings.micro_tokens):
+            part.write(json.dumps(record) + "\n")
+            counts += torch.tensor([1, "error" in record])
+    dist.all_reduce(counts)  # so all have written
+    if rank == 0:
+        with ExitStack() as stack:
+            whole = stack.enter_context(open(out.with_name(f".{out.name}.tmp"), "w"))
+            dealt = [stack.enter_context(open(part)) for part in parts]
+            for together in zip_longest(*dealt, fillvalue=""):  # the i-th line of every rank
+                whole.writelines(together)
+        os.replace(whole.name, out)
+        for part in parts:
+            part.unlink()
+        print(f"{out}: {counts[0]} lines, {counts[1]} of them without scores but with the reason as `error`")
 
 
 def read_scores(path: str, comparisons) -> list[np.ndarray]:
@@ -499,14 +598,6 @@ def overall_table(benchmarks: dict[str, dict[str, dict]]) -> str:
     return table("overall accuracy", overall, counts=False)
 
 
-def short_names(models: list[str]) -> list[str]:
-    """What models are called in tables and files: by their folder, or by their whole path where two have the same."""
-    names = [Path(model).name for model in models]
-    if len(set(models)) < len(models):
-        raise UserError(f"the same model is given twice: {', '.join(models)}")
-    return [model.strip("/").replace("/", "-") if names.count(name) > 1 else name for name, model in zip(names, models)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What training data and a benchmark share.
 
@@ -617,6 +708,7 @@ def scores_while_reading(model, comparison) -> list[np.ndarray]:
     """The head applied at the prompt's last token and at every token of each response, N x [1 + R], in one forward.
 
     It was trained at a response's last token only; elsewhere it is an aid to look with, no measurement."""
+    model = model.model_for(bool(comparison.images))
     row = model_stage.pack([comparison], model.processors).to(model.device)
     read = model.head(model.hidden_states(row))[len(comparison.prompt) - 1 :].float().cpu().numpy()
     responses = np.split(read[1:], np.cumsum([len(response) for response in comparison.responses])[:-1])
@@ -677,10 +769,10 @@ def page(title: str, sections: list[str]) -> str:
 def evaluate(name: str, path: str, folders: list[str], settings: Settings, device: torch.device) -> dict[str, dict]:
     """Scores every benchmark with one model, or reads the scores that take its place (`path` empty), and writes what
     belongs to it. Returns, on rank 0, {title of the benchmark: {name and baselines: metrics}}."""
-    model = model_stage.RewardModel.from_pretrained(path) if path else None
+    model = model_stage.load_reward(path, settings.text_model) if path else None
     out, found, sections = Path(settings.out, name), {}, []
     for folder in folders:
-        comparisons = data.Comparisons(folder, model.processors.fingerprint if model else None)
+        comparisons = data.Comparisons(folder, model.fingerprint if model else None)
         if not len(comparisons) or not all(comparisons.response_counts()):
             raise UserError(f"{folder}: has prompts without responses; a benchmark is made of pairs or rankings")
         if model:
@@ -704,6 +796,8 @@ def evaluate(name: str, path: str, folders: list[str], settings: Settings, devic
 
 
 def main(settings: Settings) -> None:
+    if settings.score:
+        return score_file(settings)
     rank, _, device = data.start_distributed()
     if settings.scores_from:
         if len(settings.benchmark) != 1 or settings.model:
@@ -712,8 +806,7 @@ def main(settings: Settings) -> None:
             )
         systems = {Path(settings.scores_from).stem: ""}
     else:
-        models = settings.model or ["artifacts/reward"]
-        systems = dict(zip(short_names(models), models))
+        systems = models_of(settings)
     folders = settings.benchmark or DEFAULT_BENCHMARKS
     found = {name: evaluate(name, path, folders, settings, device) for name, path in systems.items()}
     if rank > 0:

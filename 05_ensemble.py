@@ -16,6 +16,9 @@ weights' formulas: we take each member's accuracy, or its mean margin, over thei
 
 Raw scores of different models live on different scales, and in a plain mean the widest scale has the loudest voice. So
 the spread of every member's scores on the held-out pairs is printed beside its weights.
+
+Routing here is of scores that are there already, the mean of several members among them; one multimodal and one
+text-only model that are to be used together from then on are a RewardRouter (02), in 04 and 06 --text_model.
 """
 
 import importlib

@@ -42,7 +42,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -58,6 +57,9 @@ class Settings:
         "tests/tiny", "the policy to start from, a checkpoint with its LM head (paper: Qwen2.5-VL-3B)"
     )
     model: str = option("artifacts/reward", "the reward model")
+    text_model: str = option(
+        "", "text-only reward model for questions without images (the paper's advice); '' for none"
+    )
     data: str = option("artifacts/data/questions", "prepared questions to train on")
     benchmark: str = option(
         "artifacts/data/new_questions", "prepared questions to evaluate on, before and after; '' for none"
@@ -84,6 +86,8 @@ class Settings:
     clip: float = option(1.0, "largest norm of the gradient")
     micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens of the packed row")
     evaluate_size: int = option(400, "held-out questions of the evaluation; 0: all, as a published score needs")
+    export_dtype: Literal["fp32", "bf16"] = option("fp32", "of the exported policy; bf16 is half as large")
+    export_file_size: str = option("5GB", "largest file of the export, which is what rank 0 gathers at a time")
     seed: int = option(0, "of the order of the prompts and of sampling; rollouts do not depend on the number of ranks")
 
 
@@ -360,7 +364,6 @@ def reward_of(
     return torch.where(match > 0, 1.0, torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0))
 
 
-@torch.inference_mode()
 def score_groups(reward_model, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> torch.Tensor:
     """The reward model's scores [groups, G]. Answers are tokenized anew, as the reward model saw them in training."""
     processors = reward_model.processors
@@ -368,13 +371,7 @@ def score_groups(reward_model, prompts: list[Comparison], texts: list[list[str]]
         Comparison(p.prompt, [data.encode_response(text, processors) for text in group], [], p.images, p.grids)
         for p, group in zip(prompts, texts)
     ]
-    scores, batch = [], []
-    for i, group in enumerate(groups):
-        batch.append(group)
-        if i + 1 == len(groups) or sum(g.length for g in batch) + groups[i + 1].length > settings.micro_tokens:
-            scores.append(reward_model(model_stage.pack(batch, processors).to(reward_model.device)))
-            batch = []
-    return torch.cat(scores).float().view(len(groups), -1)
+    return reward_model.score_encoded(groups, settings.micro_tokens).view(len(groups), -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,12 +552,12 @@ def train(settings: Settings) -> dict:
     )  # a whole copy that samples: FSDP would gather every token anew
     frozen = Policy(settings.backbone, settings.temperature)  # the start
     for copy in (actor, frozen):
-        copy.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval().requires_grad_(False)
+        model_stage.place(copy, device)
     fingerprint = policy.processors.fingerprint
     reward_model = None
     if settings.reward != "rule":
-        reward_model = model_stage.RewardModel.from_pretrained(settings.model).eval().to(device)
-        if reward_model.processors.fingerprint != fingerprint:
+        reward_model = model_stage.place(model_stage.load_reward(settings.model, settings.text_model), device)
+        if reward_model.fingerprint != fingerprint:
             raise UserError(
                 f"{settings.model} has another tokenizer or chat template than the policy, {settings.backbone}"
             )
@@ -638,11 +635,9 @@ def train(settings: Settings) -> dict:
         progress.set_postfix(reward=f"{line['reward']:.3f}", match=f"{line['match']:.2f}", refresh=False)
 
     after, answers_after = evaluate(actor, held_out, settings, device) if held_out else ({}, [])
-    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    dtype = model_stage.DTYPES[settings.export_dtype]
+    model_stage.export(policy.lm, policy.processors, settings.out, dtype, settings.export_file_size)
     if rank == 0:
-        state = {name.removeprefix("lm."): tensor for name, tensor in state.items()}
-        policy.lm.save_pretrained(settings.out, state_dict=state)
-        policy.processors.save(settings.out)
         evaluation = {"reward": settings.reward, "before": before, "after": after}
         data.write_file(out / "evaluation.json", json.dumps(evaluation, indent=1))
         both = [

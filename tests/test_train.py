@@ -219,6 +219,12 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(ranks_after, world, ini
     assert_same_run(whole, resumed, 0 if ranks_after == 2 else 1e-4)
 
 
+def test_a_checkpoint_right_after_a_validation_is_as_whole_as_any(world, initial, tmp_path):
+    settings = {"steps": 3, "checkpoint_every": 2, "validate_every": 2}
+    whole = run(world, initial, tmp_path, ranks=1, **settings)
+    assert_same_run(whole, run(world, initial, tmp_path, "--resume", ranks=1, **settings), 0)
+
+
 def test_resuming_with_other_settings_is_refused_by_name(world, initial, tmp_path):
     run(world, initial, tmp_path, ranks=1, checkpoint_every=1)
     done = torchrun(
@@ -276,7 +282,8 @@ def test_a_second_training_continues_with_the_trained_head(world, initial, tmp_p
     )
     second = load_file(tmp_path / "second/reward_head.safetensors")
     assert (
-        all(torch.equal(tensor, first[name]) for name, tensor in second.items()) and "a head trained on" in again.stdout
+        all(torch.equal(tensor, first[name]) for name, tensor in second.items())
+        and "first with its head, trained on" in again.stdout
     )
 
 

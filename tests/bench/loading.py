@@ -1,4 +1,5 @@
-"""Memory that loading a model takes on each of two ranks, sharded while empty as 03 does and loaded whole first.
+"""Memory that loading and exporting a model takes on each of two ranks: sharded while empty, exported file by file, as
+03 does; and loaded whole first, exported as one file.
 
     python tests/bench/loading.py           # a random Qwen2.5-VL of 1 GB in float32
 
@@ -62,39 +63,59 @@ def anonymous_memory() -> float:
     return int(status["RssAnon"].split()[0]) * 1024 / 1e6
 
 
-def measure(folder: str, way: str) -> None:
-    rank, world, device = data.start_distributed()
-    peak, before, done = 0.0, anonymous_memory(), threading.Event()
+class Watched:
+    """Anonymous memory of what runs within: `before`, `peak`, `after` in MB."""
 
-    def watch():
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous_memory())
+    def __enter__(self):
+        self.before = self.peak = anonymous_memory()
+        self.done = threading.Event()
+        self.watcher = threading.Thread(target=self.watch)
+        self.watcher.start()
+        return self
+
+    def watch(self):
+        while not self.done.is_set():
+            self.peak = max(self.peak, anonymous_memory())
             time.sleep(0.001)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = time.perf_counter()
-    model = model_stage.RewardModel.from_pretrained(folder, empty=way == "sharded")
-    training.shard(model, model.backbone, device, in_float32=(model.head,))
-    if way == "sharded":
-        training.load_weights(model.backbone, folder, device)
-    seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
+    def __exit__(self, *_):
+        self.after = anonymous_memory()
+        self.done.set()
+        self.watcher.join()
+
+    def __str__(self) -> str:
+        line = (
+            f"before {self.before:6.0f} MB, peak {self.peak:6.0f} MB, peak - before {self.peak - self.before:6.0f} MB,"
+        )
+        return f"{line} after {self.after - self.before:6.0f} MB"
+
+
+def measure(folder: str, way: str) -> None:
+    rank, world, device = data.start_distributed()
+    with Watched() as loading:
+        model = load(folder, way, device)
     size = lambda tensor: tensor.numel() * tensor.element_size() / 1e6
     own = sum(size(parameter.to_local()) for parameter in model.parameters())
     largest = max(size(parameter) for parameter in model.parameters())
-    line = f"{way:<7} rank {rank}: before {before:6.0f} MB, peak {peak:6.0f} MB,"
-    line += f" peak - before {peak - before:6.0f} MB, after {anonymous_memory() - before:6.0f} MB;"
-    line += f" own shards {own:6.0f} MB, largest tensor {largest:4.0f} MB; {seconds:.1f} s"
+    dist.barrier()
+    with Watched() as exporting:
+        model.save_pretrained(f"{folder}/export", file_size="100MB" if way == "sharded" else "5GB")
     for each in range(world):
         if each == rank:
-            print(line, flush=True)
+            print(f"{way:<7} rank {rank} loads:   {loading}; own shards {own:.0f} MB, largest tensor {largest:.0f} MB")
+            print(f"{way:<7} rank {rank} exports: {exporting}", flush=True)
         dist.barrier()
     del model
     gc.collect()  # as in 01_data.run_stage
     dist.destroy_process_group()
+
+
+def load(folder: str, way: str, device: torch.device):
+    model = model_stage.RewardModel.from_pretrained(folder, empty=way == "sharded")
+    training.shard(model, model.backbone, device, in_float32=(model.head,))
+    if way == "sharded":
+        training.load_weights(model.backbone, folder, device)
+    return model
 
 
 def main() -> None:

@@ -1,0 +1,155 @@
+"""What 03 and 06 write is loaded by transformers alone, in whatever files and dtype, and is whole or not there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, RESPONSES, TINY, picture, stages, torchrun, user
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config
+
+data, model = stages.data, stages.model
+
+
+def weights_in(folder) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_03_exports_bfloat16_in_several_files_that_transformers_alone_loads(world, reward, tmp_path):
+    """With a learning rate of 0, so that the export is the initial model, rounded."""
+    reward.save_pretrained(str(tmp_path / "initial"))
+    train = ["--model", tmp_path / "initial", "--data", world / "data/train", "--out", tmp_path / "reward"]
+    train += ["--steps", 1, "--batch_size", 8, "--learning_rate", 0, "--weight_decay", 0]
+    torchrun("03_train.py", *train, "--export_dtype", "bf16", "--export_file_size", "500KB")
+    files = sorted((tmp_path / "reward").glob("model-*.safetensors"))
+    index = json.loads((tmp_path / "reward/model.safetensors.index.json").read_text())
+    held = {name: file.name for file in files for name in safe_open(file, "pt").keys()}
+    assert index["weight_map"] == held and len(files) > 5 and not (tmp_path / "reward/model.safetensors").exists()
+    assert all(file.stat().st_size < 550_000 or len(load_file(file)) == 1 for file in files)
+
+    exact, rounded = (AutoModel.from_pretrained(tmp_path / name) for name in ("initial", "reward"))
+    assert rounded.dtype == torch.bfloat16 and exact.dtype == torch.float32
+    for name, tensor in exact.state_dict().items():
+        assert torch.equal(tensor.bfloat16(), rounded.state_dict()[name]), name
+    one, two = (model.RewardModel.from_pretrained(tmp_path / name) for name in ("initial", "reward"))
+    model.place(one, "cpu", torch.bfloat16)
+    model.place(one, "cpu", torch.float32)  # rounded, that is
+    messages = [user("What do you see?", picture())]
+    assert torch.equal(one.score(messages, RESPONSES), two.score(messages, RESPONSES))
+
+
+@pytest.mark.parametrize("file_size", ["5GB", "300KB"])
+def test_exported_loaded_by_transformers_and_exported_again_is_bit_identical(file_size, reward, processors, tmp_path):
+    reward.save_pretrained(str(tmp_path / "one"), file_size=file_size)
+    model.export(AutoModel.from_pretrained(tmp_path / "one"), processors, tmp_path / "two", file_size=file_size)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    del files["reward_head.safetensors"]
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+
+
+EXPORT = """
+import importlib, sys, torch, torch.distributed as dist
+from transformers import GenerationConfig
+data, model, train, grpo = (importlib.import_module(name) for name in ("01_data", "02_model", "03_train", "06_grpo"))
+rank, world, device = data.start_distributed()
+for folder in sys.argv[1:]:
+    policy = grpo.Policy(folder, 1.0, empty=True)
+    train.shard(policy, policy.lm.model, device)
+    train.load_weights(policy.lm, folder, device)
+    policy.lm.generation_config = GenerationConfig.from_pretrained(folder)
+    model.export(policy.lm, policy.processors, f"{folder}/again", file_size="200KB")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_policy_is_exported_as_it_was_tied_or_not(processors, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 576, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    kinds = {"pictures": AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)}
+    for tied in (True, False):
+        config = Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied)
+        kinds[f"text, tied {tied}"] = AutoModelForCausalLM.from_config(config)
+    for name, policy in kinds.items():
+        policy.save_pretrained(tmp_path / name)
+        processors.save(tmp_path / name)
+    (tmp_path / "export.py").write_text(EXPORT)
+    torchrun(tmp_path / "export.py", *(tmp_path / name for name in kinds), PYTHONPATH=str(ROOT))
+    for name, policy in kinds.items():
+        again = tmp_path / name / "again"
+        before, after = weights_in(tmp_path / name), weights_in(again)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), name
+        assert ("lm_head.weight" in after) == (name == "text, tied False")
+        loaded, report = type(policy).from_pretrained(again, output_loading_info=True)
+        assert not any(report.values()), report
+        assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in policy.state_dict().items()), name
+        configs = [AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path / name, again)]
+        assert configs[0] | {"_name_or_path": ""} == configs[1] | {"_name_or_path": ""}
+        assert data.load_processors(again).fingerprint == processors.fingerprint
+        if policy.can_generate():
+            assert loaded.generation_config.eos_token_id == policy.generation_config.eos_token_id
+
+
+def test_of_an_export_that_broke_off_neither_the_old_nor_the_new_model_is_there(reward, tmp_path):
+    folder = tmp_path / "model"
+    reward.save_pretrained(str(folder), file_size="300KB")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json/in the way").mkdir(parents=True)  # the new file cannot be put in its place
+    with pytest.raises(OSError):
+        reward.save_pretrained(str(folder))
+    with pytest.raises(data.UserError, match="no reward model there"):
+        model.RewardModel.from_pretrained(str(folder))
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModel.from_pretrained(folder)
+    (folder / "tokenizer.json/in the way").rmdir()
+    (folder / "tokenizer.json").rmdir()
+    reward.save_pretrained(str(folder))
+    assert sorted(path.name for path in folder.glob("*model*")) == ["model.safetensors"]
+    assert not (folder / ".writing").exists() and model.RewardModel.from_pretrained(str(folder))
+
+
+REPEAT = """
+import importlib, sys, torch
+reward = importlib.import_module("02_model").RewardModel.from_pretrained(sys.argv[1])
+while True:
+    with torch.no_grad():
+        for parameter in reward.parameters():
+            parameter.add_(1)
+    reward.save_pretrained(sys.argv[1], file_size="1KB")  # a file for each tensor
+"""
+
+
+def test_after_a_kill_there_is_one_whole_model_or_none(reward, tmp_path):
+    folder = tmp_path / "model"
+    reward.save_pretrained(str(folder))
+    process = subprocess.Popen([sys.executable, "-c", REPEAT, str(folder)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not list(folder.glob("model-00030-*")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert time.time() < deadline
+    try:
+        found = model.RewardModel.from_pretrained(str(folder))
+    except data.UserError as error:
+        assert "no reward model there" in str(error)
+        return
+    added = [(found.state_dict()[name] - tensor).round() for name, tensor in reward.state_dict().items()]
+    assert len(torch.cat([tensor.flatten() for tensor in added]).unique()) == 1
+
+
+def test_a_file_size_that_is_none_ends_in_one_line(reward, tmp_path):
+    with pytest.raises(data.UserError, match="--export_file_size many"):
+        reward.save_pretrained(str(tmp_path), file_size="many")
+
+
+def test_02_says_that_it_leaves_a_trained_head_behind(reward, tmp_path):
+    reward.save_pretrained(str(tmp_path / "trained"))
+    done = torchrun("02_model.py", "--backbone", tmp_path / "trained", "--out", tmp_path / "new", ranks=1)
+    assert f"03_train.py --model {tmp_path}/trained continues with it" in done.stdout
