@@ -55,6 +55,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils.hub import cached_file
 
 FORMAT = 3  # of the shards; raise it when their layout changes
 
@@ -1042,21 +1043,21 @@ def official_metric(sources: list[str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Families of backbones: all that differs between them. A new one is a line here, where it fits one of these ways.
+# Families of backbones: all that differs between them. A new one is a line here, where it goes one of these ways.
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the backbones of one `model_type` have of their own. Text-only: nothing."""
+    """What the backbones of one `model_type` have of their own; those for text alone have nothing."""
 
     language: str = ""  # where in the transformers model the decoder is; empty: it is the model
-    vision: str = ""  # where the vision tower is; empty: there is none
-    blocks: str = ""  # where its layers are, in the tower
-    mrope: bool = False  # positions of an image's tokens are its rows and columns; else they count on like text
-    tiles: bool = False  # an image is cut into square tiles of one size; else scaled to whole patches as it is
-    around: tuple[str, str] = ("", "")  # tokens before and behind an image's that the chat template does not have
-    half: str = ""  # model_type of the decoder alone; empty: its own text_config says
-    planned: bool = False  # 03 --plan knows its operations and memory
+    vision: str = ""  # where the vision tower is (Qwen-VL's merger is in it, InternVL's projector is not); empty: none
+    blocks: str = ""  # where in the tower its layers are
+    mrope: bool = False  # the positions of an image's tokens are its rows and columns; else they count on as in text
+    tiles: bool = False  # an image is cut into square tiles of one size; else scaled to whole patches
+    around: tuple[str, str] = ("", "")  # the tokens before and behind an image's that the chat template does not have
+    half: str = ""  # model_type of the decoder alone; empty: its text_config says, and that has to be supported too
+    planned: bool = False  # 03 --plan knows what it computes and needs
 
 
 QWEN_VL = {"language": "language_model", "vision": "visual", "blocks": "blocks", "mrope": True}
@@ -1157,20 +1158,22 @@ def load_processors(backbone: str, max_pixels: int = 0) -> Processors:
     together, without the thumbnail that comes with several."""
     try:
         config = AutoConfig.from_pretrained(backbone)
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        tokenizer, family = AutoTokenizer.from_pretrained(backbone), family_of(config, backbone)
+        image = AutoImageProcessor.from_pretrained(backbone, backend="pil") if family.vision else None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{backbone}: no tokenizer and config in the Hugging Face layout: {str(error).splitlines()[0]}"
         ) from None
-    family, image, vision = family_of(config, backbone), None, None
-    if not tokenizer.chat_template:
-        raise UserError(f"{backbone}: its tokenizer has no chat template; take a checkpoint made for chat")
-    if family.vision:
-        image, shape = AutoImageProcessor.from_pretrained(backbone, backend="pil"), config.vision_config
+    if not tokenizer.chat_template:  # older checkpoints of vision-language models have it in a file of its own
+        found = cached_file(backbone, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if not found:
+            raise UserError(f"{backbone}: its tokenizer has no chat template; take a checkpoint made for chat")
+        tokenizer.chat_template = json.loads(Path(found).read_text())["chat_template"]
+    vision, shape = None, getattr(config, "vision_config", None)
     if family.tiles:
-        image.crop_to_patches = InternVLProcessor.images_kwargs["crop_to_patches"]  # whatever the image processor's own
-        side = image.size["height"]
-        image.max_patches = max(1, min(image.max_patches, max_pixels // side**2)) if max_pixels else image.max_patches
+        image.crop_to_patches = InternVLProcessor.images_kwargs["crop_to_patches"]  # goes before preprocessor_config's
+        if max_pixels:
+            image.max_patches = max(1, min(image.max_patches, max_pixels // image.size["height"] ** 2))
         vision = VisionShape(shape.patch_size[0], round(1 / config.downsample_ratio))
     elif family.vision:
         if max_pixels:

@@ -557,7 +557,7 @@ def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
     """
     inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False, "row": row}
     if not data.FAMILIES[backbone.config.model_type].mrope:
-        inputs["position_ids"] = row.position_ids[0]
+        inputs["position_ids"] = row.position_ids[0]  # the same on all axes
     inputs |= row.images.arguments() if row.images else {}
     return backbone(**inputs).last_hidden_state[0]
 
@@ -583,7 +583,9 @@ def main(settings: Settings) -> None:
             print(f"  {name:<15}{count(module)}")
     print(f"  head: {' -> '.join(map(str, model.head.mlp))}")
     if Path(settings.data, "dataset.json").is_file():
-        comparison = data.Comparisons(settings.data, model.processors.fingerprint)[0]
+        comparisons = data.Comparisons(settings.data, model.processors.fingerprint)
+        data.use_pixel_limits(model.processors, [comparisons])
+        comparison = comparisons[0]
         row = pack([comparison], model.processors)
         hidden = model.hidden_states(row)
         lengths = " and ".join(str(len(response)) for response in comparison.responses)

@@ -355,8 +355,8 @@ def load_weights(backbone, path: str, device: torch.device) -> None:
         parameter._is_hf_initialized = True
     backbone.initialize_weights()  # so only of what no checkpoint holds, the buffers of rotary frequencies
     for key, name, tensor in checkpoint_tensors(backbone, path):
-        if name.endswith("lm_head.weight") and name not in missing:
-            continue  # the model has none, or it is the embeddings
+        if name not in missing and name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
+            continue  # a head that the model has not, or that is the embeddings; old Llamas' frequencies, which follow
         if name not in missing:
             raise UserError(f"{path}: {key} is not a weight of a {type(backbone).__name__} as config.json describes it")
         parameter = missing.pop(name)  # a DTensor, [rows, ...], of which FSDP deals whole rows

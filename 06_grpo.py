@@ -101,11 +101,9 @@ class Policy(nn.Module):
         auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         self.lm = model_stage.load_backbone(path, auto, empty)
         self.processors, self.temperature = data.load_processors(path), temperature
-        tokenizer, end = self.processors.tokenizer, self.processors.end_token
-        forbidden = {
-            *tokenizer.get_added_vocab().values(),
-            *range(len(tokenizer), config.get_text_config().vocab_size),
-        } - {end}
+        tokenizer, size = self.processors.tokenizer, config.get_text_config().vocab_size
+        forbidden = {*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)} & {*range(size)}
+        forbidden.remove(self.processors.end_token)
         self.register_buffer("forbidden", torch.tensor(sorted(forbidden)), persistent=False)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
