@@ -197,7 +197,7 @@ _, world, _ = data.start_distributed()
 for checkpoint in checkpoints:
     name = checkpoint.split("/")[-1]
     vision = data.Path(checkpoint, "preprocessor_config.json").is_file()
-    source = f"{out}/../{'pictures' if vision else 'texts'}.jsonl"
+    source = str(data.Path(out).parent / ("pictures.jsonl" if vision else "texts.jsonl"))
     data.main(data.Settings(source=[source], backbone=checkpoint, out=f"{out}/data", name=name, holdout=0))
     prepared, initial = f"{out}/data/{name}", f"{out}/initial/{name}"
     model.main(model.Settings(backbone=checkpoint, out=initial, data=prepared))
@@ -227,7 +227,9 @@ def test_three_steps_on_two_ranks_are_those_on_one(checkpoints, tmp_path):
     for name in checkpoints:
         one, two, before = (weights_in(tmp_path / each / name) for each in ("1", "2", "1/initial"))
         for key in one:
-            torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=0, msg=f"{name}: {key}")
+            # A bias of keys matters only by their rotation; of a gradient that is rounding AdamW makes whole steps.
+            tolerance = 1e-4 if key.endswith("k_proj.bias") else 1e-6
+            torch.testing.assert_close(one[key], two[key], atol=tolerance, rtol=0, msg=f"{name}: {key}")
         moved = [key for key in one if not torch.equal(one[key], before[key])]
         assert len(moved) > 0.9 * len(one), name
         runs = [[json.loads(line) for line in open(tmp_path / ranks / name / "metrics.jsonl")] for ranks in "12"]
