@@ -1,6 +1,7 @@
 """Tiny checkpoints of every family with random weights and the layout of the published ones: the fields of their
 config.json, the names of their tensors, bfloat16 in several files with an index, the ids of their tokenizers, the files
-of their image processors. Field values are the published ones but for the sizes.
+of their image processors. Sizes are smaller; all else is as published, as far as transformers' own code and conversion
+scripts say it: the published files were not at hand.
 
     write("qwen3_vl", Path("somewhere"))
 """
