@@ -53,7 +53,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser
+from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils.hub import cached_file
 
 FORMAT = 3  # of the shards; raise it when their layout changes
 
@@ -80,7 +82,9 @@ class Settings:
     name: str = option("", "name of the data set made from --source or --mix; empty: the mixture's or the first file's")
     backbone: str = option("tests/tiny", "checkpoint whose tokenizer, chat template and image processor are used")
     max_length: int = option(4096, "longest prompt + response, in tokens; longer ones are rejected")
-    max_pixels: int = option(501760, "largest picture in pixels, larger ones are scaled down (the authors': 501760)")
+    max_pixels: int = option(
+        501760, "largest picture in pixels, larger ones are scaled down (the authors': 501760); 0: the backbone's limit"
+    )
     holdout: float = option(
         0.05, "share of the prompts set aside in <name>_holdout for validation; of a benchmark none"
     )
@@ -275,6 +279,51 @@ def read_rows_with_file(path: str, convert: Callable[[dict, Path], dict], patter
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Families of backbones: all that differs between them. A new one is a line here, where it goes one of these ways.
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the backbones of one `model_type` have of their own; those for text alone have nothing."""
+
+    language: str = ""  # where in the transformers model the decoder is; empty: it is the model
+    vision: str = ""  # where the vision tower is (Qwen-VL's merger is in it, InternVL's projector is not); empty: none
+    blocks: str = ""  # where in the tower its layers are
+    mrope: bool = False  # the positions of an image's tokens are its rows and columns; else they count on as in text
+    tiles: bool = False  # an image is cut into square tiles of one size; else scaled to whole patches
+    around: tuple[str, str] = ("", "")  # the tokens before and behind an image's that the chat template does not have
+    half: str = ""  # model_type of the decoder alone; empty: its text_config says, and that has to be supported too
+    planned: bool = False  # 03 --plan knows what it computes and needs
+
+
+QWEN_VL = {"language": "language_model", "vision": "visual", "blocks": "blocks", "mrope": True}
+INTERN_VL = {"language": "language_model", "vision": "vision_tower", "blocks": "encoder.layer", "tiles": True}
+FAMILIES = {
+    "qwen2_5_vl": Family(**QWEN_VL, half="qwen2", planned=True),
+    "qwen2_vl": Family(**QWEN_VL, half="qwen2"),
+    "qwen3_vl": Family(**QWEN_VL, half="qwen3"),
+    "internvl": Family(**INTERN_VL, around=("<img>", "</img>")),  # as OpenGVLab/InternVL3-8B-hf
+    "qwen2": Family(planned=True),  # and Qwen2.5
+    "qwen3": Family(),
+    "llama": Family(),
+}
+
+
+def family_of(config, path: str) -> Family:
+    """The family of a backbone by its config; raises UserError with what is supported where it is none of them."""
+    text = config.get_text_config()
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UserError(f"{path}: a {config.model_type}; supported are {', '.join(FAMILIES)}")
+    if not family.half and text.model_type not in FAMILIES:
+        known = ", ".join(name for name, each in FAMILIES.items() if not each.vision)
+        raise UserError(f"{path}: {config.model_type} with a decoder of type {text.model_type}; supported are {known}")
+    if "sliding_attention" in (getattr(text, "layer_types", None) or []):
+        raise UserError(f"{path}: has layers with a sliding attention window, which are not supported")
+    return family
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A record becomes a comparison: checked, rendered by the chat template, tokenized, image tokens expanded.
 
 
@@ -283,12 +332,12 @@ class Comparison:
     """One prompt and N responses to it, ready for the model. Arrays are int32 token ids."""
 
     prompt: np.ndarray  # [P], image tokens expanded
-    responses: list[np.ndarray]  # N x [R_i], each ending in <|im_end|>
+    responses: list[np.ndarray]  # N x [R_i], each ending in the end-of-turn token
     ranks: list[int]  # N; 1 is best, equal ranks tie
     images: list[bytes] = field(default_factory=list)  # encoded files
     grids: np.ndarray = field(
         default_factory=partial(np.zeros, (0, 3), np.int32)
-    )  # [images, 3] patches: time, height, width
+    )  # [images, 3] patches: time or tiles, height, width
     record: dict = field(default_factory=dict)  # id, category, answer, ...: what is carried along
 
     @property
@@ -303,7 +352,8 @@ class VisionShape:
 
     patch: int  # side of a patch in pixels
     merge: int  # merge x merge patches become one token
-    window: int  # side of the attention windows in pixels; 0: attention over whole images
+    window: int = 0  # side of the attention windows in pixels; 0: attention over whole images
+    table: int = 0  # side of a learned table of positions that is stretched over each image; 0: none, or not stretched
 
 
 @dataclass
@@ -312,7 +362,9 @@ class Processors:
 
     tokenizer: object
     image: object | None
-    image_token: int | None  # id of <|image_pad|>
+    family: Family
+    image_token: int | None  # id of the token that stands for a piece of an image, <|image_pad|> or <IMG_CONTEXT>
+    end_token: int  # id of what ends the assistant's turn, <|im_end|> or <|eot_id|>
     vision: "VisionShape | None"
     fingerprint: str  # of the vocabulary, the merges and the chat template: shards of another tokenizer are noise
 
@@ -321,24 +373,63 @@ class Processors:
             if part is not None:
                 part.save_pretrained(folder)
 
+    @property
+    def pixels(self) -> dict | None:
+        """The image processor's limits, from which the number of an image's tokens follows."""
+        if self.image is None:
+            return None
+        return {"tiles": self.image.max_patches} if self.family.tiles else dict(self.image.size)
+
+    @pixels.setter
+    def pixels(self, limits: dict) -> None:
+        if self.family.tiles:
+            self.image.max_patches = limits["tiles"]
+        else:
+            self.image.size = dict(limits)
+
 
 def load_processors(backbone: str, max_pixels: int = 0) -> Processors:
-    """Reads them from a checkpoint directory. The image processor is the one that needs only pillow."""
+    """Reads them from a checkpoint directory. The image processor is the one that needs only pillow. Images have the
+    pixel limits of the checkpoint, or at most `max_pixels`; of one that is cut into tiles these are those of all tiles
+    together, without the thumbnail that comes with several."""
     try:
         config = AutoConfig.from_pretrained(backbone)
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        tokenizer, family = AutoTokenizer.from_pretrained(backbone), family_of(config, backbone)
+        image = AutoImageProcessor.from_pretrained(backbone, backend="pil") if family.vision else None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{backbone}: no tokenizer and config in the Hugging Face layout: {str(error).splitlines()[0]}"
         ) from None
-    image, vision, image_token = None, None, getattr(config, "image_token_id", None)
-    if image_token is not None:
-        image = AutoImageProcessor.from_pretrained(backbone, backend="pil")
+    if not tokenizer.chat_template:  # older checkpoints of vision-language models have it in a file of its own
+        found = cached_file(backbone, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if not found:
+            raise UserError(f"{backbone}: its tokenizer has no chat template; take a checkpoint made for chat")
+        tokenizer.chat_template = json.loads(Path(found).read_text())["chat_template"]
+    vision, shape = None, getattr(config, "vision_config", None)
+    if family.tiles:
+        image.crop_to_patches = InternVLProcessor.images_kwargs["crop_to_patches"]  # goes before preprocessor_config's
+        if max_pixels:
+            image.max_patches = max(1, min(image.max_patches, max_pixels // image.size["height"] ** 2))
+        vision = VisionShape(shape.patch_size[0], round(1 / config.downsample_ratio))
+    elif family.vision:
         if max_pixels:
             image.size = {"shortest_edge": min(image.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
-        vision = VisionShape(image.patch_size, image.merge_size, getattr(config.vision_config, "window_size", 0))
+        table = math.isqrt(getattr(shape, "num_position_embeddings", 0))
+        vision = VisionShape(image.patch_size, image.merge_size, getattr(shape, "window_size", 0), table)
     made_of = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
-    return Processors(tokenizer, image, image_token, vision, hashlib.sha256(made_of.encode()).hexdigest()[:16])
+    fingerprint = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    image_token = config.image_token_id if family.vision else None
+    return Processors(tokenizer, image, family, image_token, end_of_turn(tokenizer), vision, fingerprint)
+
+
+def end_of_turn(tokenizer) -> int:
+    """The id of the first special token that the chat template sets behind an assistant's turn. It need not be the
+    tokenizer's eos token, which is <|endoftext|> in Qwen's base models."""
+    turns = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
+    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("\ue001")[2]
+    special = set(tokenizer.get_added_vocab().values())
+    ends = (token for token in tokenizer.encode(behind, add_special_tokens=False) if token in special)
+    return next(ends, tokenizer.eos_token_id)
 
 
 def use_pixel_limits(processors: Processors, sets: list) -> None:
@@ -348,7 +439,7 @@ def use_pixel_limits(processors: Processors, sets: list) -> None:
     if any(other != limits[0] for other in limits):
         raise UserError("the data sets were prepared with different --max_pixels; prepare them with the same")
     if limits and processors.image is not None:
-        processors.image.size = dict(limits[0])
+        processors.pixels = limits[0]
 
 
 def open_image(content: bytes) -> Image.Image:
@@ -452,24 +543,32 @@ def encode_prompt(
     if images and processors.image is None:
         raise Unusable("images: the backbone is text-only")
     files = [read_image(image, folder) for image in images]
-    grids = np.array([patch_grid(open_image(file).size, processors.image) for file in files], np.int32).reshape(-1, 3)
+    grids = np.array([patch_grid(open_image(file).size, processors) for file in files], np.int32).reshape(-1, 3)
     ids = tokenize_chat(messages, processors.tokenizer)
     if files:
-        counts = iter(grids.prod(1) // processors.image.merge_size**2)
-        repeats = [next(counts) if token == processors.image_token else 1 for token in ids]
-        ids = np.repeat(ids, repeats)
+        counts = iter(grids.prod(1) // processors.vision.merge**2)
+        names = ([name] if name else [] for name in processors.family.around)
+        before, after = map(processors.tokenizer.convert_tokens_to_ids, names)
+        expand = lambda token: (
+            [*before, *[token] * next(counts), *after] if token == processors.image_token else [token]
+        )
+        ids = np.array([each for token in ids for each in expand(token)], np.int32)
     return ids, files, grids
 
 
-def patch_grid(size: tuple[int, int], image_processor) -> tuple[int, int, int]:
-    """(time, height, width) in patches of an image of size (width, height) pixels, after Qwen-VL's resizing."""
-    unit = image_processor.patch_size * image_processor.merge_size
+def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int, int]:
+    """(time, height, width) in patches of an image of size (width, height) pixels, after Qwen-VL's resizing; or (tiles,
+    height, width of each) where it is cut into tiles."""
+    image, patch = processors.image, processors.vision.patch
+    if processors.family.tiles:
+        return image.get_number_of_image_patches(size[1], size[0]), *[image.size["height"] // patch] * 2
     try:
-        limits = image_processor.size
+        limits = image.size
+        unit = patch * processors.vision.merge
         height, width = smart_resize(size[1], size[0], unit, limits["shortest_edge"], limits["longest_edge"])
     except ValueError as error:
         raise Unusable(f"unusable image of {size[0]} x {size[1]} pixels: {error}") from None
-    return 1, height // image_processor.patch_size, width // image_processor.patch_size
+    return 1, height // patch, width // patch
 
 
 def tokenize_chat(messages: list[dict], tokenizer) -> np.ndarray:
@@ -503,8 +602,7 @@ def tokenize_text(text: str, tokenizer) -> list[int]:
 
 def encode_response(text: str, processors: Processors) -> np.ndarray:
     """A response's token ids [R]: its text and the end-of-turn token, where its score will be read."""
-    tokenizer = processors.tokenizer
-    return np.array(tokenize_text(text, tokenizer) + [tokenizer.eos_token_id], np.int32)
+    return np.array(tokenize_text(text, processors.tokenizer) + [processors.end_token], np.int32)
 
 
 CARRIED = ("id", "category", "subset", "source", "group", "answer", "rule", "truth", "judged", "critiques")
@@ -836,7 +934,7 @@ def prepare(name: str, lines: Iterator[Line], processors: Processors, settings: 
             "backbone": settings.backbone,
             "tokenizer": processors.fingerprint,
             "max_length": settings.max_length,
-            "pixels": dict(processors.image.size) if processors.image else None,
+            "pixels": processors.pixels,
             "shards": shards[each],
         }
         write_file(folder / "dataset.json", json.dumps(info, indent=1))

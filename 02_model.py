@@ -3,14 +3,16 @@
     torchrun --standalone --nproc_per_node=2 02_model.py                            # tests/tiny + a new head
     torchrun --standalone --nproc_per_node=8 02_model.py --backbone Qwen/Qwen2.5-VL-7B-Instruct
 
-In    A backbone in the Hugging Face layout: a Qwen2.5-VL, or a text-only Qwen2.
+In    A backbone in the Hugging Face layout: Qwen2-VL, Qwen2.5-VL, Qwen3-VL or InternVL3, or Qwen2, Qwen2.5, Qwen3 or
+      Llama for text alone (FAMILIES in 01_data.py).
 Out   artifacts/model/: the same layout without the LM head, plus reward_head.safetensors; printed: what it is made of,
       and the shapes on one comparison's way through it.
 
 A comparison is encoded ONCE. The row is [prompt | response 1 | ... | response N]. Every response attends to the prompt
 and to itself, never to a sibling; each one's positions continue where the prompt's end; its score is read at its own
-last token, the <|im_end|> that closes it. Comparisons stand one behind the other in one row with no padding. The scores
-are those of one forward per response, for about N(P + R) / (P + NR) times less work and N times fewer images:
+last token, the <|im_end|> (or whatever the chat template has) that closes it. Comparisons stand one behind the other in
+one row with no padding. The scores are those of one forward per response, for about N(P + R) / (P + NR) times less work
+and N times fewer images:
 
                      keys   prompt      response 1   response 2
       queries  prompt       causal
@@ -51,7 +53,11 @@ from transformers import AutoModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as transformers_logging
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 data = importlib.import_module("01_data")  # a module name that starts with a digit cannot be written after `import`
 option, Comparison, Processors, UserError = data.option, data.Comparison, data.Processors, data.UserError
@@ -143,25 +149,32 @@ class Images:
     """The images of a row, their patches one behind the other, and which patches see each other in the vision tower.
 
     Qwen2.5-VL's tower attends within windows of 8 x 8 patches in most layers, within whole images in the others. It
-    reorders the patches so that a window's stand together.
+    reorders the patches so that a window's stand together. Qwen3-VL's has a table of learned positions, of which each
+    patch takes the four nearest, weighted. InternVL's gets tiles of one size, a batch like any other.
     """
 
-    pixel_values: torch.Tensor  # [patches, 3 * 2 * 14 * 14]
+    pixel_values: torch.Tensor  # [patches, 3 * 2 * 14 * 14]; of tiles [tiles, 3, 448, 448]
     grid_thw: torch.Tensor  # [images, 3] in patches; stays on the CPU, where it is read
-    positions: torch.Tensor  # [patches, 2] row and column
-    window_order: torch.Tensor | None  # [patches / merge**2]; None: a tower without windows
-    whole: Segments
-    windows: Segments | None
+    positions: torch.Tensor | None = None  # [patches, 2] row and column; None, like all below: tiles
+    whole: Segments | None = None
+    window_order: torch.Tensor | None = None  # [patches / merge**2]; None: a tower without windows
+    windows: Segments | None = None
+    table: torch.Tensor | None = None  # [patches, 4] places in the table of positions; None: a tower without one
+    table_weights: torch.Tensor | None = None  # [patches, 4]
 
     def arguments(self) -> dict:
         """For `forward` of a transformers backbone. The tower is told that all patches are one segment, which it hands
         to `image_attention` in one call, instead of looping over windows and waiting for the GPU to learn where they
         end."""
+        if self.positions is None:
+            return {"pixel_values": self.pixel_values}
         everything = torch.tensor([0, len(self.pixel_values)], dtype=torch.int32)
         given = {"pixel_values": self.pixel_values, "image_grid_thw": self.grid_thw, "images": self}
         given |= {"image_position_ids": self.positions, "image_cu_seqlens": everything}
         if self.window_order is not None:
             given |= {"image_window_index": self.window_order, "image_cu_window_seqlens": everything}
+        if self.table is not None:
+            given |= {"image_interp_indices": self.table, "image_interp_weights": self.table_weights}
         return given
 
 
@@ -171,7 +184,7 @@ class PackedRow:
 
     lengths: list[tuple[int, list[int]]]  # per comparison: P, [R_1, ..., R_N]
     input_ids: torch.Tensor  # [1, T]
-    position_ids: torch.Tensor  # [3, 1, T]: time, height, width of M-RoPE; equal for text
+    position_ids: torch.Tensor  # [3, 1, T]: time, height, width of M-RoPE; equal for text, and where there is none
     last: torch.Tensor  # [N] where each response's last token stands in the row
     segments: Segments
     images: Images | None = None
@@ -260,14 +273,16 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)
 AttentionInterface.register("packed_images", image_attention)
 
 
-def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | None, merge: int) -> np.ndarray:
-    """M-RoPE position ids [3, P] of a prompt (Qwen2-VL, arXiv 2409.12191).
+def prompt_positions(prompt: np.ndarray, grids: np.ndarray, processors: Processors) -> np.ndarray:
+    """Position ids [3, P] of a prompt: they count up, but for the images of a backbone with M-RoPE (Qwen2-VL, arXiv
+    2409.12191).
 
     Text counts up on all three axes. The tokens of an image share one time, count rows and columns from there, and the
     text after it continues after the largest of them.
     """
+    image_token, merge = processors.image_token, processors.vision.merge if processors.vision else 1
     positions, start, next_position = [], 0, 0
-    for time, height, width in grids:
+    for time, height, width in grids if processors.family.mrope else []:
         t, h, w = int(time), int(height) // merge, int(width) // merge
         at = start + int(np.argmax(prompt[start:] == image_token))  # where this image's tokens begin
         positions.append(np.tile(np.arange(at - start) + next_position, (3, 1)))
@@ -291,11 +306,10 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
     """
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
-    merge = processors.image.merge_size if processors.image else 1
     ids, positions, lengths, last, end = [], [], [], [], 0
     for comparison in comparisons:
         P, Rs = len(comparison.prompt), [len(response) for response in comparison.responses]
-        at = prompt_positions(comparison.prompt, comparison.grids, processors.image_token, merge)  # [3, P]
+        at = prompt_positions(comparison.prompt, comparison.grids, processors)  # [3, P]
         ids += [comparison.prompt, *comparison.responses]
         positions += [
             at,
@@ -313,14 +327,14 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
     )
     images = [data.open_image(file) for comparison in comparisons for file in comparison.images]
     if images:
-        pixels = processors.image(images, return_tensors="pt")
-        prepared = np.concatenate([comparison.grids for comparison in comparisons])
-        if not np.array_equal(prepared, pixels["image_grid_thw"].numpy()):
+        grids = np.concatenate([comparison.grids for comparison in comparisons]).astype(np.int64)
+        if not np.array_equal(grids, [data.patch_grid(image.size, processors) for image in images]):
             raise UserError(
                 "the images' patch grids differ from those they were prepared with: "
                 "the model's image processor has other pixel limits; run 01_data.py again with --backbone set to it"
             )
-        row.images = pack_images(pixels["pixel_values"], pixels["image_grid_thw"], processors.vision)
+        pixels, grids = processors.image(images, return_tensors="pt")["pixel_values"], torch.from_numpy(grids)
+        row.images = Images(pixels, grids) if processors.family.tiles else pack_images(pixels, grids, processors.vision)
     return row
 
 
@@ -341,26 +355,26 @@ def pack_images(pixel_values: torch.Tensor, grids: torch.Tensor, shape: data.Vis
     layouts = [image_layout(height, width, shape) for _, height, width in grids.tolist()]
     positions, orders, windows = zip(*layouts)
     patches = [len(position) for position in positions]
-    before = np.cumsum([0, *patches]) // shape.merge**2  # merged patches of the images before
-    return Images(
-        pixel_values,
-        grids,
-        torch.cat(positions),
-        torch.cat([order + int(start) for order, start in zip(orders, before)]) if shape.window else None,
-        Segments.of(patches),
-        Segments.of([length * shape.merge**2 for sizes in windows for length in sizes]) if shape.window else None,
-    )
+    images = Images(pixel_values, grids, torch.cat(positions), Segments.of(patches))
+    if shape.window:
+        before = np.cumsum([0, *patches]) // shape.merge**2  # merged patches of the images before
+        images.window_order = torch.cat([order + int(start) for order, start in zip(orders, before)])
+        images.windows = Segments.of([length * shape.merge**2 for sizes in windows for length in sizes])
+    if shape.table:
+        how = {"align_corners": True, "spatial_merge_size": shape.merge}  # as Qwen3VLVisionModel does it
+        images.table, images.table_weights = get_vision_interpolation_indices_and_weights(grids, shape.table, **how)
+    return images
 
 
 def blank_comparison(processors: Processors) -> Comparison:
     """A prompt of the smallest possible image and no responses (of one token where the backbone is text-only)."""
     if processors.image is None:
-        return Comparison(np.array([processors.tokenizer.eos_token_id], np.int32), [], [])
-    side = processors.image.patch_size * processors.image.merge_size
+        return Comparison(np.array([processors.end_token], np.int32), [], [])
+    merge = processors.vision.merge
+    side = processors.vision.patch * merge
     file = data.read_image(data.Image.new("RGB", (side, side)), Path())
-    grid = np.array([data.patch_grid((side, side), processors.image)], np.int32)
-    tokens = int(grid.prod()) // processors.image.merge_size**2
-    return Comparison(np.full(tokens, processors.image_token, np.int32), [], [], [file], grid)
+    grid = np.array([data.patch_grid((side, side), processors)], np.int32)
+    return Comparison(np.full(grid.prod() // merge**2, processors.image_token, np.int32), [], [], [file], grid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -658,8 +672,7 @@ def load_backbone(path: str, auto=AutoModel, empty: bool = False) -> nn.Module:
     memory: for `shard` and then `load_weights` (03)."""
     transformers_logging.disable_progress_bar()
     config = data.AutoConfig.from_pretrained(path)
-    if config.model_type not in ("qwen2_5_vl", "qwen2"):
-        raise UserError(f"{path}: a {config.model_type}; supported are qwen2_5_vl and qwen2")
+    data.family_of(config, path)
     wanted = {"dtype": torch.float32, "attn_implementation": attention_of(config)}
     if empty:
         with torch.device("meta"):
@@ -743,10 +756,31 @@ def export(
 
 
 def attention_of(config) -> str | dict[str, str]:
-    """The names under which a model's attention layers find our functions, for `attn_implementation`."""
-    if not hasattr(config, "vision_config"):
+    """The names under which a model's attention layers find our functions, for `attn_implementation`. Tiles of one size
+    need none of ours."""
+    family = data.FAMILIES[config.model_type]
+    if not family.vision:
         return "shared_prefix"
-    return {"text_config": "shared_prefix", "vision_config": "packed_images"}
+    return {"text_config": "shared_prefix", "vision_config": "sdpa" if family.tiles else "packed_images"}
+
+
+@dataclass
+class Parts:
+    """Where a transformers model has its parts, whatever its family calls them."""
+
+    language: nn.Module  # has `layers`
+    vision: nn.Module | None
+    blocks: list[nn.Module]  # the vision tower's layers
+
+
+def parts_of(backbone: nn.Module) -> Parts:
+    """The parts of a backbone, with or without its LM head."""
+    family = data.FAMILIES[backbone.config.model_type]
+    base = getattr(backbone, "model", backbone)
+    if not family.vision:
+        return Parts(base, None, [])
+    vision = base.get_submodule(family.vision)
+    return Parts(base.get_submodule(family.language), vision, list(vision.get_submodule(family.blocks)))
 
 
 class PatchProjection(nn.Conv3d):
@@ -760,12 +794,12 @@ class PatchProjection(nn.Conv3d):
 def prepare_vision(backbone: nn.Module) -> None:
     """Tells each attention layer of the vision tower whether it attends to whole images or to windows, for
     `image_attention`, and makes its patch embedding a matrix product. Weights and their names stay as they are."""
-    base = getattr(backbone, "model", backbone)
-    if not hasattr(base, "visual"):
+    parts = parts_of(backbone)
+    if parts.vision is None or data.FAMILIES[backbone.config.model_type].tiles:
         return
-    base.visual.patch_embed.proj.__class__ = PatchProjection
-    whole = getattr(base.config.vision_config, "fullatt_block_indexes", None)
-    for i, block in enumerate(base.visual.blocks):
+    parts.vision.patch_embed.proj.__class__ = PatchProjection
+    whole = getattr(parts.vision.config, "fullatt_block_indexes", None)
+    for i, block in enumerate(parts.blocks):
         block.attn.attends_to_whole_images = whole is None or i in whole
 
 
@@ -775,10 +809,9 @@ def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
     Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
     """
     inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False, "row": row}
-    if hasattr(backbone.config, "vision_config"):
-        inputs |= row.images.arguments() if row.images else {}
-    else:
-        inputs["position_ids"] = row.position_ids[0]  # M-RoPE on text alone is RoPE
+    if not data.FAMILIES[backbone.config.model_type].mrope:
+        inputs["position_ids"] = row.position_ids[0]  # the same on all axes
+    inputs |= row.images.arguments() if row.images else {}
     return backbone(**inputs).last_hidden_state[0]
 
 
@@ -789,17 +822,14 @@ def main(settings: Settings) -> None:
     model = RewardModel.from_backbone(settings.backbone, settings)
     model.save_pretrained(settings.out)
     count = lambda module: f"{sum(p.numel() for p in module.parameters()):>13,}"
-    vision, language = (
-        getattr(model.backbone, "visual", None),
-        getattr(model.backbone, "language_model", model.backbone),
-    )
+    parts = parts_of(model.backbone)
     print(f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}) and a new reward head")
     if Path(settings.backbone, HEAD_FILE).is_file():
         print(f"The trained head there is not taken; 03_train.py --model {settings.backbone} continues with it")
     print("\nparameters")
     for name, module in (
-        ("vision tower", vision),
-        ("language model", language),
+        ("vision tower", parts.vision),
+        ("language model", parts.language),
         ("reward head", model.head),
         ("all", model),
     ):
@@ -807,7 +837,9 @@ def main(settings: Settings) -> None:
             print(f"  {name:<15}{count(module)}")
     print(f"  head: {' -> '.join(map(str, model.head.mlp))}")
     if Path(settings.data, "dataset.json").is_file():
-        comparison = data.Comparisons(settings.data, model.processors.fingerprint)[0]
+        comparisons = data.Comparisons(settings.data, model.processors.fingerprint)
+        data.use_pixel_limits(model.processors, [comparisons])
+        comparison = comparisons[0]
         row = pack([comparison], model.processors)
         hidden = model.hidden_states(row)
         lengths = " and ".join(str(len(response)) for response in comparison.responses)
@@ -817,7 +849,7 @@ def main(settings: Settings) -> None:
             ("input_ids", row.input_ids),
             ("position_ids", row.position_ids),
             ("pixel_values", row.images and row.images.pixel_values),
-            ("image_grid_thw", row.images and row.images.grid_thw),
+            ("image grids", row.images and row.images.grid_thw),
             ("hidden states", hidden),
             ("at each response's end", hidden[row.last]),
             ("scores", model(row)),

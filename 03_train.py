@@ -225,7 +225,7 @@ def pack_micro_batch(batch: MicroBatch, comparisons, processors) -> tuple[list, 
     nobody reads: all ranks step together."""
     read = [comparisons[i] for i in batch.comparisons]
     if not read and not batch.dummy_image:
-        read = [data.Comparison(np.array([processors.tokenizer.eos_token_id], np.int32), [], [])]
+        read = [data.Comparison(np.array([processors.end_token], np.int32), [], [])]
     return read, model_stage.pack(read, processors, batch.dummy_image)
 
 
@@ -305,16 +305,15 @@ def shard(
     policy = MixedPrecisionPolicy()
     if device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    language = getattr(backbone, "language_model", backbone)
-    vision = getattr(backbone, "visual", None)
+    parts = model_stage.parts_of(backbone)
     if activation_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
         backbone.disable_input_require_grads()  # comes with it, and would send a frozen vision tower through a backward
-    for layer in [*language.layers, *getattr(vision, "blocks", [])] if compile else []:
+    for layer in [*parts.language.layers, *parts.blocks] if compile else []:
         layer.compile(dynamic=True)  # before it is sharded; lengths differ from row to row
-    if vision is not None:
-        fully_shard(vision, mesh=mesh, mp_policy=policy)
-    for layer in language.layers:
+    if parts.vision is not None:
+        fully_shard(parts.vision, mesh=mesh, mp_policy=policy)
+    for layer in parts.language.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     for module in in_float32:
         fully_shard(module, mesh=mesh)
@@ -361,8 +360,8 @@ def load_weights(backbone, path: str, device: torch.device) -> None:
         parameter._is_hf_initialized = True
     backbone.initialize_weights()  # so only of what no checkpoint holds, the buffers of rotary frequencies
     for key, name, tensor in checkpoint_tensors(backbone, path):
-        if name.endswith("lm_head.weight") and name not in missing:
-            continue  # the model has none, or it is the embeddings
+        if name not in missing and name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
+            continue  # a head that the model has not, or that is the embeddings; old Llamas' frequencies, which follow
         if name not in missing:
             raise UserError(f"{path}: {key} is not a weight of a {type(backbone).__name__} as config.json describes it")
         parameter = missing.pop(name)  # a DTensor, [rows, ...], of which FSDP deals whole rows
@@ -554,8 +553,9 @@ def memory(
     Not in it: what single operations need for themselves, the CUDA context, NCCL's buffers, fragmentation.
     """
     size = lambda module: sum(p.numel() for p in module.parameters()) if module is not None else 0
-    layers = getattr(model.backbone, "language_model", model.backbone).layers
-    everything, vision, layer = size(model), size(getattr(model.backbone, "visual", None)), size(layers[0])
+    parts = model_stage.parts_of(model.backbone)
+    layers = parts.language.layers
+    everything, vision, layer = size(model), size(parts.vision), size(layers[0])
     root = everything - vision - len(layers) * layer  # FSDP's last unit: the embedding, for the most part
     trained = everything - freeze_vision * vision
     kept = activations(model.backbone.config, row, freeze_vision, activation_checkpointing, width)
@@ -609,6 +609,9 @@ def print_plan(settings: Settings) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{settings.model}: no config.json to plan for: {str(error).splitlines()[0]}") from None
     config, how = backbone.config, (settings.freeze_vision, settings.activation_checkpointing)
+    if not data.FAMILIES[config.model_type].planned:
+        known = ", ".join(name for name, family in data.FAMILIES.items() if family.planned)
+        raise UserError(f"{settings.model}: a {config.model_type}, which --plan does not know; it knows {known}")
     with torch.device("meta"):
         model = model_stage.RewardModel(backbone, model_stage.RewardHead(config.get_text_config().hidden_size), None)
     gpus = settings.gpus or dist.get_world_size()
@@ -728,8 +731,9 @@ def train(settings: Settings) -> dict:
         chosen = list(range(min(settings.validation_size, len(held_out))))
         validation_plan = plan([chosen], *held_out.sizes(), settings.micro_tokens, rank, world)
 
-    if settings.freeze_vision and hasattr(model.backbone, "visual"):
-        model.backbone.visual.requires_grad_(False)
+    vision = model_stage.parts_of(model.backbone).vision
+    if settings.freeze_vision and vision is not None:
+        vision.requires_grad_(False)
     how = {"activation_checkpointing": settings.activation_checkpointing, "compile": settings.compile}
     shard(model, model.backbone, device, in_float32=(model.head,), shard_size=settings.shard_size, **how)
     load_weights(model.backbone, settings.model, device)

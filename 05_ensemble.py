@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoModel, Qwen2Config
+from transformers import AutoConfig, AutoModel
 
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
@@ -93,13 +93,15 @@ def fit_weights(scores: np.ndarray, ranks: list[list[int]]) -> dict[str, np.ndar
 
 
 def language_half(backbone: str, out: str) -> None:
-    """Writes the language model of a Qwen2.5-VL as a plain Qwen2 checkpoint: on text alone, M-RoPE is RoPE and the
-    weights the same."""
-    language = model_stage.load_backbone(backbone).language_model
+    """Writes the language model of a vision-language model as a plain checkpoint, that of a Qwen2.5-VL as a Qwen2: on
+    text alone, M-RoPE is RoPE and the weights the same."""
+    model = model_stage.load_backbone(backbone)
+    language = model_stage.parts_of(model).language
     config = language.config.to_dict() | {"rope_parameters": dict(language.config.rope_parameters)}
-    config["rope_parameters"].pop("mrope_section", None)
-    config.pop("model_type")
-    half = AutoModel.from_config(Qwen2Config(**config))
+    for multimodal in ("mrope_section", "mrope_interleaved"):
+        config["rope_parameters"].pop(multimodal, None)
+    own = config.pop("model_type")
+    half = AutoModel.from_config(AutoConfig.for_model(data.FAMILIES[model.config.model_type].half or own, **config))
     half.load_state_dict(language.state_dict())
     half.save_pretrained(out)
     data.load_processors(backbone).tokenizer.save_pretrained(out)

@@ -105,11 +105,9 @@ class Policy(nn.Module):
         auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         self.lm = model_stage.load_backbone(path, auto, empty)
         self.processors, self.temperature = data.load_processors(path), temperature
-        tokenizer = self.processors.tokenizer
-        forbidden = {
-            *tokenizer.get_added_vocab().values(),
-            *range(len(tokenizer), config.get_text_config().vocab_size),
-        } - {tokenizer.eos_token_id}
+        tokenizer, size = self.processors.tokenizer, config.get_text_config().vocab_size
+        forbidden = {*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)} & {*range(size)}
+        forbidden.remove(self.processors.end_token)
         self.register_buffer("forbidden", torch.tensor(sorted(forbidden)), persistent=False)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -210,7 +208,7 @@ def rollout(
     so a sample does not depend on what else is in the batch; None decodes greedily.
     """
     device = policy.forbidden.device
-    eos = policy.processors.tokenizer.eos_token_id
+    end = policy.processors.end_token
     bare = [Comparison(prompt.prompt, [], [], prompt.images, prompt.grids) for prompt in prompts]
     row = PromptRow(**vars(model_stage.pack(bare, policy.processors).to(device)))
     row.cache = {}
@@ -231,7 +229,7 @@ def rollout(
             cumulated = logits.double().softmax(-1).cumsum(-1)
             chosen = torch.searchsorted(cumulated, uniform[alive, t, None] * cumulated[:, -1:], right=True)[:, 0]
         tokens[alive, t] = chosen
-        going = chosen != eos
+        going = chosen != end
         alive, chosen = alive[going], chosen[going]
         if len(alive) == 0 or t + 1 == max_new_tokens:
             break
@@ -239,10 +237,11 @@ def rollout(
     return tokens.view(len(prompts), group, max_new_tokens)
 
 
-def texts_of(tokens: torch.Tensor, tokenizer) -> list[str]:
+def texts_of(tokens: torch.Tensor, processors) -> list[str]:
     """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
     return [
-        tokenizer.decode([t for t in sample if t not in (-1, tokenizer.eos_token_id)]) for sample in tokens.tolist()
+        processors.tokenizer.decode([t for t in sample if t not in (-1, processors.end_token)])
+        for sample in tokens.tolist()
     ]
 
 
@@ -460,7 +459,7 @@ def evaluate(
         tokens[part] = rollout(policy, [questions[i] for i in part], 1, settings.max_new_tokens, None)[:, 0]
     dist.all_reduce(tokens, dist.ReduceOp.MAX)
     answers, outcomes, grades = [], [], []
-    for i, text in enumerate(texts_of(tokens, policy.processors.tokenizer)):
+    for i, text in enumerate(texts_of(tokens, policy.processors)):
         record = questions[i].record
         answers.append({"id": record.get("id", i), "answer": text})
         if "answer" in record:
@@ -591,7 +590,7 @@ def train(settings: Settings) -> dict:
         chosen = order[step * B : (step + 1) * B].tolist()
         prompts = [questions[i] for i in chosen]
         samples = sample(actor, prompts, [[settings.seed, step, i] for i in chosen], settings)  # [B, G, max_new_tokens]
-        texts = texts_of(samples.flatten(0, 1), tokenizer)
+        texts = texts_of(samples.flatten(0, 1), policy.processors)
         texts = [texts[i : i + G] for i in range(0, B * G, G)]
         times.append(time.perf_counter())
 
@@ -605,7 +604,7 @@ def train(settings: Settings) -> dict:
         copy_weights(policy, actor)
         times.append(time.perf_counter())
 
-        cut = (samples[..., -1] >= 0) & (samples[..., -1] != tokenizer.eos_token_id)
+        cut = (samples[..., -1] >= 0) & (samples[..., -1] != policy.processors.end_token)
         truths = [
             (text, p.record["truth"]) for p, group in zip(prompts, texts) if "truth" in p.record for text in group
         ]

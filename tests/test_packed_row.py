@@ -62,8 +62,7 @@ def test_positions_are_those_of_transformers(comparisons, processors):
             image_grid_thw=torch.from_numpy(comparison.grids.astype(np.int64)),
         )
         assert np.array_equal(
-            model.prompt_positions(comparison.prompt, comparison.grids, processors.image_token, 2),
-            expected[:, 0].numpy(),
+            model.prompt_positions(comparison.prompt, comparison.grids, processors), expected[:, 0].numpy()
         )
 
 

@@ -80,7 +80,7 @@ def make_models(folder: Path, config, cls=Qwen2_5_VLModel) -> tuple[RewardModel,
 def make_comparison(rng, processors, image_tokens: int, prompt: int, responses: list[int]) -> Comparison:
     """Random text of the given lengths in tokens, and one picture of about `image_tokens` tokens, if any."""
     text = lambda length: rng.integers(0, 512, length, dtype=np.int32)
-    end = np.array([processors.tokenizer.eos_token_id], np.int32)
+    end = np.array([processors.end_token], np.int32)
     ids, files, grids = text(prompt), [], np.zeros((0, 3), np.int32)
     if image_tokens:
         unit = processors.image.patch_size * processors.image.merge_size
@@ -89,7 +89,7 @@ def make_comparison(rng, processors, image_tokens: int, prompt: int, responses: 
         file = io.BytesIO()
         coarse = Image.fromarray(rng.integers(0, 256, (size[1] // 7, size[0] // 7, 3), dtype=np.uint8))
         coarse.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
-        grids = np.array([data.patch_grid(size, processors.image)], np.int32)
+        grids = np.array([data.patch_grid(size, processors)], np.int32)
         tokens = int(grids.prod()) // processors.image.merge_size**2
         ids = np.concatenate(
             [ids[: prompt // 4], np.full(tokens, processors.image_token, np.int32), ids[prompt // 4 :]]

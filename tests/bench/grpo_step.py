@@ -61,7 +61,7 @@ class Ours:
         times = [time.perf_counter()]
         seeds = [[self.steps, i] for i in range(PROMPTS)]
         samples = grpo.sample(self.actor, self.prompts, seeds, self.settings)  # [prompts, GROUP, LENGTH]
-        texts = grpo.texts_of(samples.flatten(0, 1), self.policy.processors.tokenizer)
+        texts = grpo.texts_of(samples.flatten(0, 1), self.policy.processors)
         times.append(time.perf_counter())
         texts = [texts[i : i + GROUP] for i in range(0, len(texts), GROUP)]
         *_, reward = grpo.judge(self.judge, self.prompts, texts, self.settings)

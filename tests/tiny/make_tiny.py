@@ -192,7 +192,6 @@ def make_tokenizer(vocabulary: int) -> Qwen2Tokenizer:
     )
     made.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     made.chat_template = CHAT_TEMPLATE
-    model.prepare_vision(made)
     return made
 
 
