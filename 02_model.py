@@ -304,7 +304,7 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
         torch.tensor(last, dtype=torch.long),
         Segments.of_comparisons(lengths),
     )
-    images = [data.open_image(file) for comparison in comparisons for file in comparison.images]
+    images = [image for comparison in comparisons for image in data.open_images(comparison, processors)]
     if images:
         pixels = processors.image(images, return_tensors="pt")
         prepared = np.concatenate([comparison.grids for comparison in comparisons])
