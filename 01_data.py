@@ -135,11 +135,18 @@ def run_stage(main: Callable, cls, doc: str) -> None:
         main(settings)
         dist.barrier()
     except (UserError, Unusable) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}" if STORE.add(f"said: {error}", 1) == 1 else 1)
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}" if is_first_to_say(str(error)) else 1)
     finally:
         if dist.is_initialized():
             gc.collect()  # a sharded model, a cycle of references, that outlives its process group can abort the exit
             dist.destroy_process_group()
+
+
+def is_first_to_say(message: str) -> bool:
+    try:
+        return STORE.add(f"said: {message}", 1) == 1
+    except RuntimeError:  # its host is gone
+        return True
 
 
 class UserError(Exception):
@@ -1589,13 +1596,13 @@ def write_shard(path: Path, comparisons: list[Comparison], image_token: int | No
 
 
 @contextmanager
-def reading(path: Path):
-    """What is wrong with a file of a prepared data set, which may come from anywhere, ends in one line."""
+def reading(path: Path, then: str = "run 01_data.py again"):
+    """What is wrong with a file that an earlier stage wrote, but may come from anywhere, ends in one line."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError, Unusable) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         reason = f"missing: {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise UserError(f"{path}: damaged or no file of 01_data.py: {reason}; run 01_data.py again") from None
+        raise UserError(f"{path}: damaged: {reason}; {then}") from None
 
 
 def columns_of(file, dtypes: dict) -> dict[str, np.ndarray]:

@@ -411,11 +411,21 @@ class RewardModel(nn.Module):
         path = Path(folder, "reward_head.safetensors")
         if not path.is_file():
             raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
-        with safe_open(path, framework="pt") as file:
+        with data.reading(path, "run 02_model.py or 03_train.py again"), safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["reward_head"])
-            head = RewardHead(**about["head"])
-            head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        return cls(load_backbone(folder, empty=empty), head, data.load_processors(folder), about["trained_with"])
+            with torch.device("meta"):  # takes no memory before the shapes are compared
+                head = RewardHead(**about["head"])
+            shapes = {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
+            if shapes != {name: file.get_slice(name).get_shape() for name in file.keys()}:
+                raise data.Unusable(f"its tensors are not those of the head that it describes, {about['head']}")
+            head.load_state_dict({name: file.get_tensor(name).float() for name in shapes}, assign=True)
+            check_finite(head)
+            trained_with = about["trained_with"]
+        backbone = load_backbone(folder, empty=empty)
+        hidden = backbone.config.get_text_config().hidden_size
+        if head.settings["hidden"] != hidden:
+            raise UserError(f"{path}: a head for hidden states of {head.settings['hidden']}, the backbone has {hidden}")
+        return cls(backbone, head, data.load_processors(folder), trained_with)
 
     def save_pretrained(self, folder: str, state: dict | None = None) -> None:
         """Writes the Hugging Face layout plus reward_head.safetensors.
@@ -476,7 +486,10 @@ def load_backbone(path: str, auto=AutoModel, empty: bool = False) -> nn.Module:
     unless `auto` is a class that has one. An `empty` one is on the meta device, shapes without weights, and takes no
     memory: for `shard` and then `load_weights` (03)."""
     transformers_logging.disable_progress_bar()
-    config = data.AutoConfig.from_pretrained(path)
+    try:
+        config = data.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no model in the Hugging Face layout: {str(error).splitlines()[0]}") from None
     if config.model_type not in ("qwen2_5_vl", "qwen2"):
         raise UserError(f"{path}: a {config.model_type}; supported are qwen2_5_vl and qwen2")
     wanted = {"dtype": torch.float32, "attn_implementation": attention_of(config)}
@@ -484,9 +497,20 @@ def load_backbone(path: str, auto=AutoModel, empty: bool = False) -> nn.Module:
         with torch.device("meta"):
             backbone = auto.from_config(config, **wanted).eval()
     else:
-        backbone = auto.from_pretrained(path, **wanted)
+        with data.reading(path, "a model has to be whole"):  # nothing is unpickled, and nothing made up
+            backbone, found = auto.from_pretrained(path, **wanted, use_safetensors=True, output_loading_info=True)
+            if found["missing_keys"]:
+                name, *more = sorted(found["missing_keys"])
+                raise data.Unusable(f"{name} is missing{f', and {len(more)} more' if more else ''}")
+            check_finite(backbone)
     prepare_vision(backbone)
     return backbone
+
+
+def check_finite(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not parameter.isfinite().all():
+            raise data.Unusable(f"{name} has weights that are not finite")
 
 
 def attention_of(config) -> str | dict[str, str]:
