@@ -839,6 +839,9 @@ def open_data(settings: Settings, processors) -> tuple:
     named = ", ".join(folders)
     if not len(comparisons):
         raise UserError(f"{named}: no comparisons in there; see rejected.jsonl for why")
+    for each in sets:
+        if metric := each.info["metric"]:
+            raise UserError(f"{each.folder}: the benchmark {metric}, which is to score models and not to train them")
     if not all(np.concatenate([each.response_counts() for each in sets])):
         raise UserError(f"{named}: has prompts without responses; a reward model is trained on pairs or rankings")
     if processors.image is None and patches.any():

@@ -92,9 +92,9 @@ def score_comparisons(model, comparisons, device: torch.device, micro_tokens: in
 def read_scores(path: str, comparisons) -> list[np.ndarray]:
     """Another system's scores: one JSON list of N numbers a line. Raises UserError with the line that does not fit."""
     try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"--scores_from {path}: {error.strerror}") from None
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--scores_from {path}: {getattr(error, 'strerror', None) or error}") from None
     counts = comparisons.response_counts()
     if len(lines) != len(counts):
         raise UserError(
@@ -105,15 +105,14 @@ def read_scores(path: str, comparisons) -> list[np.ndarray]:
     for number, (line, count) in enumerate(zip(lines, counts), 1):
         try:
             values = json.loads(line)
-            assert (
-                isinstance(values, list)
-                and len(values) == count
-                and all(type(v) in (int, float) and np.isfinite(v) for v in values)
-            )
-        except (ValueError, AssertionError):
+        except (ValueError, RecursionError):
+            values = None
+        largest = np.finfo(np.float32).max  # they are saved as float32
+        are_numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) <= largest for v in values)
+        if not are_numbers or len(values) != count:
             raise UserError(
-                f"--scores_from {path}, line {number}: not a JSON list of {count} finite numbers: {line[:60]}"
-            ) from None
+                f"--scores_from {path}, line {number}: not a JSON list of {count} finite numbers: {line[:60]!r}"
+            )
         scores.append(np.array(values, float))
     return scores
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assistant, picture, stages, torchrun, write_jsonl
+import torch
+from conftest import TINY, assistant, picture, stages, torchrun, write_jsonl
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 data = stages.data
@@ -550,3 +552,107 @@ def test_a_damaged_or_hostile_data_set_is_refused_with_its_reason(name, good_set
     with pytest.raises(data.UserError, match=reason) as error:
         read_whole(folder, processors)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- models and scores from elsewhere
+
+
+@pytest.fixture(scope="module")
+def good_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings()).save_pretrained(str(folder))
+    return folder
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def tensors(name: str, change, metadata: dict | None = None):
+    """Changes the tensors of one file of a model, and its metadata."""
+
+    def damage(folder):
+        with safe_open(folder / name, framework="np") as file:
+            about = file.metadata()
+        found = load_file(folder / name)
+        change(found)
+        save_file(found, folder / name, about if metadata is None else metadata)
+
+    return damage
+
+
+def only_pickled(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Evil(folder / "evil")}, folder / "pytorch_model.bin")
+
+
+def remote_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(folder / 'evil')!r}, 'w')")
+
+
+def head_of(**about):
+    settings = {"hidden": 128, "layers": 2, "activation": "silu", "width": 128} | about
+    return {"reward_head": json.dumps({"head": settings, "trained_with": {}})}
+
+
+HEAD, LAST, NORM = "reward_head.safetensors", "mlp.2.weight", "language_model.norm.weight"
+MODELS = {
+    "weights that are no numbers": (tensors("model.safetensors", put(NORM, lambda w: w * np.nan)), "not finite"),
+    "infinite weights": (tensors("model.safetensors", put(NORM, lambda w: w / 0)), "not finite"),
+    "a weight is missing": (tensors("model.safetensors", lambda t: t.pop(NORM)), f"{NORM} is missing"),
+    "a weight of another shape": (tensors("model.safetensors", put(NORM, lambda w: w[:5])), "damaged"),
+    "weights that are cut off": (rewrite("model.safetensors", lambda content: content[:-99]), "damaged"),
+    "a declared size of a terabyte": (rewrite("model.safetensors", huge_header), "damaged"),
+    "pickled weights alone": (only_pickled, "safetensors"),
+    "code of its own": (remote_code, "no model in the Hugging Face layout"),
+    "a head without description": (tensors(HEAD, lambda t: None, {}), "reward_head"),
+    "a head of another depth": (tensors(HEAD, lambda t: None, head_of(layers=3)), "not those of the head"),
+    "a head of a hundred layers": (tensors(HEAD, lambda t: None, head_of(layers=100)), "must be 1 to 5"),
+    "a head that wants a terabyte": (tensors(HEAD, lambda t: None, head_of(width=2**30)), "not those of the head"),
+    "a head of an unknown activation": (tensors(HEAD, lambda t: None, head_of(activation="exec")), "exec"),
+    "a head that is no numbers": (tensors(HEAD, put(LAST, lambda w: w * np.nan)), "not finite"),
+    "a head that is cut off": (rewrite(HEAD, lambda content: content[:-9]), HEAD),
+    "a head for another backbone": (
+        lambda folder: save_file(
+            {"mlp.0.weight": np.ones((1, 64), np.float32)}, folder / HEAD, head_of(hidden=64, layers=1, width=64)
+        ),
+        "a head for hidden states of 64, the backbone has 128",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_damaged_or_hostile_model_is_refused_with_its_reason_and_runs_no_code(name, good_model, tmp_path):
+    damage, reason = MODELS[name]
+    folder = shutil.copytree(good_model, tmp_path / "model")
+    damage(folder)
+    with pytest.raises(data.UserError, match=reason) as error:
+        stages.model.RewardModel.from_pretrained(str(folder))
+    assert "\n" not in str(error.value) and not (folder / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["", "[1", "1", "[1]", "[1, 2, 3]", "[1, null]", "[1, true]", "[1, NaN]", "[1, 1e999]", "[" * 100_000]
+)
+def test_scores_from_elsewhere_that_do_not_fit_are_refused_with_their_line(line, good_set, tmp_path):
+    (tmp_path / "scores.jsonl").write_text(f"[1, 2]\n{line}\n")
+    with pytest.raises(data.UserError, match="scores.jsonl, line 2: not a JSON list of 2 finite numbers"):
+        stages.eval.read_scores(str(tmp_path / "scores.jsonl"), data.Comparisons(str(good_set)))
+
+
+def test_a_benchmark_is_no_training_data(good_set, good_model, tmp_path):
+    folder = shutil.copytree(good_set, tmp_path / "set")
+    change_info(metric="vl-rewardbench")(folder)
+    processors = data.load_processors(str(good_model))
+    with pytest.raises(data.UserError, match="the benchmark vl-rewardbench, which is to score models"):
+        stages.train.open_data(stages.train.Settings(data=[str(folder)]), processors)

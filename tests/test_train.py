@@ -375,35 +375,20 @@ def test_a_step_that_is_not_finite_is_skipped_when_told_and_never_silently(explo
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_resuming_with_other_settings_is_refused_by_name(world, initial, tmp_path):
-    run(world, initial, tmp_path, ranks=1, checkpoint_every=1)
-    done = torchrun(
-        "03_train.py",
-        "--model",
-        initial,
-        "--data",
-        world / "data/train",
-        "--out",
-        tmp_path,
-        "--steps",
-        3,
-        "--batch_size",
-        12,
-        "--learning_rate",
-        2e-3,
-        "--checkpoint_every",
-        1,
-        "--warmup",
-        0.5,
-        "--resume",
-        ranks=1,
-        check=False,
+def test_resuming_with_other_settings_or_data_is_refused_by_name_unless_asked_for(finished, world, initial, tmp_path):
+    out, changed = (
+        shutil.copytree(finished[0], tmp_path / "run"),
+        shutil.copytree(world / "data/train", tmp_path / "data"),
     )
-    assert (
-        done.returncode
-        and "--learning_rate 0.001 (now 0.002)" in done.stderr
-        and '03_train.py", line' not in done.stderr
-    )
+    info = json.loads((changed / "dataset.json").read_text())
+    (changed / "dataset.json").write_text(json.dumps(info | {"max_length": 4095}))
+    arguments = ["--model", initial, "--data", changed, "--out", out, "--steps", 3, "--batch_size", 12, "--resume"]
+    arguments += ["--learning_rate", 2e-3, "--checkpoint_every", 1, "--warmup", 0.5]
+    done = torchrun("03_train.py", *arguments, ranks=1, check=False)
+    assert done.returncode and '03_train.py", line' not in done.stderr
+    assert "--learning_rate 0.001 (now 0.002)" in done.stderr and "other data in --data" in done.stderr
+    torchrun("03_train.py", *arguments, "--resume_changed", ranks=1)
+    assert kills.lines_of(out) == 3
 
 
 def test_old_checkpoints_go_only_when_there_are_newer_ones(world, initial, tmp_path):
@@ -534,11 +519,15 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
         (["--data", "no/such/data"], "run 01_data.py"),
         (["--data", "{world}/data/questions"], "prompts without responses"),
         (["--shard_size", "2"], "has to divide the number of ranks, 1"),
+        (["--out", "{world}/data/train/dataset.json/out"], "could not be written: Not a directory"),
     ],
 )
 def test_a_mistake_ends_in_one_line_that_says_what_to_do(arguments, says, world, initial):
     defaults = ["--model", initial, "--data", world / "data/train", "--steps", 1, "--out", world / "out"]
     done = torchrun("03_train.py", *defaults, *(a.format(world=world) for a in arguments), ranks=1, check=False)
-    assert (
-        done.returncode and says in done.stderr and "line" not in done.stderr.split(says)[0].split("03_train.py: ")[-1]
-    )
+    assert done.returncode and done.stderr.count(says) == 1 and '03_train.py", line' not in done.stderr
+
+
+def test_a_mistake_that_all_ranks_see_is_said_once(initial):
+    done = torchrun("03_train.py", "--model", initial, "--data", "no/such/data", ranks=3, check=False)
+    assert done.returncode and done.stderr.count("03_train.py: no/such/data") == 1 and "Traceback (" not in done.stderr
