@@ -499,11 +499,8 @@ def check_checkpoint(checkpoint: Path, state: dict[str, torch.Tensor]) -> dict:
                 begins = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
                 for key in file.keys():
                     piece = file.get_slice(key)
-                    if (
-                        key not in state
-                        or piece.get_dtype() != "F32"
-                        or piece.get_shape()[1:] != list(state[key].shape[1:])
-                    ):
+                    form = piece.get_dtype(), piece.get_shape()[1:]
+                    if key not in state or form != ("F32", list(state[key].shape[1:])):
                         raise data.Unusable(f"{name}: {key} is none of this run's tensors")
                     begin = begins[key]["saved_offsets"] if key in begins else [0] * len(piece.get_shape())
                     pieces[key].append((*begin[:1], *piece.get_shape()[:1]))
@@ -518,23 +515,35 @@ def check_checkpoint(checkpoint: Path, state: dict[str, torch.Tensor]) -> dict:
     return run
 
 
+def newest_whole(folder: Path, state: dict[str, torch.Tensor]) -> tuple[Path, dict] | None:
+    """The newest checkpoint that is whole and what its run.json says; None where there is none. Says so where a newer
+    one is damaged; raises UserError where all are."""
+    damaged = []
+    for checkpoint in sorted(folder.glob("step_*"), key=step_of, reverse=True):
+        try:
+            run = check_checkpoint(checkpoint, state)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            print(f"{damaged[0]}; {checkpoint} is the newest whole one", flush=True)
+        return checkpoint, run
+    if damaged:
+        raise UserError(f"no whole checkpoint: {damaged[0]}")
+    return None
+
+
 def load_checkpoint(folder: Path, model, optimizer, settings: Settings) -> int:
     """Loads the newest whole checkpoint in place and returns its step, or 0 where there is none.
 
     Raises UserError where it was made with other settings or data that change the run, and none asked for that."""
-    state, run, damaged = training_state(model, optimizer), None, []
-    for checkpoint in sorted(folder.glob("step_*"), key=step_of, reverse=True):
-        try:
-            run = check_checkpoint(checkpoint, state)
-            break
-        except UserError as error:
-            damaged.append(str(error))
-    if damaged and not run:
-        raise UserError(f"no whole checkpoint: {damaged[0]}")
-    if not run:
+    state, found = training_state(model, optimizer), [None]
+    if dist.get_rank() == 0:  # and all others take the same
+        found = [newest_whole(folder, state)]
+    dist.broadcast_object_list(found)
+    if not found[0]:
         return 0
-    if damaged and dist.get_rank() == 0:
-        print(f"{damaged[0]}; {checkpoint} is the newest whole one", flush=True)
+    checkpoint, run = found[0]
     same_run = "resume resume_changed non_finite out workers checkpoint_every validate_every validation validation_size"
     same_run += " micro_tokens shard_size activation_checkpointing compile"
     same_run += " plan gpus gpu_memory gpu_flops utilisation gpu_link plan_comparisons plan_lengths"

@@ -68,7 +68,8 @@ def fork_ranks(command: list, out: Path, ranks: int) -> None:
             failed = True
             for other in pids:
                 os.kill(other, signal.SIGTERM)
-            signal.alarm(30)  # as torchrun: then this process ends, and with it, by kill(), all below
+            signal.signal(signal.SIGALRM, lambda *_: [os.kill(other, signal.SIGKILL) for other in pids])
+            signal.alarm(30)  # as torchrun does
     os._exit(int(failed))
 
 
@@ -223,7 +224,8 @@ def torture(stage: str, command: list, folder: Path, kills: int, rng: random.Ran
             hits = 0
             continue
         after = checkpoints_of(out)
-        assert not before or after and after[-1] >= before[-1], f"checkpoints {before} became {after}"
+        if before and (not after or after[-1] < before[-1]):
+            raise SystemExit(f"checkpoints {before} became {after}\n{Path(f'{out}.log').read_text()[-3000:]}")
         hits += 1
         counts["kills"] += 1
         counts[f"in {name}"] += 1

@@ -254,17 +254,17 @@ def tell(**changes):
     return damage
 
 
+def overwrite(checkpoint):
+    """Its last file becomes text of the same length."""
+    size = shard_of(checkpoint).stat().st_size
+    shard_of(checkpoint).write_bytes((b"text " * size)[:size])
+
+
 DAMAGES = {
     "a file is missing": (lambda checkpoint: shard_of(checkpoint).unlink(), "not those that run.json lists"),
     "a file is cut off": (lambda checkpoint: os.truncate(shard_of(checkpoint), 1000), "not those that run.json lists"),
     "a file too many": (lambda c: (c / "x.safetensors").write_bytes(b"x"), "not those that run.json lists"),
-    "a file of text": (
-        lambda c: (
-            shard_of(c).write_bytes(b"text " * (shard_of(c).stat().st_size // 5 + 1))
-            or os.truncate(shard_of(c), json.loads((c / "run.json").read_text())["files"][shard_of(c).name])
-        ),
-        "safetensors|header",
-    ),
+    "a file of text": (overwrite, "header"),
     "no run.json": (lambda checkpoint: (checkpoint / "run.json").unlink(), "run.json"),
     "half a run.json": (lambda checkpoint: os.truncate(checkpoint / "run.json", 40), "damaged"),
     "another step": (tell(step=7), "not those that run.json lists"),
@@ -273,7 +273,10 @@ DAMAGES = {
     "rows twice": (rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [0])), "row .* is missing"),
     "rows far away": (rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [2**60])), "row .* is missing"),
     "half precision": (rewrite(lambda t, o: t.__setitem__(NORM, t[NORM].half())), "none of this run's tensors"),
-    "a tensor of another model": (rewrite(lambda t, o: t.__setitem__("x", t[NORM])), "none of this run's tensors"),
+    "a tensor of another model": (
+        rewrite(lambda t, o: t.__setitem__("x", t[NORM].clone())),
+        "none of this run's tensors",
+    ),
 }
 
 
