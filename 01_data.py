@@ -45,6 +45,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -127,26 +128,31 @@ def start_distributed() -> tuple[int, int, torch.device]:
 
 
 def run_stage(main: Callable, cls, doc: str) -> None:
-    """Runs a stage's `main(settings)`; what the user got wrong ends in one line, not in a traceback, and only the first
-    rank that has something to say says it."""
+    """Runs a stage's `main(settings)`; what the user got wrong ends in one line from one rank, not in tracebacks."""
     settings = read_settings(cls, doc)
     try:
         start_distributed()
         main(settings)
         dist.barrier()
     except (UserError, Unusable) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}" if is_first_to_say(str(error)) else 1)
+        say_once(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             gc.collect()  # a sharded model, a cycle of references, that outlives its process group can abort the exit
             dist.destroy_process_group()
 
 
-def is_first_to_say(message: str) -> bool:
+def say_once(message: str) -> None:
+    """Prints what several ranks may have to say; who is not the first waits until it is said, since torchrun ends all
+    ranks with the first that exits."""
     try:
-        return STORE.add(f"said: {message}", 1) == 1
-    except RuntimeError:  # its host is gone
-        return True
+        if STORE.add(f"to say: {message}", 1) > 1:
+            return STORE.wait([f"said: {message}"], timedelta(seconds=10))
+        print(message, file=sys.stderr, flush=True)
+        STORE.set(f"said: {message}", "")
+    except RuntimeError:  # the store's host has ended
+        print(message, file=sys.stderr, flush=True)
 
 
 class UserError(Exception):

@@ -602,6 +602,7 @@ def article(comparison, scores: np.ndarray, margin: float, model, tokenizer) -> 
         prompt = prompt.replace(token, "")
     made = [f"<article><p><b>{margin:.2f}</b> <small>{escape(str(comparison.record.get('id', '')))}</small></p>"]
     for image in comparison.images:
+        data.open_image(image)  # raises where it is none
         kind = data.Image.open(io.BytesIO(image)).get_format_mimetype() or "image/png"
         made.append(f'<img alt="" src="data:{kind};base64,{base64.b64encode(image).decode()}">')
     made.append(f"<div class=text>{escape(prompt.strip())}</div><div class=responses>")

@@ -137,19 +137,27 @@ def lines_of(out: Path) -> int:
     return log.read_bytes().count(b"\n") if log.is_file() else 0
 
 
+def folders_in(out: Path) -> set[tuple[str, int]]:
+    """Names and inodes of its checkpoints and of what is being written or removed."""
+    try:
+        return {(entry.name, entry.inode()) for entry in os.scandir(out / "checkpoints")}
+    except FileNotFoundError:
+        return set()
+
+
 def moments(stage: str, out: Path, rng: random.Random) -> tuple[str, Callable[[Path], bool], float]:
     """What to wait for, and how long then."""
     if stage != "03":
         return "any moment", lambda out: True, rng.uniform(0, 15)
     there, steps = lines_of(out), rng.randint(1, 5)
-    names = lambda pattern: {path.name for path in out.glob(pattern)}
-    before = names("checkpoints/step_*")
+    before = folders_in(out)
+    new = lambda start: any(name.startswith(start) for name, _ in folders_in(out) - before)
     known = {
         "start": (lambda out: True, rng.uniform(0, 12)),
         "a step": (lambda out: lines_of(out) not in (there, 0) and lines_of(out) >= min(there + steps, STEPS), 0.15),
-        "a checkpoint": (lambda out: bool(names("checkpoints/.writing_*")), 0.04),
-        "its renaming": (lambda out: bool(names("checkpoints/step_*") - before), 0.003),
-        "the removal of an old one": (lambda out: bool(names("checkpoints/.old_*")), 0.001),
+        "a checkpoint": (lambda out: new(".writing_"), 0.04),
+        "its renaming": (lambda out: new("step_"), 0.003),
+        "the removal of an old one": (lambda out: new(".old_"), 0.001),
         "export": (lambda out: (out / ".writing").exists(), 0.06),
         "renaming in the export": (lambda out: (out / ".writing/reward_head.safetensors").exists(), 0.004),
     }
