@@ -217,9 +217,9 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_it_goes_on_on_2_then_1_then_3_
 
 @pytest.fixture(scope="module")
 def finished(world, initial, tmp_path_factory):
-    """A run of 3 steps on 2 ranks, with the checkpoints of its first and second."""
+    """A run of 3 steps on 2 ranks, with the checkpoints of its first and second, each right after a validation."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    return out, run(world, initial, out, ranks=2, checkpoint_every=1)
+    return out, run(world, initial, out, ranks=2, checkpoint_every=1, validate_every=1)
 
 
 def shard_of(checkpoint):
@@ -296,7 +296,7 @@ def test_a_checkpoint_that_is_not_whole_is_none(name, finished, initial, tmp_pat
 def test_the_newest_whole_checkpoint_is_found_past_a_damaged_one(finished, world, initial, tmp_path):
     out, whole = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
     os.truncate(shard_of(out / "checkpoints/step_000002"), 5000)
-    assert_same_run(whole, run(world, initial, out, "--resume", ranks=2, checkpoint_every=0), 0)
+    assert_same_run(whole, run(world, initial, out, "--resume", ranks=2, validate_every=1), 0)
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(finished, world, initial, tmp_path):
