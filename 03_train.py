@@ -832,7 +832,7 @@ def validate(model, comparisons, micro_batches, device) -> dict[str, float]:
         scores = model(row)
         right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
         sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
-    model.reshard()  # FSDP leaves its root gathered until a backward: a checkpoint would not find what AdamW knows of it
+    model.reshard()  # its root would stay gathered until a backward, and a checkpoint find no state of AdamW for it
     dist.all_reduce(sums)
     model.train()
     return {"validation_loss": (sums[0] / sums[2]).item(), "validation_accuracy": (sums[1] / sums[2]).item()}
