@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, stages, torchrun, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_bad_input import prepare_here
 
 data, model, train = stages.data, stages.model, stages.train
 
@@ -176,8 +177,8 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(
     """SIGKILL to one rank or all, in a step, a checkpoint, its renaming, the export: weights, optimizer
     state and log are those of an uninterrupted run, bit by bit. `python tests/kills.py` does this many times more."""
     command = [*kills.TRAIN, "--model", initial, "--data", world / "data/train"]
-    counts = kills.torture("03", command, tmp_path, 3, random.Random(5), in_a_row=3)
-    assert counts["kills"] == 3 and counts["compared, identical"] >= 1
+    counts = kills.torture("03", command, tmp_path, 2, random.Random(5), in_a_row=2)
+    assert counts["kills"] == 2 and counts["compared, identical"] >= 1
 
 
 def start(world, initial, out, *more, ranks: int, **settings) -> subprocess.Popen:
@@ -342,7 +343,7 @@ def explosive(world, initial, tmp_path_factory):
     pairs = [{"prompt": f"Is it {i}?", "chosen": "yes", "rejected": "no", "id": f"pair {i}"} for i in range(8)]
     pairs[2]["prompt"] += "~"
     write_jsonl(root / "pairs.jsonl", pairs)
-    torchrun("01_data.py", "--source", root / "pairs.jsonl", "--out", root, "--holdout", 0, ranks=1)
+    prepare_here(source=[str(root / "pairs.jsonl")], out=str(root))
     reward = model.RewardModel.from_pretrained(initial)
     (token,) = reward.processors.tokenizer.encode("~", add_special_tokens=False)
     with torch.no_grad():
