@@ -39,17 +39,21 @@ import os
 import re
 import string
 import sys
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from safetensors import safe_open
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser
@@ -89,6 +93,7 @@ class Settings:
         0.05, "share of the prompts set aside in <name>_holdout for validation; of a benchmark none"
     )
     without_images: bool = option(False, "leave all pictures out, where they are not at hand; the text is kept")
+    allow_outside: bool = option(False, "read pictures whose paths or links lead out of the folders of --source, too")
     shard_size: int = option(512, "lines of input that make one shard")
     world_size: float = option(1.0, "size of the embedded world's data sets, as a multiple of the default")
     seed: int = option(0, "seed of the embedded world")
@@ -104,14 +109,19 @@ def read_settings(cls, doc: str):
     return parser.parse_args_into_dataclasses(look_for_args_file=False)[0]
 
 
+STORE = None  # what all ranks can read and write without waiting for each other
+
+
 def start_distributed() -> tuple[int, int, torch.device]:
     """Joins torchrun's process group (or makes one of a single process); returns rank, world size and device."""
+    global STORE
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
-        alone = (
-            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        )  # plain `python`
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+        if "RANK" in os.environ:  # torchrun's
+            STORE, rank, world = next(dist.rendezvous("env://"))
+        else:  # plain `python`
+            STORE, rank, world = dist.HashStore(), 0, 1
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=STORE, rank=rank, world_size=world)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -122,18 +132,31 @@ def start_distributed() -> tuple[int, int, torch.device]:
 
 
 def run_stage(main: Callable, cls, doc: str) -> None:
-    """Runs a stage's `main(settings)`; what the user got wrong ends in one line, not in a traceback."""
+    """Runs a stage's `main(settings)`; what the user got wrong ends in one line from one rank, not in tracebacks."""
     settings = read_settings(cls, doc)
     try:
         start_distributed()
         main(settings)
         dist.barrier()
-    except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except (UserError, Unusable) as error:
+        say_once(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             gc.collect()  # a sharded model, a cycle of references, that outlives its process group can abort the exit
             dist.destroy_process_group()
+
+
+def say_once(message: str) -> None:
+    """Prints what several ranks may have to say; who is not the first waits until it is said, since torchrun ends all
+    ranks with the first that exits."""
+    try:
+        if STORE.add(f"to say: {message}", 1) > 1:
+            return STORE.wait([f"said: {message}"], timedelta(seconds=10))
+        print(message, file=sys.stderr, flush=True)
+        STORE.set(f"said: {message}", "")
+    except RuntimeError:  # the store's host has ended
+        print(message, file=sys.stderr, flush=True)
 
 
 class UserError(Exception):
@@ -144,20 +167,40 @@ class Unusable(ValueError):
     """Why one line of data, or one comparison, cannot be used."""
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes under a temporary name and renames, so that the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def writing(path: str | Path):
+    """What goes wrong while `path` is written, a full disk or somebody else's folder, ends in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: could not be written: {reason}; free space, or another --out, then again") from None
+
+
+@contextmanager
+def in_place_of(path: Path):
+    """Gives a temporary name to write under, then renames, so that the file is there whole or not at all, whenever the
+    process is killed or the machine stops."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    with in_place_of(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """The same for a safetensors file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    with in_place_of(path) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,9 +227,14 @@ def read_world(source: str, split: str, count: int, seed: str) -> Iterator[Line]
 
 
 def read_json(line: bytes) -> dict:
+    """One line of JSON, in UTF-8 as the format wants it, and without what only Python takes for JSON."""
+    if len(line) > LONGEST_LINE:
+        raise Unusable(f"a line of more than {LONGEST_LINE >> 20} MB")
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=not_json)
+    except UnicodeDecodeError as error:
+        raise Unusable(f"not UTF-8: byte {line[error.start]:#x} at {error.start}") from None
+    except (ValueError, RecursionError) as error:
         raise Unusable(f"not a line of JSON: {error}") from None
     if not isinstance(record, dict):
         raise Unusable(f"not a JSON object but {type(record).__name__}")
@@ -198,9 +246,28 @@ def read_json(line: bytes) -> dict:
     return record
 
 
+def not_json(constant: str):
+    raise ValueError(f"{constant} is not JSON")
+
+
+LONGEST_LINE = 2**26  # bytes; of a longer one no more is held
+
+
+def lines_of(file) -> Iterator[bytes]:
+    """The lines of a binary file; of one that is too long, its beginning, which is too long as well."""
+    while line := file.readline(LONGEST_LINE + 1):
+        rest = line
+        while rest and len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(LONGEST_LINE + 1)
+        yield line
+
+
 @lru_cache(1)
 def parquet_rows(file: str, group: int) -> list[dict]:
-    return parquet_file(file).read_row_group(group).to_pylist()
+    try:
+        return parquet_file(file).read_row_group(group).to_pylist()
+    except (OSError, ValueError) as error:
+        raise Unusable(f"row group {group} is damaged: {error}") from None
 
 
 def parquet_file(file: str):
@@ -208,10 +275,21 @@ def parquet_file(file: str):
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{file}: reading parquet needs pyarrow; pip install pyarrow") from None
-    return pyarrow.parquet.ParquetFile(file)
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a parquet file: {error}") from None
 
 
 def read_file(path: str) -> Iterator[Line]:
+    """The rows of one file as they are; UserError where it cannot be read on, as one that is cut off."""
+    try:
+        yield from read_rows_of(path)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read to its end: {error}") from None
+
+
+def read_rows_of(path: str) -> Iterator[Line]:
     """The rows of one file as they are, read only when asked for: .parquet, .tsv, .json if it is one list (which is
     read whole), else one JSON object a line, UTF-8, also as .gz. Empty lines are lines like others: they are rejected,
     not skipped."""
@@ -232,13 +310,13 @@ def read_file(path: str) -> Iterator[Line]:
         if path.endswith(".json") and file.read(64).lstrip().startswith(b"["):
             try:
                 rows = json.loads(Path(path).read_bytes())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: not a list in JSON: {error}") from None
             for number, row in enumerate(rows, 1):
                 yield path, number, partial(dict, row)
             return
         file.seek(0)
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines_of(file), 1):
             yield path, number, partial(read_json, line)
 
 
@@ -339,6 +417,11 @@ class Comparison:
         default_factory=partial(np.zeros, (0, 3), np.int32)
     )  # [images, 3] patches: time or tiles, height, width
     record: dict = field(default_factory=dict)  # id, category, answer, ...: what is carried along
+    place: str = ""  # where it was read
+
+    def __str__(self) -> str:
+        """What messages call it."""
+        return f"{self.place} (id {self.record['id']})" if "id" in self.record else self.place
 
     @property
     def length(self) -> int:
@@ -442,12 +525,72 @@ def use_pixel_limits(processors: Processors, sets: list) -> None:
         processors.pixels = limits[0]
 
 
-def open_image(content: bytes) -> Image.Image:
-    """Decodes an image file to RGB; raises Unusable if it cannot be read to the end."""
+# Not all that pillow reads: for EPS it would start Ghostscript.
+PICTURES = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+LARGEST_FILE = 2**28  # bytes of an encoded picture
+
+
+def open_image(content: bytes, draft: tuple | None = None) -> Image.Image:
+    """A picture as a viewer shows it, in RGB: turned as EXIF says; the first frame of an animation; on white where it
+    is transparent, as Qwen's own utilities do; 16 bits scaled down to 8, where pillow's `convert` would clip. It is
+    here that 01 learns its size and the loader its pixels.
+
+    `draft` is for pillow's `Image.draft`. Raises Unusable for what cannot be read to its end, and, before memory is
+    taken for them, for more than Image.MAX_IMAGE_PIXELS pixels (89 million).
+    """
     try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Unusable(f"unreadable image: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF and palettes
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=PICTURES)
+            if draft:
+                image.draft(*draft)
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise Unusable(f"unreadable image: its pixels are of mode {image.mode}, whose range is not known")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Unusable:
+        raise
+    except UnidentifiedImageError:
+        start = f"begins with {content[:16]!r}" if content else "is empty"
+        raise Unusable(f"unreadable image: none of {', '.join(PICTURES)}; the file {start}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise Unusable(f"unreadable image: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Exception as error:  # a damaged file trips pillow's decoders in many ways
+        raise Unusable(f"unreadable image: {error or type(error).__name__}") from None
+
+
+def open_images(comparison: "Comparison", processors: "Processors") -> list[Image.Image]:
+    """The decoded images of a comparison that goes to a model; UserError where its tokens are none of the model's or
+    do not fit its images, as in shards that were damaged or made to harm."""
+    if comparison.place:
+        ids = np.concatenate([comparison.prompt, *comparison.responses])
+        wrong = ids[(ids < 0) | (ids >= len(processors.tokenizer))]
+        if len(wrong):
+            raise UserError(f"{comparison}: damaged: token {wrong[0]} of {len(processors.tokenizer)}")
+        patches, tokens = comparison.grids.prod(1).sum(), (ids == processors.image_token).sum()
+        if processors.image is not None and patches != tokens * processors.vision.merge**2:
+            raise UserError(f"{comparison}: damaged: {tokens} image tokens for {patches} patches")
+    try:
+        return [open_image(file) for file in comparison.images]
+    except Unusable as error:
+        raise UserError(f"{comparison}: {error}") from None
+
+
+def text_in(value, what: str) -> str:
+    """A text that can be encoded: JSON's \\ud800 alone is half of a character."""
+    if not isinstance(value, str):
+        raise Unusable(f"{what}: {type(value).__name__} where a text should be")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise Unusable(f"{what}: half of a surrogate pair at character {error.start}") from None
+    return value
 
 
 def text_of(message, what: str) -> str:
@@ -458,13 +601,15 @@ def text_of(message, what: str) -> str:
         if message.get("role") != "assistant":
             raise Unusable(f"{what}: role is {message.get('role')!r}, not 'assistant'")
         message = message.get("content")
-    if isinstance(message, list) and all(isinstance(part, dict) for part in message):
-        message = "".join(str(part.get("text", "")) for part in message)
+        if isinstance(message, list):
+            if not all(isinstance(part, dict) and part.get("type", "text") == "text" for part in message):
+                raise Unusable(f"{what}: has a part that is no text")
+            message = "".join(text_in(part.get("text"), what) for part in message)
     if not isinstance(message, str):
         raise Unusable(f"{what}: not a text or a list of one assistant message")
     if not message.strip():
         raise Unusable(f"{what}: empty response")
-    return message
+    return text_in(message, what)
 
 
 def check_messages(prompt) -> list[dict]:
@@ -478,13 +623,16 @@ def check_messages(prompt) -> list[dict]:
         if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
             raise Unusable("prompt: a message without the role system, user or assistant")
         content = turn.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(given, list) or not all(isinstance(part, dict) for part in given):
             raise Unusable("prompt: content is neither a string nor a list of parts")
-        for part in parts:
-            if part.get("type") == "image":
-                continue
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        parts = []  # without what else a part says, which the chat template might take for an image
+        for part in given:
+            if part.get("type") == "text":
+                parts.append({"type": "text", "text": text_in(part.get("text"), "prompt")})
+            elif part.get("type") == "image":
+                parts.append({key: part[key] for key in ("type", "image") if key in part})
+            else:
                 raise Unusable(f"prompt: a part of type {part.get('type')!r}; known are text and image")
         only_text = all(part["type"] == "text" for part in parts)
         content = "".join(part["text"] for part in parts) if only_text else parts
@@ -503,9 +651,12 @@ def text_alone(prompt) -> list[dict]:
     return turns
 
 
-def read_image(image, folder: Path) -> bytes:
+def read_image(image, folder: Path, within: list[Path] | None = None) -> bytes:
     """An image as its encoded bytes: a path relative to `folder`, the bytes themselves, a PIL image, or either of the
-    first two as parquet files of the hub have it, {"bytes": ..., "path": ...}."""
+    first two as parquet files of the hub have it, {"bytes": ..., "path": ...}.
+
+    A path that comes from data could name any file of this machine, so it has to lead, links followed, into one of the
+    folders `within`; None: anywhere."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -517,13 +668,22 @@ def read_image(image, folder: Path) -> bytes:
     if not isinstance(image, str):
         raise Unusable(f"images: a {type(image).__name__} where a path should be")
     try:
-        return (folder / image).read_bytes()
-    except (OSError, ValueError) as error:
+        path = (folder / image).resolve()
+        if within is not None and not any(path.is_relative_to(each) for each in within):
+            raise Unusable(f"image outside the data's folder: {image}; --allow_outside reads it")
+        if path.exists() and not path.is_file():
+            raise Unusable(f"unreadable image: {image}: not a file")
+        if path.stat().st_size > LARGEST_FILE:
+            raise Unusable(f"unreadable image: {image}: a file of more than {LARGEST_FILE >> 20} MB")
+        return path.read_bytes()
+    except Unusable:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise Unusable(f"unreadable image: {image}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def encode_prompt(
-    messages: list, images: list, processors: Processors, folder: Path = Path()
+    messages: list, images: list, processors: Processors, folder: Path = Path(), within: list[Path] | None = None
 ) -> tuple[np.ndarray, list[bytes], np.ndarray]:
     """Renders and tokenizes a prompt up to where the assistant's answer begins.
 
@@ -542,7 +702,9 @@ def encode_prompt(
         raise Unusable(f"images: {len(images)} given, but the prompt has {len(slots)} places for them")
     if images and processors.image is None:
         raise Unusable("images: the backbone is text-only")
-    files = [read_image(image, folder) for image in images]
+    if not images and not any(turn["content"].strip() for turn in messages if turn["role"] == "user"):
+        raise Unusable("prompt: empty")
+    files = [read_image(image, folder, within) for image in images]
     grids = np.array([patch_grid(open_image(file).size, processors) for file in files], np.int32).reshape(-1, 3)
     ids = tokenize_chat(messages, processors.tokenizer)
     if files:
@@ -606,6 +768,15 @@ def encode_response(text: str, processors: Processors) -> np.ndarray:
 
 
 CARRIED = ("id", "category", "subset", "source", "group", "answer", "rule", "truth", "judged", "critiques")
+TYPES = {  # of what a user may say; None is like not saying it
+    "id": (str | int | float | None, "a text or a number"),
+    "category": (str, "a text"),
+    "subset": (str, "a text"),
+    "source": (str, "a text"),
+    "group": (str | int | float, "a text or a number"),
+    "answer": (str | int | float | None, "a text or a number"),
+    "critiques": (list | None, "a list"),
+}
 
 RULES = {  # how 06 can check an answer: what the answer looks like, and what a rule may say beside its kind
     "text": (r"(?s).*\w.*", {}),
@@ -631,21 +802,46 @@ def check_rule(rule, answer) -> None:
         raise Unusable(f"answer: {answer!r} of {len(said['options'])} options")
 
 
+def check_carried(record: dict, responses: int) -> dict:
+    """What is carried along with a comparison; raises Unusable where later stages could not read it."""
+    carried = {key: record[key] for key in CARRIED if key in record}
+    for key, value in carried.items():
+        if key in TYPES and (not isinstance(value, TYPES[key][0]) or isinstance(value, bool)):
+            raise Unusable(f"{key}: {type(value).__name__} where {TYPES[key][1]} should be")
+    critiques = carried.get("critiques")
+    if critiques is not None and (len(critiques) != responses or not all(isinstance(each, str) for each in critiques)):
+        raise Unusable(f"critiques: not a list of {responses} texts, one for each response")
+    try:
+        json.dumps(carried, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, TypeError, RecursionError) as error:
+        raise Unusable(f"{', '.join(carried)}: cannot be written as JSON: {error}") from None
+    return carried
+
+
 def encode_record(
-    record: dict, processors: Processors, max_length: int, folder: Path = Path(), without_images: bool = False
+    record: dict,
+    processors: Processors,
+    max_length: int,
+    folder: Path = Path(),
+    without_images: bool = False,
+    within: list[Path] | None = None,
 ) -> Comparison:
-    """Checks one record in the JSON form and makes it a Comparison; raises Unusable with the reason if it is none."""
+    """Checks one record in the JSON form and makes it a Comparison; raises Unusable with the reason if it is none.
+
+    Args: the folder that image paths are relative to, and those that they have to stay in (`read_image`)."""
     if "prompt" not in record:
         raise Unusable("missing field: prompt")
     if "responses" in record:
         answers, ranks = record["responses"], record.get("ranks")
         if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks):
             raise Unusable("responses and ranks: not two lists of the same length")
-        if len(answers) < 2 or not all(type(rank) is int and rank > 0 for rank in ranks):
+        if len(answers) < 2 or not all(type(rank) is int and 0 < rank < 2**31 for rank in ranks):
             raise Unusable("responses and ranks: at least two responses, each with a rank of 1 (best) or more")
         if len(set(ranks)) == 1:
             raise Unusable("ranks: all equal, so there is nothing to learn from or to score")
         texts = [text_of(answer, f"responses[{i}]") for i, answer in enumerate(answers)]
+        if len(set(texts)) == 1:
+            raise Unusable("responses: all identical")
     elif "chosen" in record or "rejected" in record:
         for key in ("chosen", "rejected"):
             if key not in record:
@@ -659,17 +855,17 @@ def encode_record(
         raise Unusable("missing field: chosen and rejected, or responses and ranks, or answer")
     if "rule" in record:
         check_rule(record["rule"], record.get("answer"))
+    carried = check_carried(record, len(texts)) | {"characters": [len(text) for text in texts]}
     prompt, images = record["prompt"], record.get("images") or []
     if not isinstance(images, list):
         raise Unusable("images: not a list")
     if without_images:
         prompt, images = text_alone(prompt), []
-    prompt, files, grids = encode_prompt(prompt, images, processors, folder)
+    prompt, files, grids = encode_prompt(prompt, images, processors, folder, within)
     responses = [encode_response(text, processors) for text in texts]
     longest = len(prompt) + max(map(len, responses), default=0)
     if longest > max_length:
         raise Unusable(f"{longest} tokens, more than --max_length {max_length}")
-    carried = {key: record[key] for key in CARRIED if key in record} | {"characters": [len(text) for text in texts]}
     return Comparison(prompt, responses, ranks, files, grids, carried)
 
 
@@ -698,8 +894,7 @@ def prompt_hash(prompt: np.ndarray, image_token: int | None) -> int:
 def look_of(content: bytes) -> int:
     """64 bits that scaled or recompressed copies of a picture share, or nearly: where on a grid of 8 x 8 it is darker
     than to the right (dHash)."""
-    image = Image.open(io.BytesIO(content))
-    image.draft("L", (64, 64))  # of a JPEG, decodes no more than is needed for this size
+    image = open_image(content, draft=("L", (64, 64)))  # of a JPEG, decodes no more than is needed for this size
     small = np.asarray(image.convert("L").resize((9, 8)), int)
     return int.from_bytes(np.packbits(small[:, :-1] < small[:, 1:]).tobytes(), "big")
 
@@ -739,13 +934,60 @@ def write_shard(path: Path, comparisons: list[Comparison], image_token: int | No
     write_tensors(path, tensors, {"comparisons": f"format {FORMAT}"})  # one key: the order of several is not fixed
 
 
+@contextmanager
+def reading(path: Path, then: str = "run 01_data.py again"):
+    """What is wrong with a file that an earlier stage wrote, but may come from anywhere, ends in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        reason = f"missing: {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(f"{path}: damaged: {reason}; {then}") from None
+
+
+def columns_of(file, dtypes: dict) -> dict[str, np.ndarray]:
+    """Vectors of an open safetensors file; raises Unusable before any is read whose dtype or shape is another."""
+    for name, dtype in dtypes.items():
+        column = file.get_slice(name)
+        if np.dtype(SAFETENSORS.get(column.get_dtype())) != dtype or len(column.get_shape()) != 1:
+            raise Unusable(f"{name}: {column.get_dtype()} {column.get_shape()}, not a vector of {np.dtype(dtype)}")
+    return {name: file.get_tensor(name) for name in dtypes}
+
+
+SAFETENSORS = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}  # what we write, by its name there
+
+
 class Shard:
-    """One memory-mapped shard; nothing but offsets and grids is read before a comparison is asked for."""
+    """One memory-mapped shard; nothing but offsets and grids is read before a comparison is asked for.
+
+    Raises UserError where they do not fit each other or the file: what is read later is within it."""
 
     def __init__(self, path: Path):
-        self.file = safe_open(path, framework="np")
-        self.offsets = {name: self.file.get_tensor(f"{name}_offsets") for name in RAGGED}
-        self.grids = self.file.get_tensor("grids")
+        with reading(path):
+            self.path, self.file = path, safe_open(path, framework="np")
+            offsets = columns_of(self.file, {f"{name}_offsets": np.int64 for name in RAGGED})
+            self.offsets = {name: offsets[f"{name}_offsets"] for name in RAGGED}
+            self.image_index = columns_of(self.file, {"image_index": np.int32})["image_index"]
+            self.grids = self.file.get_tensor("grids")
+            self.check()
+
+    def check(self) -> None:
+        comparisons = len(self.offsets["prompts"]) - 1
+        images = len(self.grids)
+        items = {"responses": int(self.offsets["ranks"][-1]), "images": images}  # of the others, as many as comparisons
+        for name, dtype in RAGGED.items():
+            offsets, flat = self.offsets[name], self.file.get_slice(name)
+            if SAFETENSORS.get(flat.get_dtype()) != dtype or not 0 < len(offsets) == items.get(name, comparisons) + 1:
+                raise Unusable(f"{name}: {flat.get_dtype()}, {len(offsets) - 1} items")
+            lengths = np.diff(offsets)
+            if [offsets[0], [offsets[-1]]] != [0, flat.get_shape()] or lengths.min(initial=0) < 0:
+                raise Unusable(f"{name}: offsets that do not fit its {flat.get_shape()} numbers")
+            if name in ("prompts", "responses") and lengths.min(initial=1) < 1:
+                raise Unusable(f"{name}: one of them is empty")
+        index, grids = self.image_index, self.grids
+        if grids.dtype != np.int32 or grids.shape != (images, 3) or not ((grids > 0) & (grids < 2**15)).all():
+            raise Unusable(f"grids: {grids.dtype} {list(grids.shape)}")
+        if index.min(initial=0) < 0 or index.max(initial=-1) >= images:
+            raise Unusable(f"image_index: an image that is none of the {images} there are")
 
     def item(self, name: str, i: int) -> np.ndarray:
         start, end = map(int, self.offsets[name][i : i + 2])
@@ -754,14 +996,28 @@ class Shard:
     def __getitem__(self, i: int) -> Comparison:
         first, last = self.offsets["ranks"][i : i + 2]
         index = self.item("image_index", i)
+        with reading(self.path):
+            record = json.loads(self.item("records", i).tobytes())
+            check_carried(record, int(last - first))
         return Comparison(
             self.item("prompts", i),
             [self.item("responses", int(j)) for j in range(first, last)],
             self.item("ranks", i).tolist(),
             [self.item("images", int(j)).tobytes() for j in index],
             self.grids[index],
-            json.loads(self.item("records", i).tobytes()),
+            record,
         )
+
+    def planning(self) -> dict[str, np.ndarray]:
+        """PLANNING of all its comparisons."""
+        summed = np.cumsum([0, *self.grids.astype(np.int64).prod(1)[self.image_index]])  # patches of all images
+        responses = np.diff(self.offsets["responses"][self.offsets["ranks"]])
+        found = {
+            "tokens": np.diff(self.offsets["prompts"]) + responses,
+            "patches": np.diff(summed[self.offsets["image_index"]]),
+            "responses": np.diff(self.offsets["ranks"]),
+        }
+        return {name: found[name].astype(dtype) for name, dtype in PLANNING.items()}
 
 
 PLANNING = {"tokens": np.int32, "patches": np.int32, "responses": np.int32}
@@ -774,18 +1030,32 @@ def write_index(folder: Path, shards: list[tuple[str, int]]) -> None:
     columns = {name: [] for name in (*PLANNING, *HASHES)}
     for file, _ in shards:
         shard = Shard(folder / file)
-        summed = np.cumsum([0, *shard.grids[shard.file.get_tensor("image_index")].prod(1)])  # patches of all images
-        responses = np.diff(shard.offsets["responses"][shard.offsets["ranks"]])
-        found = {
-            "tokens": np.diff(shard.offsets["prompts"]) + responses,
-            "patches": np.diff(summed[shard.offsets["image_index"]]),
-            "responses": np.diff(shard.offsets["ranks"]),
-            **{name: shard.file.get_tensor(name) for name in HASHES},
-        }
+        found = shard.planning() | columns_of(shard.file, HASHES)
         for name, column in columns.items():
-            column.append(found[name].astype((PLANNING | HASHES)[name]))
+            column.append(found[name])
     index = {name: np.concatenate(column or [[]]).astype((PLANNING | HASHES)[name]) for name, column in columns.items()}
     write_tensors(folder / "index.safetensors", index, {"comparisons": f"format {FORMAT}"})
+
+
+def check_info(info: dict) -> None:
+    """Raises Unusable or KeyError unless dataset.json says all that later stages ask for, and names nothing outside of
+    its folder."""
+    for key in ("name", "backbone", "tokenizer", "metric"):
+        if not isinstance(info[key], str):
+            raise Unusable(f"{key}: not a text")
+    for name in (info["name"], *(name for name, _ in info["shards"])):
+        if not re.fullmatch(r"[^/\0]+", name) or name in (".", ".."):
+            raise Unusable(f"{name!r} is no name of a file")
+    counts = [info["read"], info["rejected"], info["comparisons"], *(count for _, count in info["shards"])]
+    if not all(type(count) is int and 0 <= count < 2**40 for count in counts):
+        raise Unusable("read, rejected, comparisons and shards: have to be counts")
+    if info["metric"] not in {source.metric for source in SOURCES.values()}:
+        raise Unusable(f"metric: {info['metric']!r} is not known")
+    if info["pixels"] is not None:
+        least, most = (info["pixels"][key] for key in ("shortest_edge", "longest_edge"))
+        if len(info["pixels"]) > 2 or type(least) is not int or type(most) is not int or not 0 < least <= most < 2**40:
+            raise Unusable(f"pixels: {info['pixels']}")
+    info["without_images"] = bool(info["without_images"])
 
 
 class Comparisons(torch.utils.data.Dataset):
@@ -799,11 +1069,16 @@ class Comparisons(torch.utils.data.Dataset):
         path = Path(folder, "dataset.json")
         if not path.is_file():
             raise UserError(f"{folder}: no prepared data set there (dataset.json is missing); run 01_data.py first")
-        self.folder, self.info = Path(folder), json.loads(path.read_text())
-        if self.info["format"] != FORMAT:
+        self.folder = Path(folder)
+        with reading(path):
+            self.info = json.loads(path.read_bytes())
+            written_with = self.info["format"]
+        if written_with != FORMAT:
             raise UserError(
-                f"{folder}: shards of format {self.info['format']}, this code reads {FORMAT}; run 01_data.py again"
+                f"{folder}: shards of format {written_with}, this code reads {FORMAT}; run 01_data.py again"
             )
+        with reading(path):
+            check_info(self.info)
         if expect and self.info["tokenizer"] != expect:
             raise UserError(
                 f"{folder}: prepared with another tokenizer or chat template ({self.info['backbone']}); "
@@ -811,8 +1086,12 @@ class Comparisons(torch.utils.data.Dataset):
             )
         self.starts = np.cumsum([0, *(count for _, count in self.info["shards"])])  # [shards + 1]
         self.opened: dict[int, Shard] = {}
-        with safe_open(self.folder / "index.safetensors", framework="np") as index:
-            self.index = {name: index.get_tensor(name) for name in PLANNING}
+        with reading(self.folder / "index.safetensors"):
+            with safe_open(self.folder / "index.safetensors", framework="np") as index:
+                self.index = columns_of(index, PLANNING)
+            for name, column in self.index.items():
+                if len(column) != self.starts[-1] or column.min(initial=0) < 0:
+                    raise Unusable(f"{name}: {len(column)} numbers for {self.starts[-1]} comparisons")
         everything = np.arange(self.starts[-1])
         self.chosen = everything[self.index["patches"] == 0] if text_only else everything  # [n] places in the shards
 
@@ -822,14 +1101,21 @@ class Comparisons(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> Comparison:
         at = int(self.chosen[i])
         k = int(np.searchsorted(self.starts, at, side="right")) - 1
-        return self.open(k)[at - int(self.starts[k])]
+        comparison, place = self.open(k)[at - int(self.starts[k])], f"{self.folder}[{at}]"
+        characters = comparison.record.get("characters")
+        if not isinstance(characters, list) or list(map(type, characters)) != [int] * len(comparison.ranks):
+            raise UserError(f"{place}: damaged: its record does not say how long its responses are")
+        return replace(comparison, place=place)
 
     def open(self, k: int) -> Shard:
         """The k-th shard; up to 512 stay open."""
         if k not in self.opened:
             if len(self.opened) == 512:
                 del self.opened[next(iter(self.opened))]
-            self.opened[k] = Shard(self.folder / self.info["shards"][k][0])
+            shard = self.opened[k] = Shard(self.folder / self.info["shards"][k][0])
+            for name, column in shard.planning().items():
+                if not np.array_equal(column, self.index[name][self.starts[k] : self.starts[k + 1]]):
+                    raise UserError(f"{shard.path}: not the shard that index.safetensors is of; run 01_data.py again")
         return self.opened[k]
 
     def __getstate__(self) -> dict:
@@ -838,8 +1124,9 @@ class Comparisons(torch.utils.data.Dataset):
 
     def hashes(self, name: str) -> np.ndarray:
         """Those of HASHES, of all prompts or images in the shards, in no order that matters."""
-        with safe_open(self.folder / "index.safetensors", framework="np") as index:
-            return index.get_tensor(name)
+        with reading(self.folder / "index.safetensors"):
+            with safe_open(self.folder / "index.safetensors", framework="np") as index:
+                return columns_of(index, {name: HASHES[name]})[name]
 
     def response_counts(self) -> np.ndarray:
         """N of every comparison, [n]."""
@@ -850,8 +1137,27 @@ class Comparisons(torch.utils.data.Dataset):
         return self.index["tokens"][self.chosen], self.index["patches"][self.chosen]
 
 
-def prepare(name: str, lines: Iterator[Line], processors: Processors, settings: Settings, holdout: float) -> None:
+def data_folder(source: str) -> Path:
+    """Where the pictures of a --source have to be: its folder, or that of its file; of a download, whose files are
+    links into the cache, the data set's part of that."""
+    name, path, _ = split_source(source)
+    if name == "world":
+        return Path()
+    folder = Path(locate(name, path)).resolve()
+    folder = folder if folder.is_dir() else folder.parent
+    return folder.parents[1] if folder.parent.name == "snapshots" else folder
+
+
+def prepare(
+    name: str,
+    lines: Iterator[Line],
+    processors: Processors,
+    settings: Settings,
+    holdout: float,
+    within: list[Path] | None = None,
+) -> None:
     """Prepares one data set: every rank its own chunks of lines, then rank 0 the index and the list of rejected lines.
+    Pictures are read from the folders `within`; None: from anywhere.
 
     What was interrupted continues: a chunk whose record, .chunk-<number>.json, says that it was made of the same lines
     of the same files (by size and time) with the same settings, tokenizer and code, is not made again. Pictures beside
@@ -865,7 +1171,8 @@ def prepare(name: str, lines: Iterator[Line], processors: Processors, settings: 
     if rank == 0:
         finished = (folders[name] / "dataset.json").is_file()
         for folder in folders.values():
-            folder.mkdir(parents=True, exist_ok=True)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             for pattern in ("dataset.json", ".chunk-*", "shard-*")[: 3 if finished else 1]:
                 for old in folder.glob(pattern):
                     old.unlink()
@@ -887,9 +1194,8 @@ def prepare(name: str, lines: Iterator[Line], processors: Processors, settings: 
         kept, rejected = {each: [] for each in folders}, []
         for file, line, read in chunk:
             try:
-                comparison = encode_record(
-                    read(), processors, settings.max_length, Path(file).parent, settings.without_images
-                )
+                how = (settings.max_length, Path(file).parent, settings.without_images, within)
+                comparison = encode_record(read(), processors, *how)
             except Unusable as error:
                 rejected.append({"file": file, "line": line, "reason": str(error)})
                 continue
@@ -907,14 +1213,13 @@ def prepare(name: str, lines: Iterator[Line], processors: Processors, settings: 
         return
 
     shards, rejected = {each: [] for each in folders}, 0
-    with open(folders[name] / ".rejected.jsonl.tmp", "w") as file:
+    with in_place_of(folders[name] / "rejected.jsonl") as temporary, open(temporary, "w") as file:
         for i in range(number):
             chunk = json.loads((folders[name] / record_name(i)).read_text())
             file.writelines(json.dumps(line) + "\n" for line in chunk["rejected"])
             rejected += len(chunk["rejected"])
             for each, count in chunk["kept"].items():
                 shards[each] += [(shard_name(i), count)] if count else []
-    os.replace(file.name, folders[name] / "rejected.jsonl")
     kept = {each: sum(count for _, count in shards[each]) for each in folders}
     read = sum(kept.values()) + rejected
     for each, folder in reversed(folders.items()):  # the data set's own dataset.json last: it says that all is there
@@ -1620,6 +1925,7 @@ def uniform(digest: bytes) -> float:
     return int.from_bytes(digest[:4], "big") / 2**32
 
 
+@lru_cache
 def locate(name: str, path: str) -> str:
     """PATH where something is there; otherwise the data set of that name on the hub, or the source's own, downloaded
     into the hub's cache. Rank 0 goes first, so that what other ranks ask for is there already."""
@@ -1686,7 +1992,8 @@ def main(settings: Settings) -> None:
         name = settings.name or settings.mix or default_name(settings.source[0])
         lines = itertools.chain.from_iterable([open_source(source, settings.seed) for source in settings.source])
         holdout = 0 if official_metric(settings.source) else settings.holdout  # a benchmark is kept whole
-        prepare(name, lines, processors, settings, holdout)
+        within = None if settings.allow_outside else [data_folder(source) for source in settings.source]
+        prepare(name, lines, processors, settings, holdout, within)
     else:
         for name, (parts, holdout) in embedded_world().SETS.items():
             sized = [(source, split, int(count * settings.world_size)) for source, split, count in parts]

@@ -325,7 +325,7 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
         torch.tensor(last, dtype=torch.long),
         Segments.of_comparisons(lengths),
     )
-    images = [data.open_image(file) for comparison in comparisons for file in comparison.images]
+    images = [image for comparison in comparisons for image in data.open_images(comparison, processors)]
     if images:
         grids = np.concatenate([comparison.grids for comparison in comparisons]).astype(np.int64)
         if not np.array_equal(grids, [data.patch_grid(image.size, processors) for image in images]):
@@ -436,11 +436,21 @@ class RewardModel(nn.Module):
         path = Path(folder, HEAD_FILE)
         if not path.is_file():
             raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
-        with safe_open(path, framework="pt") as file:
+        with data.reading(path, "run 02_model.py or 03_train.py again"), safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["reward_head"])
-            head = RewardHead(**about["head"])
-            head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        return cls(load_backbone(folder, empty=empty), head, data.load_processors(folder), about["trained_with"])
+            with torch.device("meta"):  # takes no memory before the shapes are compared
+                head = RewardHead(**about["head"])
+            shapes = {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
+            if shapes != {name: file.get_slice(name).get_shape() for name in file.keys()}:
+                raise data.Unusable(f"its tensors are not those of the head that it describes, {about['head']}")
+            head.load_state_dict({name: file.get_tensor(name).float() for name in shapes}, assign=True)
+            check_finite(head)
+            trained_with = about["trained_with"]
+        backbone = load_backbone(folder, empty=empty)
+        hidden = backbone.config.get_text_config().hidden_size
+        if head.settings["hidden"] != hidden:
+            raise UserError(f"{path}: a head for hidden states of {head.settings['hidden']}, the backbone has {hidden}")
+        return cls(backbone, head, data.load_processors(folder), trained_with)
 
     def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32, file_size: str = "5GB") -> None:
         """Writes the Hugging Face layout (`export`) plus reward_head.safetensors, which is float32 whatever `dtype`
@@ -671,16 +681,30 @@ def load_backbone(path: str, auto=AutoModel, empty: bool = False) -> nn.Module:
     unless `auto` is a class that has one. An `empty` one is on the meta device, shapes without weights, and takes no
     memory: for `shard` and then `load_weights` (03)."""
     transformers_logging.disable_progress_bar()
-    config = data.AutoConfig.from_pretrained(path)
+    try:
+        config = data.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no model in the Hugging Face layout: {str(error).splitlines()[0]}") from None
     data.family_of(config, path)
     wanted = {"dtype": torch.float32, "attn_implementation": attention_of(config)}
     if empty:
         with torch.device("meta"):
             backbone = auto.from_config(config, **wanted).eval()
     else:
-        backbone = auto.from_pretrained(path, **wanted)
+        with data.reading(path, "a model has to be whole"):  # nothing is unpickled, and nothing made up
+            backbone, found = auto.from_pretrained(path, **wanted, use_safetensors=True, output_loading_info=True)
+            if found["missing_keys"]:
+                name, *more = sorted(found["missing_keys"])
+                raise data.Unusable(f"{name} is missing{f', and {len(more)} more' if more else ''}")
+            check_finite(backbone)
     prepare_vision(backbone)
     return backbone
+
+
+def check_finite(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not parameter.isfinite().all():
+            raise data.Unusable(f"{name} has weights that are not finite")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

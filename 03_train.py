@@ -6,7 +6,8 @@
 
 In    An initial reward model (02) and prepared comparisons (01); their holdout, if there is one, for validation.
 Out   artifacts/reward/: the trained reward model; metrics.jsonl, one line a step; checkpoints/, from which --resume
-      continues the very same run, on the same or another number of ranks.
+      continues the very same run, on the same or another number of ranks. SIGTERM, which a machine that is taken away
+      sends, ends the run with a checkpoint.
 
 The loss is -log sigmoid(r_chosen - r_rejected), the mean over the batch, and nothing else, as in the paper. Of a
 ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155). Both
@@ -34,10 +35,12 @@ the network between them (tests/multinode.sh rehearses it).
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +54,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -99,6 +102,10 @@ class Settings:
         "fp32", "of the exported backbone: fp32 is what was trained, to the bit; bf16 is half as large (head: float32)"
     )
     export_file_size: str = option("5GB", "largest file of the export, which is what rank 0 gathers at a time")
+    resume_changed: bool = option(False, "with --resume, continue though settings or data that change the run differ")
+    non_finite: Literal["stop", "skip"] = option(
+        "stop", "what to do at a step whose loss or gradient is not finite: stop the run, or skip its update and say so"
+    )
     workers: int = option(1, "processes a rank that read and decode ahead of the step; 0: the step does it itself")
     seed: int = option(0, "seed of the order of the data")
     plan: bool = option(False, "train nothing: print what the run would compute, need and take (next seven settings)")
@@ -239,15 +246,28 @@ class MicroBatches(torch.utils.data.Dataset):
         return len(self.plan)
 
     def __getitem__(self, k: int):
-        read, row = pack_micro_batch(self.plan[k], self.comparisons, self.processors)
+        """(micro-batch, row, pairs), or the UserError, which would leave a worker process only with its traceback."""
+        try:
+            read, row = pack_micro_batch(self.plan[k], self.comparisons, self.processors)
+        except UserError as error:
+            return error
         return self.plan[k], row, pairs_of(read)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """SIGTERM may come to all processes, and the step that it ends still needs its data."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def load(comparisons, micro_batches, processors, device, workers: int):
     """Yields (micro-batch, row, pairs) with the tensors on the device."""
     dataset = MicroBatches(comparisons, micro_batches, processors)
     pin = device.type == "cuda"
-    for batch, row, pairs in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin):
+    how = {"batch_size": None, "num_workers": workers, "pin_memory": pin, "worker_init_fn": ignore_sigterm}
+    for loaded in torch.utils.data.DataLoader(dataset, **how):
+        if isinstance(loaded, UserError):
+            raise loaded
+        batch, row, pairs = loaded
         yield batch, row.to(device), pairs.to(device)
 
 
@@ -371,6 +391,8 @@ def load_weights(backbone, path: str, device: torch.device) -> None:
         mesh = parameter.device_mesh["shard"]
         rows, start = Shard.local_shard_size_and_offset(len(parameter), mesh.size(), mesh.get_local_rank())
         parameter.to_local().copy_(tensor[start : start + rows])
+        if not parameter.to_local().isfinite().all():
+            raise UserError(f"{path}: {key} has weights that are not finite")
     if missing:
         raise UserError(f"{path}: {next(iter(missing))} is missing ({len(missing)} of the model's weights are)")
 
@@ -415,45 +437,140 @@ def training_state(model, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def save_checkpoint(folder: Path, step: int, model, optimizer, settings: Settings, keep: int = 2) -> None:
-    """Writes `step_000050/` under a temporary name and renames it when all ranks are done; then removes old ones."""
+    """Writes `step_000050/` under a temporary name and renames it when all ranks are done; then removes old ones, again
+    by renaming first. So what is called step_... is whole, and there is one at any moment after the first."""
     final, writing = folder / f"step_{step:06d}", folder / f".writing_{step:06d}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    dist.barrier()
-    writer = dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True)
-    dcp.save(training_state(model, optimizer), storage_writer=writer)
-    if dist.get_rank() == 0:
-        run = {"step": step, "settings": dataclasses.asdict(settings)}
-        data.write_file(writing / "run.json", json.dumps(run, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        writing.rename(final)
-        for old in sorted(folder.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    with data.writing(final):
+        if dist.get_rank() == 0:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+        dist.barrier()
+        try:
+            writer = dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True)
+            dcp.save(training_state(model, optimizer), storage_writer=writer)
+        except dcp.CheckpointException as error:  # on all ranks, with what went wrong on each
+            shutil.rmtree(writing, ignore_errors=True)
+            reason = next(iter(error.failures.values()))[0]
+            raise reason if isinstance(reason, OSError) else OSError(str(reason).splitlines()[0]) from None
+        if dist.get_rank() == 0:
+            made_of = {"step": step, "settings": dataclasses.asdict(settings), "data": fingerprint(settings)}
+            made_of["files"] = {file.name: file.stat().st_size for file in writing.glob("*.safetensors")}
+            data.write_file(writing / "run.json", json.dumps(made_of, indent=1))
+            remove(final)
+            writing.rename(final)
+            for old in sorted(folder.glob("step_*"), key=step_of)[:-keep]:
+                remove(old)
+        dist.barrier()
+
+
+def remove(checkpoint: Path) -> None:
+    """Killed amid this, it leaves nothing behind that looks like a checkpoint."""
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".old_{checkpoint.name}")))
+
+
+def fingerprint(settings: Settings) -> str:
+    """Of the training data: what it was made with, and lengths and hashes of all its comparisons."""
+    made_of = hashlib.sha256()
+    for folder in settings.data or [DEFAULT_DATA]:
+        for name in ("dataset.json", "index.safetensors"):
+            made_of.update(hashlib.sha256(Path(folder, name).read_bytes()).digest())
+    return made_of.hexdigest()[:16]
+
+
+def check_checkpoint(checkpoint: Path, state: dict[str, torch.Tensor]) -> dict:
+    """What run.json says of a checkpoint; UserError where it is not whole or not of this model.
+
+    Every tensor of `state` has to be there, in pieces that cover its rows without a gap. Reads no more than headers:
+    safetensors compares what they declare with the size of the file."""
+    pieces = {name: [] for name in state}
+    with data.reading(checkpoint, "remove it"):
+        run = json.loads((checkpoint / "run.json").read_bytes())
+        for key, kind in (("step", int), ("settings", dict), ("data", str), ("files", dict)):
+            if not isinstance(run[key], kind):
+                raise data.Unusable(f"run.json: {key} is no {kind.__name__}")
+        there = {file.name: file.stat().st_size for file in checkpoint.glob("*.safetensors")}
+        if run["step"] != step_of(checkpoint) or run["files"] != there:
+            raise data.Unusable("its files are not those that run.json lists")
+        for name in there:
+            with safe_open(checkpoint / name, framework="pt") as file:
+                begins = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+                for key in file.keys():
+                    piece = file.get_slice(key)
+                    form = piece.get_dtype(), piece.get_shape()[1:]
+                    if key not in state or form != ("F32", list(state[key].shape[1:])):
+                        raise data.Unusable(f"{name}: {key} is none of this run's tensors")
+                    begin = begins[key]["saved_offsets"] if key in begins else [0] * len(piece.get_shape())
+                    pieces[key].append((*begin[:1], *piece.get_shape()[:1]))
+        for key, found in pieces.items():
+            end = 0
+            for begin, rows in sorted(found) if state[key].ndim else []:
+                if begin != end:
+                    raise data.Unusable(f"{key}: row {end} is missing")
+                end = begin + rows
+            if not found or state[key].ndim and end != len(state[key]):
+                raise data.Unusable(f"{key} is not all there")
+    return run
+
+
+def newest_whole(folder: Path, state: dict[str, torch.Tensor]) -> Path | None:
+    """The newest checkpoint that is whole; None where there is none. Says so where a newer one is damaged; raises
+    UserError where all are."""
+    damaged = []
+    for checkpoint in sorted(folder.glob("step_*"), key=step_of, reverse=True):
+        try:
+            check_checkpoint(checkpoint, state)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            print(f"{damaged[0]}; {checkpoint} is the newest whole one", flush=True)
+        return checkpoint
+    if damaged:
+        raise UserError(f"no whole checkpoint: {damaged[0]}")
+    return None
 
 
 def load_checkpoint(folder: Path, model, optimizer, settings: Settings) -> int:
-    """Loads the newest checkpoint in place and returns its step, or 0 where there is none.
+    """Loads the newest whole checkpoint in place and returns its step, or 0 where there is none.
 
-    Raises UserError where it was made with other settings that change the run."""
-    found = sorted(folder.glob("step_*"))
-    if not found:
+    Raises UserError where it was made with other settings or data that change the run, and none asked for that."""
+    state = training_state(model, optimizer)
+    found = newest_whole(folder, state) if dist.get_rank() == 0 else None
+    step = torch.tensor(step_of(found) if found else 0, dtype=torch.long)
+    dist.broadcast(step, 0)  # all take the same
+    if not step:
         return 0
-    run = json.loads((found[-1] / "run.json").read_text())
-    same_run = "resume out workers checkpoint_every validate_every validation validation_size micro_tokens shard_size"
-    same_run += " export_dtype export_file_size"
+    checkpoint = folder / f"step_{step:06d}"
+    run = json.loads((checkpoint / "run.json").read_text())
+    same_run = "resume resume_changed non_finite out workers checkpoint_every validate_every validation validation_size"
+    same_run += " micro_tokens shard_size activation_checkpointing compile export_dtype export_file_size"
     same_run += " plan gpus gpu_memory gpu_flops utilisation gpu_link plan_comparisons plan_lengths"
     differ = [
         f"--{key} {run['settings'].get(key)} (now {value})"
         for key, value in dataclasses.asdict(settings).items()
-        if key not in (*same_run.split(), "activation_checkpointing", "compile") and run["settings"].get(key) != value
+        if key not in same_run.split() and run["settings"].get(key) != value
     ]
-    if differ:
-        raise UserError(f"{found[-1]} was made with {', '.join(differ)}; give the same, or start anew in another --out")
-    dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(found[-1])))
+    if run["data"] != fingerprint(settings):
+        differ.append("other data in --data than is there now")
+    if differ and not settings.resume_changed:
+        wanted = "give the same, continue so with --resume_changed, or start anew in another --out"
+        raise UserError(f"{checkpoint} was made with {', '.join(differ)}; {wanted}")
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
+    for name, tensor in state.items():
+        if not local(tensor).isfinite().all():
+            raise UserError(f"{checkpoint}: {name} has numbers that are not finite; remove it to continue from another")
     return run["step"]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -604,10 +721,7 @@ def work_to_plan(settings: Settings, config) -> tuple[np.ndarray, str]:
 def print_plan(settings: Settings) -> None:
     """Prints what the run that the settings describe computes, needs and takes, with every assumption. Reads lengths
     from the shards and shapes from config.json; loads no weights and trains nothing."""
-    try:
-        backbone = model_stage.load_backbone(settings.model, empty=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{settings.model}: no config.json to plan for: {str(error).splitlines()[0]}") from None
+    backbone = model_stage.load_backbone(settings.model, empty=True)
     config, how = backbone.config, (settings.freeze_vision, settings.activation_checkpointing)
     if not data.FAMILIES[config.model_type].planned:
         known = ", ".join(name for name, family in data.FAMILIES.items() if family.planned)
@@ -678,6 +792,45 @@ def print_plan(settings: Settings) -> None:
 # The loop.
 
 
+def forward_backward(model, batch: MicroBatch, row, pairs: Pairs, settings: Settings) -> torch.Tensor:
+    """Adds a micro-batch's share to the gradients; returns its loss, right pairs and margin, summed over comparisons
+    [3]."""
+    scores = model(row)  # [N]
+    loss = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
+    # FSDP averages gradients over all ranks, of all replicas; times their number that is the sum, and the sum over all
+    # comparisons of the step divided by their number is what one rank would have computed.
+    (loss * dist.get_world_size() / batch.size).backward()
+    with torch.no_grad():
+        margins = scores[pairs.better] - scores[pairs.worse]  # [pairs]
+        return torch.stack([loss, (pairs.weight * (margins > 0)).sum(), (pairs.weight * margins).sum()])
+
+
+def gradient_norm(model, largest: float = math.inf) -> torch.Tensor:
+    """Of all ranks' gradients together, before they are scaled down to the norm `largest`."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest).full_tensor()
+
+
+def not_finite(model, optimizer, micro_batches: list[MicroBatch], comparisons, device, settings: Settings) -> list[str]:
+    """The comparisons that made a step's loss or gradient not finite, in words, the same on all ranks: each micro-batch
+    is computed again by itself. Of one with losses that are finite, it is those of all ranks, whose gradients are
+    summed."""
+    named = []
+    for batch in micro_batches:
+        optimizer.zero_grad()
+        read, row = pack_micro_batch(batch, comparisons, model.processors)
+        loss = forward_backward(model, batch, row.to(device), pairs_of(read).to(device), settings)[0]
+        mine, everyone = (
+            (bool(loss.isfinite()), [str(each) for each in read if each.place]),
+            [None] * dist.get_world_size(),
+        )
+        dist.all_gather_object(everyone, mine)
+        if not gradient_norm(model).isfinite():
+            guilty = [names for finite, names in everyone if not finite] or [names for _, names in everyone]
+            named += [name for names in guilty for name in names]
+    optimizer.zero_grad()
+    return named
+
+
 @torch.no_grad()
 def validate(model, comparisons, micro_batches, device) -> dict[str, float]:
     """Loss and pair accuracy over a fixed set of comparisons, each comparison counting once."""
@@ -704,6 +857,9 @@ def open_data(settings: Settings, processors) -> tuple:
     named = ", ".join(folders)
     if not len(comparisons):
         raise UserError(f"{named}: no comparisons in there; see rejected.jsonl for why")
+    for each in sets:
+        if metric := each.info["metric"]:
+            raise UserError(f"{each.folder}: the benchmark {metric}, which is to score models and not to train them")
     if not all(np.concatenate([each.response_counts() for each in sets])):
         raise UserError(f"{named}: has prompts without responses; a reward model is trained on pairs or rankings")
     if processors.image is None and patches.any():
@@ -715,6 +871,15 @@ def open_data(settings: Settings, processors) -> tuple:
         validation = beside if Path(beside, "dataset.json").is_file() else ""
     held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
     return comparisons, tokens, patches, held_out if len(held_out) else None
+
+
+def refuse_unfinished(settings: Settings, checkpoints: Path) -> None:
+    """Raises UserError where a new run would remove the checkpoints of one that has not been exported."""
+    found = sorted(checkpoints.glob("step_*"), key=step_of)
+    head = Path(settings.out, "reward_head.safetensors")
+    exported = head.is_file() and found and head.stat().st_mtime > found[-1].stat().st_mtime
+    if found and not exported and not settings.resume:
+        raise UserError(f"{found[-1]} is of a run that has not ended; --resume continues it, or remove {checkpoints}")
 
 
 def train(settings: Settings) -> dict:
@@ -740,12 +905,17 @@ def train(settings: Settings) -> dict:
     model.train()
     optimizer = make_optimizer(model, settings, device)
     checkpoints, log = Path(settings.out, "checkpoints"), Path(settings.out, "metrics.jsonl")
+    refuse_unfinished(settings, checkpoints)
     start = load_checkpoint(checkpoints, model, optimizer, settings) if settings.resume else 0
+    dist.barrier()  # before what they have read is removed
     if rank == 0:
         if not settings.resume:
             shutil.rmtree(checkpoints, ignore_errors=True)
-        logged = log.read_text().splitlines() if start and log.is_file() else []
-        data.write_file(log, "".join(f"{line}\n" for line in logged if json.loads(line)["step"] <= start))
+        for unfinished in checkpoints.glob(".*"):  # what a killed run was writing or removing
+            shutil.rmtree(unfinished)
+        # Its last line may be half written, after the checkpoint.
+        logged = log.read_text().splitlines()[:start] if start and log.is_file() else []
+        data.write_file(log, "".join(f"{line}\n" for line in logged))
         head = "a new head"
         if began_with:
             head = f"its head, trained on {', '.join(began_with['data'])} for {began_with['steps']} steps"
@@ -754,62 +924,76 @@ def train(settings: Settings) -> dict:
         print(f"steps {start + 1} to {steps} of {settings.batch_size} comparisons on {world} rank(s), ", end="")
         print(f"whose work differs by {100 * imbalance(micro_batches):.1f}%", flush=True)
 
-    line = {}
+    line, stop = {}, []
+    if settings.checkpoint_every:
+        signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     progress = tqdm(total=steps, initial=start, desc="train", unit=" step", disable=rank > 0, mininterval=1)
-    sums, began = torch.zeros(3, device=device), time.perf_counter()
+    sums, began = torch.zeros(4, device=device), time.perf_counter()
     asked, waited = began, 0.0
     remaining = [batch for batch in micro_batches if batch.step >= start]
     for batch, row, pairs in load(comparisons, remaining, processors, device, settings.workers):
         waited += time.perf_counter() - asked
-        scores = model(row)  # [N]
-        loss = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
-        # FSDP averages gradients over all ranks, of all replicas; times their number that is the sum, and the sum over
-        # all comparisons of the step divided by their number is what one rank would have computed.
-        (loss * world / batch.size).backward()
-        with torch.no_grad():
-            margins = scores[pairs.better] - scores[pairs.worse]  # [pairs]
-            right, margin = (pairs.weight * (margins > 0)).sum(), (pairs.weight * margins).sum()
-            sums += torch.stack([loss, right, margin])
+        sums[:3] += forward_backward(model, batch, row, pairs, settings)
         asked = time.perf_counter()
         if not batch.last:
             continue
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf).full_tensor()
+        norm = gradient_norm(model, settings.clip or math.inf)
+        sums[3] = len(stop)
+        dist.all_reduce(sums)
+        # On a GPU the only place in a step where the CPU waits for it. From here on all ranks know the same.
+        loss_sum, right, margin, stopping, norm = [*sums.tolist(), norm.item()]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(batch.step, steps, settings)
-        optimizer.step()
+        if skipped := not (math.isfinite(loss_sum) and math.isfinite(norm)):
+            of_step = [each for each in micro_batches if each.step == batch.step]
+            named = not_finite(model, optimizer, of_step, comparisons, device, settings)
+            what = f"step {batch.step + 1}: loss {loss_sum / batch.size:g}, norm of the gradient {norm:g}, from "
+            what += f"{len(named)} comparison(s): {', '.join(named)}"
+            if settings.non_finite == "stop":
+                raise UserError(f"{what}; the weights are as before. Mend the data, or go on with --non_finite skip")
+            if rank == 0:
+                print(f"{what}; its update is skipped", flush=True)
+        else:
+            optimizer.step()
         optimizer.zero_grad()
 
         done = batch.step + 1
-        dist.all_reduce(sums)
-        loss_sum, right, margin = sums.tolist()  # on a GPU the only place in a step where the CPU waits for it
         line = {
             "step": done,
             "loss": loss_sum / batch.size,  # with the regularisers, if any
             "accuracy": right / batch.size,  # share of training pairs whose better response scores higher
             "margin": margin / batch.size,  # mean score of the better response minus that of the worse
-            "grad_norm": norm.item(),  # before clipping
+            "grad_norm": norm,  # before clipping
             "learning_rate": optimizer.param_groups[0]["lr"],
             "tokens": int(tokens[order[batch.step]].sum()),  # of the packed rows, over all ranks
             "seconds": time.perf_counter() - began,
             "data_seconds": waited,  # of these, this rank's wait for the loader
         }
+        if skipped:  # JSON has no word for what is not finite
+            line |= {"loss": None, "accuracy": None, "margin": None, "grad_norm": None, "skipped": named}
         sums.zero_()
         due = settings.validate_every and done % settings.validate_every == 0
         if held_out is not None and (due or done == steps):
             line |= validate(model, held_out, validation_plan, device)
         if rank == 0:
-            with open(log, "a") as file:
+            with data.writing(log), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
         progress.update()
-        progress.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.2f}", refresh=False)
-        if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < steps:
+        progress.set_postfix(loss=f"{loss_sum / batch.size:.3f}", accuracy=f"{right / batch.size:.2f}", refresh=False)
+        due = settings.checkpoint_every and done % settings.checkpoint_every == 0
+        if (due or stopping) and done < steps:
             save_checkpoint(checkpoints, done, model, optimizer, settings)
+            if stopping:
+                raise UserError(f"stopped by SIGTERM after step {done}, which has a checkpoint; continue with --resume")
         began, asked, waited = time.perf_counter(), time.perf_counter(), 0.0
     progress.close()
+    if settings.checkpoint_every:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     model.trained_with = {"data": settings.data or [DEFAULT_DATA], "steps": began_with.get("steps", 0) + steps}
     model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
-    model.save_pretrained(settings.out, model_stage.DTYPES[settings.export_dtype], settings.export_file_size)
+    with data.writing(settings.out):
+        model.save_pretrained(settings.out, model_stage.DTYPES[settings.export_dtype], settings.export_file_size)
     dist.barrier()
     return line
 

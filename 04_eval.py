@@ -194,9 +194,9 @@ def score_file(settings: Settings) -> None:
 def read_scores(path: str, comparisons) -> list[np.ndarray]:
     """Another system's scores: one JSON list of N numbers a line. Raises UserError with the line that does not fit."""
     try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"--scores_from {path}: {error.strerror}") from None
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--scores_from {path}: {getattr(error, 'strerror', None) or error}") from None
     counts = comparisons.response_counts()
     if len(lines) != len(counts):
         raise UserError(
@@ -207,15 +207,14 @@ def read_scores(path: str, comparisons) -> list[np.ndarray]:
     for number, (line, count) in enumerate(zip(lines, counts), 1):
         try:
             values = json.loads(line)
-            assert (
-                isinstance(values, list)
-                and len(values) == count
-                and all(type(v) in (int, float) and np.isfinite(v) for v in values)
-            )
-        except (ValueError, AssertionError):
+        except (ValueError, RecursionError):
+            values = None
+        largest = np.finfo(np.float32).max  # they are saved as float32
+        are_numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) <= largest for v in values)
+        if not are_numbers or len(values) != count:
             raise UserError(
-                f"--scores_from {path}, line {number}: not a JSON list of {count} finite numbers: {line[:60]}"
-            ) from None
+                f"--scores_from {path}, line {number}: not a JSON list of {count} finite numbers: {line[:60]!r}"
+            )
         scores.append(np.array(values, float))
     return scores
 
@@ -723,6 +722,7 @@ def article(comparison, scores: np.ndarray, margin: float, model, tokenizer) -> 
         prompt = prompt.replace(token, "")
     made = [f"<article><p><b>{margin:.2f}</b> <small>{escape(str(comparison.record.get('id', '')))}</small></p>"]
     for image in comparison.images:
+        data.open_image(image)  # raises where it is none
         kind = data.Image.open(io.BytesIO(image)).get_format_mimetype() or "image/png"
         made.append(f'<img alt="" src="data:{kind};base64,{base64.b64encode(image).decode()}">')
     made.append(f"<div class=text>{escape(prompt.strip())}</div><div class=responses>")

@@ -527,12 +527,17 @@ def update(policy, frozen, optimizer, prompts, samples, advantage, settings: Set
         ratio = (log_p - log_p.detach()).exp()  # 1, since these answers were sampled from this very policy
         (((settings.kl_coefficient * kl - weight * ratio).sum()) * world / total).backward()
         sums += torch.stack([kl.detach().sum(), entropy.sum()])
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip).full_tensor()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip).full_tensor().item()
+    if not math.isfinite(norm):  # on all ranks, which have summed their gradients
+        named = ", ".join(map(str, prompts))
+        raise UserError(
+            f"the gradient is not finite ({norm}) at the questions {named}; lower --learning_rate, or mend them"
+        )
     optimizer.step()
     optimizer.zero_grad()
     dist.all_reduce(sums)
     kl, entropy = (sums / total).tolist()
-    return {"kl": kl, "entropy": entropy, "grad_norm": norm.item()}
+    return {"kl": kl, "entropy": entropy, "grad_norm": norm}
 
 
 @torch.no_grad()
@@ -629,13 +634,14 @@ def train(settings: Settings) -> dict:
         if truths:
             line["open_grade"] = float(np.mean([data.embedded_world().grade(*pair) for pair in truths]))
         if rank == 0:
-            with open(out / "metrics.jsonl", "a") as file:
+            with data.writing(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
         progress.set_postfix(reward=f"{line['reward']:.3f}", match=f"{line['match']:.2f}", refresh=False)
 
     after, answers_after = evaluate(actor, held_out, settings, device) if held_out else ({}, [])
     dtype = model_stage.DTYPES[settings.export_dtype]
-    model_stage.export(policy.lm, policy.processors, settings.out, dtype, settings.export_file_size)
+    with data.writing(out):
+        model_stage.export(policy.lm, policy.processors, settings.out, dtype, settings.export_file_size)
     if rank == 0:
         evaluation = {"reward": settings.reward, "before": before, "after": after}
         data.write_file(out / "evaluation.json", json.dumps(evaluation, indent=1))

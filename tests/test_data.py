@@ -49,7 +49,7 @@ def test_every_unusable_line_is_reported_with_its_reason(tmp_path):
         "missing field: chosen and rejected": {"prompt": "q"},
         "unreadable image: no_such.png": {**PAIR, "prompt": IMAGE_PROMPT, "images": ["no_such.png"]},
         "unreadable image: ": {**PAIR, "prompt": IMAGE_PROMPT, "images": ["cut.png"]},
-        "unreadable image: cannot identify": {**PAIR, "prompt": IMAGE_PROMPT, "images": ["page.png"]},
+        "unreadable image: none of PNG": {**PAIR, "prompt": IMAGE_PROMPT, "images": ["page.png"]},
         "images: 0 given, but the prompt has 1": {**PAIR, "prompt": IMAGE_PROMPT},
         "images: 2 given, but the prompt has 1": {**PAIR, "prompt": IMAGE_PROMPT, "images": ["good.png", "good.png"]},
         "chosen and rejected are identical": {**PAIR, "rejected": PAIR["chosen"]},

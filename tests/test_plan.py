@@ -188,4 +188,4 @@ def test_a_model_without_a_config_is_refused_by_name(tmp_path):
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    assert done.returncode and "no config.json to plan for" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode and "no model in the Hugging Face layout" in done.stderr and "Traceback" not in done.stderr

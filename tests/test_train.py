@@ -3,17 +3,23 @@
 import json
 import math
 import os
+import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import kills
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, stages, torchrun
-from safetensors.torch import load_file
+from conftest import ROOT, TINY, stages, torchrun, write_jsonl
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_bad_input import prepare_here
 
 data, model, train = stages.data, stages.model, stages.train
 
@@ -167,93 +173,226 @@ def test_two_replicas_of_two_shards_equal_one_rank_and_resume_on_another_number_
 # ---- interruptions
 
 
-@pytest.mark.parametrize("ranks_after", [2, 1])
-def test_a_killed_run_resumes_as_if_nothing_had_happened(ranks_after, world, initial, tmp_path):
-    """Killed with SIGKILL at some moment after its second checkpoint; bit-identical when resumed on as many ranks."""
-    settings = {"steps": 12, "checkpoint_every": 2, "validate_every": 3}
-    whole = run(world, initial, tmp_path / "whole", ranks=2, **settings)
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(world, initial, tmp_path):
+    """SIGKILL to one rank or all, in a step, a checkpoint, its renaming, the export: weights, optimizer
+    state and log are those of an uninterrupted run, bit by bit. `python tests/kills.py` does this many times more."""
+    command = [*kills.TRAIN, "--model", initial, "--data", world / "data/train"]
+    counts = kills.torture("03", command, tmp_path, 2, random.Random(5), in_a_row=2)
+    assert counts["kills"] == 2 and counts["compared, identical"] >= 1
+
+
+def start(world, initial, out, *more, ranks: int, **settings) -> subprocess.Popen:
+    """A run in the background."""
+    arguments = {"model": initial, "data": world / "data/train", "out": out} | settings
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc_per_node=2",
+        f"--nproc_per_node={ranks}",
         "03_train.py",
-        "--model",
-        initial,
-        "--data",
-        world / "data/train",
-        "--out",
-        tmp_path / "killed",
-        "--steps",
-        "12",
-        "--batch_size",
-        "12",
-        "--learning_rate",
-        "1e-3",
-        "--checkpoint_every",
-        "2",
-        "--warmup",
-        "0.5",
-        "--validate_every",
-        "3",
     ]
-    process = subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.time() + 120
-    while (
-        not (tmp_path / "killed/checkpoints/step_000004").is_dir() and time.time() < deadline and process.poll() is None
-    ):
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed/reward_head.safetensors").exists(), "it had ended before it was killed"
-    resumed = run(world, initial, tmp_path / "killed", "--resume", ranks=ranks_after, **settings)
-    assert [line["step"] for line in resumed[1]] == list(range(1, 13))
-    assert_same_run(whole, resumed, 0 if ranks_after == 2 else 1e-4)
+    command += [str(x) for key, value in arguments.items() for x in (f"--{key}", value)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *more], cwd=ROOT, stdout=-1, stderr=-1, text=True, env=environment)
 
 
-def test_a_checkpoint_right_after_a_validation_is_as_whole_as_any(world, initial, tmp_path):
-    settings = {"steps": 3, "checkpoint_every": 2, "validate_every": 2}
-    whole = run(world, initial, tmp_path, ranks=1, **settings)
-    assert_same_run(whole, run(world, initial, tmp_path, "--resume", ranks=1, **settings), 0)
+def test_sigterm_ends_a_run_with_a_checkpoint_and_it_goes_on_on_2_then_1_then_3_ranks(world, initial, tmp_path):
+    settings = {"steps": 30, "batch_size": 12, "learning_rate": 1e-4, "checkpoint_every": 1000, "validate_every": 0}
+    whole = run(world, initial, tmp_path / "whole", ranks=2, **settings)
+    out = tmp_path / "ended"
+    for ranks, steps in ((2, 4), (1, 12)):
+        process = start(world, initial, out, "--resume", "--warmup", "0.5", ranks=ranks, **settings)
+        while kills.lines_of(out) < steps and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        asked = time.time()
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode and time.time() - asked < 25, said
+        (line,) = re.findall(r"03_train.py: stopped by SIGTERM after step (\d+), .* continue with --resume", said)
+        assert kills.checkpoints_of(out, None)[-1] == int(line) == kills.lines_of(out)
+    resumed = run(world, initial, out, "--resume", ranks=3, **settings)
+    assert [line["step"] for line in resumed[1]] == list(range(1, 31))
+    assert_same_run(whole, resumed, 1e-5)
 
 
-def test_resuming_with_other_settings_is_refused_by_name(world, initial, tmp_path):
-    run(world, initial, tmp_path, ranks=1, checkpoint_every=1)
-    done = torchrun(
-        "03_train.py",
-        "--model",
-        initial,
-        "--data",
-        world / "data/train",
-        "--out",
-        tmp_path,
-        "--steps",
-        3,
-        "--batch_size",
-        12,
-        "--learning_rate",
-        2e-3,
-        "--checkpoint_every",
-        1,
-        "--warmup",
-        0.5,
-        "--resume",
-        ranks=1,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def finished(world, initial, tmp_path_factory):
+    """A run of 3 steps on 2 ranks, with the checkpoints of its first and second, each right after a validation."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return out, run(world, initial, out, ranks=2, checkpoint_every=1, validate_every=1)
+
+
+def shard_of(checkpoint):
+    return sorted(checkpoint.glob("*.safetensors"))[-1]
+
+
+def rewrite(change, consistent: bool = True):
+    """Changes (tensors, offsets) of a checkpoint's last file; with run.json as a forger would adapt it."""
+
+    def damage(checkpoint):
+        path = shard_of(checkpoint)
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata())
+        offsets, tensors = json.loads(metadata["DCP_SHARDING_INFO"]), load_file(path)
+        change(tensors, offsets)
+        save_file(tensors, path, metadata | {"DCP_SHARDING_INFO": json.dumps(offsets)})
+        told = json.loads((checkpoint / "run.json").read_text())
+        told["files"][path.name] = path.stat().st_size
+        (checkpoint / "run.json").write_text(json.dumps(told))
+
+    return damage
+
+
+NORM = "model.backbone.language_model.norm.weight"
+
+
+def tell(**changes):
+    def damage(checkpoint):
+        told = json.loads((checkpoint / "run.json").read_text())
+        (checkpoint / "run.json").write_text(json.dumps(told | changes))
+
+    return damage
+
+
+def overwrite(checkpoint):
+    """Its last file becomes text of the same length."""
+    size = shard_of(checkpoint).stat().st_size
+    shard_of(checkpoint).write_bytes((b"text " * size)[:size])
+
+
+DAMAGES = {
+    "a file is missing": (lambda checkpoint: shard_of(checkpoint).unlink(), "not those that run.json lists"),
+    "a file is cut off": (lambda checkpoint: os.truncate(shard_of(checkpoint), 1000), "not those that run.json lists"),
+    "a file too many": (lambda c: (c / "x.safetensors").write_bytes(b"x"), "not those that run.json lists"),
+    "a file of text": (overwrite, "header"),
+    "no run.json": (lambda checkpoint: (checkpoint / "run.json").unlink(), "run.json"),
+    "half a run.json": (lambda checkpoint: os.truncate(checkpoint / "run.json", 40), "damaged"),
+    "another step": (tell(step=7), "not those that run.json lists"),
+    "a tensor is missing": (rewrite(lambda tensors, offsets: tensors.pop(NORM)), f"{NORM} is not all there"),
+    "rows are missing": (rewrite(lambda t, o: t.__setitem__(NORM, t[NORM][:-1])), f"{NORM} is not all there"),
+    "rows twice": (rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [0])), "row .* is missing"),
+    "rows far away": (rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [2**60])), "row .* is missing"),
+    "half precision": (rewrite(lambda t, o: t.__setitem__(NORM, t[NORM].half())), "none of this run's tensors"),
+    "a tensor of another model": (
+        rewrite(lambda t, o: t.__setitem__("x", t[NORM].clone())),
+        "none of this run's tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_checkpoint_that_is_not_whole_is_none(name, finished, initial, tmp_path):
+    damage, reason = DAMAGES[name]
+    checkpoint = shutil.copytree(finished[0] / "checkpoints/step_000002", tmp_path / "step_000002")
+    reward = model.RewardModel.from_pretrained(initial)
+    state = train.training_state(reward, train.make_optimizer(reward, train.Settings(), torch.device("cpu")))
+    assert train.check_checkpoint(checkpoint, state)["step"] == 2
+    damage(checkpoint)
+    with pytest.raises(data.UserError, match=reason) as error:
+        train.check_checkpoint(checkpoint, state)
+    assert str(checkpoint) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_newest_whole_checkpoint_is_found_past_a_damaged_one(finished, world, initial, tmp_path):
+    out, whole = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
+    os.truncate(shard_of(out / "checkpoints/step_000002"), 5000)
+    assert_same_run(whole, run(world, initial, out, "--resume", ranks=2, validate_every=1), 0)
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(finished, world, initial, tmp_path):
+    """Files of more than 2 MB cannot be written: neither the next checkpoint nor, later, the export."""
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(out / "checkpoints/step_000002")
+    before = kills.results_of(out / "checkpoints/step_000001") | {"model": (out / "model.safetensors").read_bytes()}
+    for every, what in ((1, "step_000002: could not be written"), (0, "run: could not be written")):
+        limited = [
+            "bash",
+            "-c",
+            f'ulimit -f 2048; exec {sys.executable} -m torch.distributed.run --standalone "$@"',
+            "",
+        ]
+        arguments = ["--nproc_per_node=2", "03_train.py", "--model", initial, "--data", world / "data/train"]
+        arguments += ["--out", out, "--steps", 3, "--batch_size", 12, "--learning_rate", 1e-3, "--warmup", 0.5]
+        arguments += ["--resume", "--checkpoint_every", every]
+        done = subprocess.run([*limited, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode and done.stderr.count(what) == 1 and "File too large" in done.stderr, done.stderr
+        assert '03_train.py", line' not in done.stderr
+        after = kills.results_of(out / "checkpoints/step_000001") | {"model": (out / "model.safetensors").read_bytes()}
+        assert before == after
+        assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_a_new_run_does_not_remove_the_checkpoints_of_one_that_has_not_ended(finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    train.refuse_unfinished(train.Settings(out=str(out)), out / "checkpoints")  # it was exported
+    (out / "reward_head.safetensors").unlink()
+    train.refuse_unfinished(train.Settings(out=str(out), resume=True), out / "checkpoints")
+    with pytest.raises(data.UserError, match="step_000002 is of a run that has not ended; --resume"):
+        train.refuse_unfinished(train.Settings(out=str(out)), out / "checkpoints")
+
+
+# ---- what is not finite
+
+
+@pytest.fixture(scope="module")
+def explosive(world, initial, tmp_path_factory):
+    """Eight pairs, the third of which has a character whose embedding is so large that its gradient overflows; the
+    initial model, and the data."""
+    root = tmp_path_factory.mktemp("explosive")
+    pairs = [{"prompt": f"Is it {i}?", "chosen": "yes", "rejected": "no", "id": f"pair {i}"} for i in range(8)]
+    pairs[2]["prompt"] += "~"
+    write_jsonl(root / "pairs.jsonl", pairs)
+    prepare_here(source=[str(root / "pairs.jsonl")], out=str(root))
+    reward = model.RewardModel.from_pretrained(initial)
+    (token,) = reward.processors.tokenizer.encode("~", add_special_tokens=False)
+    with torch.no_grad():
+        reward.backbone.get_input_embeddings().weight[token] = 3e38
+    reward.save_pretrained(str(root / "model"))
+    return root
+
+
+def train_explosive(root, out, *more, ranks: int, steps: int = 1):
+    arguments = ["--model", root / "model", "--data", root / "pairs", "--out", out, "--steps", steps, "--batch_size", 8]
+    arguments += ["--micro_tokens", 10, "--checkpoint_every", 0, "--learning_rate", 1e-5]
+    return torchrun("03_train.py", *arguments, *more, ranks=ranks, check=False)
+
+
+def test_a_gradient_that_is_not_finite_stops_all_ranks_and_names_its_comparisons(explosive, tmp_path):
+    done = train_explosive(explosive, tmp_path / "out", ranks=2)
+    (line,) = re.findall(r"03_train.py: (step 1: loss .*)", done.stderr)  # once, not from each rank
+    assert done.returncode and "pairs[2] (id pair 2)" in line and "from 2 comparison(s)" in line  # that of each rank
+    assert "--non_finite skip" in line and not (tmp_path / "out/reward_head.safetensors").exists()
+
+
+def test_a_step_that_is_not_finite_is_skipped_when_told_and_never_silently(explosive, tmp_path):
+    done = train_explosive(explosive, tmp_path / "out", "--non_finite", "skip", ranks=1)
+    assert not done.returncode, done.stderr[-2000:]
+    (line,) = [json.loads(line) for line in open(tmp_path / "out/metrics.jsonl")]
+    (named,) = line["skipped"]
     assert (
-        done.returncode
-        and "--learning_rate 0.001 (now 0.002)" in done.stderr
-        and '03_train.py", line' not in done.stderr
+        named.endswith("pairs[2] (id pair 2)")
+        and line["loss"] is None
+        and f"{named}; its update is skipped" in done.stdout
     )
+    before, after = (load_file(folder / "model.safetensors") for folder in (explosive / "model", tmp_path / "out"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_resuming_with_other_settings_or_data_is_refused_by_name_unless_asked_for(finished, world, initial, tmp_path):
+    out, changed = (
+        shutil.copytree(finished[0], tmp_path / "run"),
+        shutil.copytree(world / "data/train", tmp_path / "data"),
+    )
+    info = json.loads((changed / "dataset.json").read_text())
+    (changed / "dataset.json").write_text(json.dumps(info | {"max_length": 4095}))
+    arguments = ["--model", initial, "--data", changed, "--out", out, "--steps", 3, "--batch_size", 12, "--resume"]
+    arguments += ["--learning_rate", 2e-3, "--checkpoint_every", 1, "--warmup", 0.5]
+    done = torchrun("03_train.py", *arguments, ranks=1, check=False)
+    assert done.returncode and '03_train.py", line' not in done.stderr
+    assert "--learning_rate 0.001 (now 0.002)" in done.stderr and "other data in --data" in done.stderr
+    torchrun("03_train.py", *arguments, "--resume_changed", ranks=1)
+    assert kills.lines_of(out) == 3
 
 
 def test_old_checkpoints_go_only_when_there_are_newer_ones(world, initial, tmp_path):
@@ -385,11 +524,16 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
         (["--data", "no/such/data"], "run 01_data.py"),
         (["--data", "{world}/data/questions"], "prompts without responses"),
         (["--shard_size", "2"], "has to divide the number of ranks, 1"),
+        (["--out", "{world}/data/train/dataset.json/out"], "could not be written: Not a directory"),
     ],
 )
 def test_a_mistake_ends_in_one_line_that_says_what_to_do(arguments, says, world, initial):
     defaults = ["--model", initial, "--data", world / "data/train", "--steps", 1, "--out", world / "out"]
     done = torchrun("03_train.py", *defaults, *(a.format(world=world) for a in arguments), ranks=1, check=False)
-    assert (
-        done.returncode and says in done.stderr and "line" not in done.stderr.split(says)[0].split("03_train.py: ")[-1]
-    )
+    assert done.returncode and done.stderr.count(says) == 1 and '03_train.py", line' not in done.stderr
+
+
+def test_a_mistake_that_all_ranks_see_is_said_once(initial):
+    done = torchrun("03_train.py", "--model", initial, "--data", "no/such/data", ranks=3, check=False)
+    assert done.returncode and done.stderr.count("03_train.py: no/such/data") == 1
+    assert '03_train.py", line' not in done.stderr
