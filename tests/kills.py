@@ -145,8 +145,8 @@ def folders_in(out: Path) -> set[tuple[str, int]]:
         return set()
 
 
-def moments(stage: str, out: Path, rng: random.Random) -> tuple[str, Callable[[Path], bool], float]:
-    """What to wait for, and how long then."""
+def moments(stage: str, out: Path, rng: random.Random, of: list) -> tuple[str, Callable[[Path], bool], float]:
+    """What to wait for, one of those named, and how long then."""
     if stage != "03":
         return "any moment", lambda out: True, rng.uniform(0, 15)
     there, steps = lines_of(out), rng.randint(1, 5)
@@ -161,7 +161,7 @@ def moments(stage: str, out: Path, rng: random.Random) -> tuple[str, Callable[[P
         "export": (lambda out: (out / ".writing").exists(), 0.06),
         "renaming in the export": (lambda out: (out / ".writing/reward_head.safetensors").exists(), 0.004),
     }
-    name = rng.choice(list(known))
+    name = rng.choice(of or list(known))
     moment, longest = known[name]
     return name, moment, rng.uniform(0, longest)
 
@@ -207,7 +207,9 @@ def compare(stage: str, out: Path, whole: dict[str, bytes]) -> None:
         raise SystemExit(f"stage {stage} after kills: {', '.join(differ)} differ")
 
 
-def torture(stage: str, command: list, folder: Path, kills: int, rng: random.Random, in_a_row: int = 5) -> Counter:
+def torture(
+    stage: str, command: list, folder: Path, kills: int, rng: random.Random, in_a_row: int = 5, of: list = ()
+) -> Counter:
     """Kills a stage `kills` times, at most `in_a_row` before it may end and is compared; returns counts."""
     whole = folder / f"whole_{stage}"
     run_until(command, whole, NEVER, 0, True, rng)
@@ -222,7 +224,7 @@ def torture(stage: str, command: list, folder: Path, kills: int, rng: random.Ran
             hits = 0
             continue
         everything = rng.random() < 0.5
-        name, moment, wait = moments(stage, out, rng)
+        name, moment, wait = moments(stage, out, rng, of)
         before = checkpoints_of(out)
         if not run_until(command, out, moment, wait, everything, rng):
             compare(stage, out, whole)

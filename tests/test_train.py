@@ -174,10 +174,10 @@ def test_two_replicas_of_two_shards_equal_one_rank_and_resume_on_another_number_
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(world, initial, tmp_path):
-    """SIGKILL to one rank or all, in a step, a checkpoint, its renaming, the export: weights, optimizer
-    state and log are those of an uninterrupted run, bit by bit. `python tests/kills.py` does this many times more."""
+    """SIGKILL to one rank or all, in a step or when a checkpoint is renamed: weights, optimizer state and log are those
+    of an uninterrupted run, bit by bit. `python tests/kills.py` does this many times more, at other moments too."""
     command = [*kills.TRAIN, "--model", initial, "--data", world / "data/train"]
-    counts = kills.torture("03", command, tmp_path, 2, random.Random(5), in_a_row=2)
+    counts = kills.torture("03", command, tmp_path, 2, random.Random(5), 2, ["a step", "its renaming"])
     assert counts["kills"] == 2 and counts["compared, identical"] >= 1
 
 
