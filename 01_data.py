@@ -238,11 +238,6 @@ def read_json(line: bytes) -> dict:
         raise Unusable(f"not a line of JSON: {error}") from None
     if not isinstance(record, dict):
         raise Unusable(f"not a JSON object but {type(record).__name__}")
-    if re.search(rb"\\u[dD][89a-fA-F]", line):  # one of a surrogate pair, perhaps without the other
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise Unusable("not a text: has half of a surrogate pair") from None
     return record
 
 

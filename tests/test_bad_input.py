@@ -338,7 +338,7 @@ def test_a_picture_is_read_as_a_viewer_shows_it_or_rejected_with_its_reason(name
     image = data.open_image(content)
     assert image.size == size and image.mode == "RGB"
     assert np.abs(np.array(image.getpixel((0, 0))) - colour).max() <= 2
-    assert comparison.grids.tolist() == [list(data.patch_grid(size, processors.image))]
+    assert comparison.grids.tolist() == [list(data.patch_grid(size, processors))]
     row = stages.model.pack([comparison], processors)  # the loader's pixels fit 01's tokens
     assert len(row.images.pixel_values) == comparison.grids.prod()
 
