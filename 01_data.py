@@ -1046,10 +1046,13 @@ def check_info(info: dict) -> None:
         raise Unusable("read, rejected, comparisons and shards: have to be counts")
     if info["metric"] not in {source.metric for source in SOURCES.values()}:
         raise Unusable(f"metric: {info['metric']!r} is not known")
-    if info["pixels"] is not None:
-        least, most = (info["pixels"][key] for key in ("shortest_edge", "longest_edge"))
-        if len(info["pixels"]) > 2 or type(least) is not int or type(most) is not int or not 0 < least <= most < 2**40:
-            raise Unusable(f"pixels: {info['pixels']}")
+    limits = info["pixels"]
+    if limits is not None:
+        known = set(limits) in ({"tiles"}, {"shortest_edge", "longest_edge"})
+        if not known or not all(type(limit) is int and 0 < limit < 2**40 for limit in limits.values()):
+            raise Unusable(f"pixels: {limits}")
+        if limits.get("shortest_edge", 0) > limits.get("longest_edge", 0):
+            raise Unusable(f"pixels: {limits}")
     info["without_images"] = bool(info["without_images"])
 
 
