@@ -20,6 +20,15 @@ are those of one forward per response, for about N(P + R) / (P + NR) times less 
 The paper: the LM head is replaced by an MLP of 2 layers with SiLU between, chosen from depths 1-5 and no activation,
 tanh, SiLU. It does not give the width (we take the hidden size, as its predecessor MM-RLHF does) nor the token at which
 the score is read (we take the last, as the authors' public command).
+
+It chose this naive kind of reward model over two others, which keep their LM head and are here too (--kind):
+  - critic: it first writes a critique of each response, then the head scores prompt, response and critique. In the row
+    a response is followed by the request for a critique, a turn of the user, and the critique, at whose end the score
+    is read.
+  - generative: it is shown two responses and answers A or B. A response of the row is such a pair, with the question
+    which is better behind it, so the prompt is still read once for all N(N - 1) ordered pairs. A pair's score is the
+    difference of the two letters' log-odds, averaged over both orders; a response's the sum over its pairs. It writes
+    no rationale first: one token is the cheapest such judge there is, and its score is exact.
 Deviation: the head computes in float32 even where the backbone computes in bfloat16, whose spacing near 4 is 0.03.
 """
 
@@ -43,7 +52,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as transformers_logging
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
@@ -61,6 +70,14 @@ class HeadSettings:
     head_width: int = option(
         0, "width of the head's inner layers; 0: the backbone's hidden size (the paper gives none)"
     )
+    kind: Literal["naive", "critic", "generative"] = option(
+        "naive",
+        "the head on the response (paper's choice), or on the response and its critique; or which of two, A or B",
+    )
+    request: str = option(
+        "", "critic, generative: the user's turn that asks for it; '': as the embedded backbone knows"
+    )
+    critique_tokens: int = option(96, "critic: longest critique that it writes, in tokens")
 
 
 @dataclass
@@ -168,6 +185,7 @@ class PackedRow:
     last: torch.Tensor  # [N] where each response's last token stands in the row
     segments: Segments
     images: Images | None = None
+    written: "Written | None" = None  # what a critic or a judge has to write
     masks: list = field(default_factory=list)  # [R, P + R] of each response; made by the first layer for all
 
     def to(self, device: torch.device) -> "PackedRow":
@@ -314,6 +332,9 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
                 "the model's image processor has other pixel limits; run 01_data.py again with --backbone set to it"
             )
         row.images = pack_images(pixels["pixel_values"], pixels["image_grid_thw"], processors.vision)
+    asked = [comparison for comparison in comparisons if isinstance(comparison, Asked)]
+    if all(isinstance(comparison, Asked) or not comparison.responses for comparison in comparisons):
+        row.written = Written.of(row, asked)
     return row
 
 
@@ -357,6 +378,94 @@ def blank_comparison(processors: Processors) -> Comparison:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Comparisons as a critic and a judge read them: what they are asked stands behind a response, and what they write.
+
+REQUESTS = {"naive": "", "critic": "Is it right? Explain.", "generative": "Which is better, A or B?"}
+
+
+@dataclass
+class Asked(Comparison):
+    """A comparison whose `responses` have a request behind them and end in what the model has to write itself."""
+
+    written: list[int] = field(default_factory=list)  # how many tokens that is, for each response
+    weights: list[float] = field(default_factory=list)  # of each of these tokens in the loss
+    shown: list[tuple[int, int]] = field(default_factory=list)  # judge: which two of the N each `response` shows
+    judged: int = 0  # judge: N
+
+
+@dataclass
+class Written:
+    """Of a whole row: the tokens that the model has to write itself, and which of N responses a judge compares."""
+
+    predictors: torch.Tensor  # [tokens] where in the row each is predicted
+    tokens: torch.Tensor  # [tokens] token ids
+    weight: torch.Tensor  # [tokens] in the loss; they sum to 1 for each comparison, which counts once
+    first: torch.Tensor  # [ordered pairs] the response, of N, that is shown as A
+    second: torch.Tensor  # [ordered pairs] as B
+    judged: int  # N
+
+    @classmethod
+    def of(cls, row: PackedRow, comparisons: list[Asked]) -> "Written":
+        learned, weight, shown, judged = [np.zeros(0, bool)], [], [], 0
+        for comparison in comparisons:
+            for response, count, each in zip(comparison.responses, comparison.written, comparison.weights):
+                learned.append(np.arange(len(response)) >= len(response) - count)
+                weight += [each] * count
+            shown += [(judged + i, judged + j) for i, j in comparison.shown]
+            judged += comparison.judged
+        places, predictors = (places[torch.from_numpy(np.concatenate(learned))] for places in row.response_tokens())
+        first, second = torch.tensor(shown, dtype=torch.long).view(-1, 2).T
+        return cls(predictors, row.input_ids[0, places], torch.tensor(weight), first, second, judged)
+
+
+def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
+    """The token ids that the chat template puts behind an answer's end-of-turn token when the user goes on with
+    `request`, up to where the assistant's next answer begins."""
+    turns = [("user", "?"), ("assistant", "!"), ("user", request)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    before, whole = (data.tokenize_chat(some, processors.tokenizer) for some in (messages[:1], messages))
+    ends = np.flatnonzero(whole[len(before) :] == processors.tokenizer.eos_token_id)
+    if not len(ends):
+        raise UserError("the chat template ends an answer with another token than the tokenizer's end-of-turn token")
+    return whole[len(before) + ends[0] + 1 :]
+
+
+def with_critiques(comparison: Comparison, critiques: list[np.ndarray], request: np.ndarray) -> Asked:
+    """A critic's: [response | request | critique]. Critiques are token ids, each ending in <|im_end|>."""
+    responses = [np.concatenate(parts) for parts in zip(comparison.responses, [request] * len(critiques), critiques)]
+    written = [len(critique) for critique in critiques]
+    weights = [1 / max(1, sum(written))] * len(written)
+    return Asked(**vars(comparison) | {"responses": responses}, written=written, weights=weights)
+
+
+def with_given_critiques(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
+    """The same with the critiques of the data; with no responses, so nothing to learn from, where it has none."""
+    given = comparison.record.get("critiques")
+    usable = isinstance(given, list) and len(given) == len(comparison.responses)
+    usable = usable and all(isinstance(critique, str) and critique.strip() for critique in given)
+    critiques = [data.encode_response(critique, processors) for critique in given] if usable else []
+    return with_critiques(comparison, critiques, request)
+
+
+def in_ordered_pairs(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
+    """A judge's: [A: one response, B: another | request | the letter of the better one], for all ordered pairs. Of two
+    that tie, either letter has a weight of 0."""
+    a, b, before_a, before_b = (
+        np.array(data.tokenize_text(text, processors.tokenizer), np.int32) for text in ("A", "B", "A:\n", "\nB:\n")
+    )
+    N = len(comparison.responses)
+    ranks = comparison.ranks or [1] * N
+    shown = [(i, j) for i in range(N) for j in range(N) if i != j]
+    answers, untied = [], [float(ranks[i] != ranks[j]) for i, j in shown]
+    for i, j in shown:
+        pair = [before_a, comparison.responses[i][:-1], before_b, comparison.responses[j]]
+        answers.append(np.concatenate([*pair, request, a if ranks[i] < ranks[j] else b]))
+    weights = [each / max(1, sum(untied)) for each in untied]
+    asked = {"written": [1] * len(shown), "weights": weights, "shown": shown, "judged": N}
+    return Asked(**vars(comparison) | {"responses": answers} | asked)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The model.
 
 
@@ -391,31 +500,58 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
-    def __init__(self, backbone: nn.Module, head: RewardHead, processors: Processors, trained_with: dict | None = None):
+    kind = "naive"
+    reader = None  # of a critic and a judge: Comparison -> Asked, how it reads it in training
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: RewardHead | None,
+        processors: Processors,
+        trained_with: dict | None = None,
+        asks: dict | None = None,
+    ):
         super().__init__()
         self.backbone, self.head, self.processors = backbone, head, processors
         self.trained_with = trained_with or {}  # what the head was trained with; empty: not at all
+        self.asks = asks or {}  # of a critic or a judge: its request and how long a critique may be
+        self.cost = {"tokens": 0, "patches": 0, "written": 0}  # what `scores_of` has read and written
 
     @classmethod
     def from_backbone(cls, path: str, settings: HeadSettings, max_pixels: int = 0) -> "RewardModel":
-        """A backbone from a Hugging Face checkpoint with a new head."""
-        backbone = load_backbone(path)
-        hidden = backbone.config.get_text_config().hidden_size
-        head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
-        return cls(backbone, head, data.load_processors(path, max_pixels))
+        """A backbone from a Hugging Face checkpoint with a new head, as the kind that the settings name."""
+        made = KINDS[settings.kind]
+        backbone, head = load_backbone(path, made.auto(path)), None
+        if made is not Judge:
+            hidden = backbone.config.get_text_config().hidden_size
+            head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
+        asks = {"request": settings.request or REQUESTS[made.kind], "critique_tokens": settings.critique_tokens}
+        asks = asks if made is not RewardModel else None
+        return made(backbone, head, data.load_processors(path, max_pixels), asks=asks)
 
     @classmethod
-    def from_pretrained(cls, folder: str, empty: bool = False) -> "RewardModel":
-        """A reward model that `save_pretrained` wrote; `empty` leaves the backbone's weights to be filled in, as in
-        `load_backbone`. Raises UserError where there is none."""
+    def from_pretrained(cls, folder: str, empty: bool = False, kind: str = "") -> "RewardModel":
+        """A reward model that `save_pretrained` wrote, of the kind that it was; `empty` leaves the backbone's weights
+        to be filled in, as in `load_backbone`. Raises UserError where there is none, or one of another kind than
+        `kind`."""
         path = Path(folder, "reward_head.safetensors")
         if not path.is_file():
             raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["reward_head"])
-            head = RewardHead(**about["head"])
-            head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        return cls(load_backbone(folder, empty=empty), head, data.load_processors(folder), about["trained_with"])
+            made, head = KINDS[about.get("kind", "naive")], None
+            if kind not in ("", made.kind):
+                raise UserError(f"{folder}: its kind is {made.kind}; 02_model.py --kind {kind} makes one of the other")
+            if about["head"]:
+                head = RewardHead(**about["head"])
+                head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+        backbone = load_backbone(folder, made.auto(folder), empty)
+        return made(backbone, head, data.load_processors(folder), about["trained_with"], about.get("asks"))
+
+    @staticmethod
+    def auto(path: str):
+        """The transformers class that loads the backbone."""
+        return AutoModel
 
     def save_pretrained(self, folder: str, state: dict | None = None) -> None:
         """Writes the Hugging Face layout plus reward_head.safetensors.
@@ -434,7 +570,12 @@ class RewardModel(nn.Module):
         writing.mkdir(parents=True)
         self.backbone.save_pretrained(writing, state_dict=part("backbone."))
         self.processors.save(str(writing))
-        about = {"head": self.head.settings, "trained_with": self.trained_with}
+        about = {
+            "kind": self.kind,
+            "head": self.head.settings if self.head else None,
+            "trained_with": self.trained_with,
+        }
+        about |= {"asks": self.asks}
         save_file(part("head."), writing / "reward_head.safetensors", metadata={"reward_head": json.dumps(about)})
         for old in [out / "reward_head.safetensors", *out.glob("model*.safetensors*")]:
             old.unlink(missing_ok=True)
@@ -442,16 +583,22 @@ class RewardModel(nn.Module):
             os.replace(path, out / path.name)
         writing.rmdir()
 
+    @property
+    def base(self) -> nn.Module:
+        """The backbone without its LM head, if it has one."""
+        return getattr(self.backbone, "model", self.backbone)
+
     def hidden_states(self, row: PackedRow) -> torch.Tensor:
         """The backbone's last hidden states, [T, hidden]."""
-        return run_backbone(self.backbone, row)
+        return run_backbone(self.base, row)
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         return self.head(self.hidden_states(row)[row.last])  # [T, hidden] -> [N, hidden] -> [N]
 
     @torch.inference_mode()
     def score(self, messages: list[dict], responses: list[str], images: list = ()) -> torch.Tensor:
-        """Scores N responses to one prompt, [N] float32; they do not depend on each other or on their order.
+        """Scores N responses to one prompt, [N] float32; they do not depend on their order, nor on each other, unless a
+        judge compares them.
 
         Args:
             messages: the prompt's turns; an image is {"type": "image", "image": path, bytes or PIL image}, or {"type":
@@ -464,11 +611,125 @@ class RewardModel(nn.Module):
         texts = [data.text_of(text, f"responses[{i}]") for i, text in enumerate(responses)]
         encoded = [data.encode_response(text, self.processors) for text in texts]
         comparison = Comparison(prompt, encoded, [1] * len(encoded), files, grids)
-        return self(pack([comparison], self.processors).to(self.device)).cpu()
+        return self.scores_of([comparison]).cpu()
+
+    @torch.inference_mode()
+    def scores_of(self, comparisons: list[Comparison]) -> torch.Tensor:
+        """The scores of all responses of some comparisons, [N], read in one row."""
+        row = pack(comparisons, self.processors).to(self.device)
+        self.count(row)
+        return self(row)
+
+    def count(self, row: PackedRow) -> None:
+        self.cost["tokens"] += row.input_ids.shape[1]
+        self.cost["patches"] += len(row.images.pixel_values) if row.images else 0
+
+    def row_tokens(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
+        """For planning, how many tokens comparisons are at most when they are scored, [n], from how many they have and
+        how many responses, [n] each."""
+        return tokens
 
     @property
     def device(self) -> torch.device:
-        return self.head.mlp[0].weight.device
+        return next(self.parameters()).device
+
+
+class Critic(RewardModel):
+    """Writes a critique of each response; its score is the head's at the critique's end."""
+
+    kind = "critic"
+
+    def __init__(self, *made, **more):
+        super().__init__(*made, **more)
+        request = turn_after_answer(self.asks["request"], self.processors)
+        self.request = request  # [tokens] that stand behind a response
+        self.reader = partial(with_given_critiques, request=request, processors=self.processors)
+
+    @staticmethod
+    def auto(path: str):
+        return auto_with_lm_head(path)
+
+    def forward(self, row: PackedRow, learn: bool = False):
+        """Scores [N]; to `learn`, also the log-probability of every token of the critiques."""
+        hidden = self.hidden_states(row)
+        scores = self.head(hidden[row.last])
+        return (scores, log_probabilities(self.backbone, hidden, row.written)) if learn else scores
+
+    @torch.inference_mode()
+    def write_critiques(self, comparisons: list[Comparison]) -> list[list[np.ndarray]]:
+        """Its likeliest critique of each response, as token ids; one cut at the length limit is ended there."""
+        asked = [with_critiques(each, [self.request[:0]] * len(each.responses), self.request) for each in comparisons]
+        row = pack(asked, self.processors).to(self.device)
+        tokens = write(Writer(self.backbone, self.processors), row, 1, self.asks["critique_tokens"])[:, 0]
+        self.count(row)
+        self.cost["written"] += int((tokens >= 0).sum())
+        end = self.processors.tokenizer.eos_token_id
+        critiques = iter(
+            [np.array([t for t in each if t not in (-1, end)] + [end], np.int32) for each in tokens.tolist()]
+        )
+        return [[next(critiques) for _ in each.responses] for each in comparisons]
+
+    def scores_of(self, comparisons: list[Comparison]) -> torch.Tensor:
+        critiques = self.write_critiques(comparisons)
+        return super().scores_of([with_critiques(*each, self.request) for each in zip(comparisons, critiques)])
+
+    def row_tokens(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
+        return tokens + responses * (len(self.request) + self.asks["critique_tokens"])
+
+
+class Judge(RewardModel):
+    """Shown two responses it answers A or B; it has no head but its LM head.
+
+    S(i, j), the score of a pair, is the difference of the letters' log-odds averaged over both orders, so S(j, i) is
+    -S(i, j); a response's score is the sum over the others, as the paper uses R1-Reward for RL (section 5).
+    """
+
+    kind = "generative"
+
+    def __init__(self, *made, **more):
+        super().__init__(*made, **more)
+        request = turn_after_answer(self.asks["request"], self.processors)
+        self.request = request  # [tokens] that stand behind a pair
+        self.reader = partial(in_ordered_pairs, request=request, processors=self.processors)
+        letters = [data.tokenize_text(letter, self.processors.tokenizer) for letter in "AB"]
+        if [len(letter) for letter in letters] != [1, 1]:
+            raise UserError("a judge answers with one token, and the tokenizer writes A and B with more")
+        self.letters = sum(letters, [])  # token ids
+
+    @staticmethod
+    def auto(path: str):
+        return auto_with_lm_head(path)
+
+    def forward(self, row: PackedRow, learn: bool = False):
+        """Scores [N]; to `learn`, also the log-probability of the right letter of every ordered pair."""
+        hidden, written = self.hidden_states(row), row.written
+        a, b = self.backbone.lm_head.weight[self.letters].float()  # [hidden]
+        odds = hidden[written.predictors].float() @ (a - b)  # [ordered pairs], in float32 like the head's scores
+        scores = odds.new_zeros(written.judged)
+        scores = scores.index_add(0, written.first, odds / 2).index_add(0, written.second, -odds / 2)
+        return (scores, log_probabilities(self.backbone, hidden, written)) if learn else scores
+
+    def scores_of(self, comparisons: list[Comparison]) -> torch.Tensor:
+        return super().scores_of([self.reader(comparison) for comparison in comparisons])
+
+    def row_tokens(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
+        others = np.maximum(responses - 1, 0)
+        return np.maximum(1, 2 * others) * tokens + responses * others * (len(self.request) + 8)
+
+
+KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}
+
+
+def auto_with_lm_head(path: str):
+    """The transformers class that loads a backbone with its LM head."""
+    vision = hasattr(data.AutoConfig.from_pretrained(path), "vision_config")
+    return AutoModelForImageTextToText if vision else AutoModelForCausalLM
+
+
+def log_probabilities(lm: nn.Module, hidden: torch.Tensor, written: Written) -> torch.Tensor:
+    """Of the tokens that a critic or a judge has to write, [tokens], from the row's hidden states [T, hidden]."""
+    log_p = lm.lm_head(hidden[written.predictors]).float().log_softmax(-1)  # [tokens, vocabulary]
+    return log_p.gather(-1, written.tokens[:, None]).sum(-1)  # of one element; a view would trip FSDP's backward hooks
 
 
 def load_backbone(path: str, auto=AutoModel, empty: bool = False) -> nn.Module:
@@ -483,6 +744,8 @@ def load_backbone(path: str, auto=AutoModel, empty: bool = False) -> nn.Module:
     if empty:
         with torch.device("meta"):
             backbone = auto.from_config(config, **wanted).eval()
+        if backbone.can_generate():
+            backbone.generation_config = GenerationConfig.from_pretrained(path)
     else:
         backbone = auto.from_pretrained(path, **wanted)
     prepare_vision(backbone)
@@ -529,6 +792,141 @@ def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
     return backbone(**inputs).last_hidden_state[0]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing: a critic's critiques, and in 06 a policy's answers. Each prompt, with its images, is read once; its keys and
+# values serve all its samples, and samples that have ended leave the row.
+
+
+class Writer(nn.Module):
+    """A transformers model with its LM head, `lm`, that writes at a temperature."""
+
+    def __init__(self, lm: nn.Module, processors: Processors, temperature: float = 1.0):
+        super().__init__()
+        self.lm, self.processors, self.temperature = lm, processors, temperature
+        tokenizer = processors.tokenizer
+        forbidden = {
+            *tokenizer.get_added_vocab().values(),
+            *range(len(tokenizer), lm.config.get_text_config().vocab_size),
+        } - {tokenizer.eos_token_id}
+        self.register_buffer("forbidden", torch.tensor(sorted(forbidden)), persistent=False)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, vocabulary], float32, at the temperature; what must not be written is at -inf."""
+        logits = self.lm.lm_head(hidden).float() / self.temperature
+        return logits.index_fill(-1, self.forbidden, -math.inf)
+
+
+class KeptRow(PackedRow):
+    """A packed row that keeps every layer's keys and values."""
+
+    def attend(self, layer, query, key, value, scale):
+        self.cache[layer] = (key, value)  # [1, kv heads, T, d]
+        return super().attend(layer, query, key, value, scale)
+
+
+class DecodeRow:
+    """One new token for each sample that goes on: n tokens of n different samples stand in one row.
+
+    Queries attend to the keys of what they go on from (here the prompt), kept once for its G samples, and to their own.
+    `texts` says where in the row that stands: a prompt, or a prompt and one response to it.
+    """
+
+    images = None
+
+    def __init__(self, row: KeptRow, texts: list[torch.Tensor], group: int, max_new_tokens: int):
+        lengths, device = list(map(len, texts)), row.input_ids.device
+        self.prompts, self.group, self.longest = len(lengths), group, max(lengths)
+        self.padding = torch.arange(self.longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
+
+        def pad(packed):  # [1, kv heads, T, d] -> [prompts, kv heads, longest, d]
+            each = [packed[0].transpose(0, 1)[places] for places in texts]
+            return nn.utils.rnn.pad_sequence(each, batch_first=True).transpose(1, 2)
+
+        def room(key):  # [samples, kv heads, max_new_tokens, d]
+            return key.new_empty(self.prompts * group, key.shape[1], max_new_tokens, key.shape[3])
+
+        self.prompt_cache = {layer: (pad(key), pad(value)) for layer, (key, value) in row.cache.items()}
+        self.answer_cache = {layer: (room(key), room(key)) for layer, (key, _) in row.cache.items()}
+
+    def advance(self, alive: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, t: int) -> "DecodeRow":
+        """The next row: `tokens` [n] at `positions` [n], the t-th of the samples `alive` [n]."""
+        self.alive, self.t = alive, t
+        self.input_ids, self.position_ids = tokens[None], positions.expand(3, 1, -1)
+        return self
+
+    def attend(self, layer, query, key, value, scale):
+        heads, n, d = query.shape[1:]
+        kv = key.shape[1]
+        shared = heads // kv  # query heads that share a key
+        prompt_k, prompt_v = self.prompt_cache[layer]
+        own_k, own_v = self.answer_cache[layer]
+        own_k[self.alive, :, self.t], own_v[self.alive, :, self.t] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        own_k, own_v = own_k[self.alive, :, : self.t + 1], own_v[self.alive, :, : self.t + 1]  # [n, kv, t + 1, d]
+        q = query[0].transpose(0, 1).reshape(n, kv, shared, d) * scale
+
+        def by_prompt(x):  # [n, kv, shared, ...] -> [prompts, kv, group * shared, ...], zeros for ended samples
+            grid = x.new_zeros(self.prompts * self.group, *x.shape[1:])
+            grid[self.alive] = x
+            return grid.view(self.prompts, self.group, kv, shared, -1).transpose(1, 2).flatten(2, 3)
+
+        def by_sample(x):  # and back
+            return x.unflatten(2, (self.group, shared)).transpose(1, 2).flatten(0, 1)[self.alive]
+
+        to_prompt = by_prompt(q) @ prompt_k.transpose(-1, -2)  # [prompts, kv, group * shared, longest]
+        to_prompt = by_sample(to_prompt.masked_fill(self.padding[:, None, None], -math.inf))
+        weights = torch.cat([to_prompt, q @ own_k.transpose(-1, -2)], dim=-1)  # [n, kv, shared, longest + t + 1]
+        to_prompt, to_own = weights.softmax(-1).split([self.longest, self.t + 1], dim=-1)
+        out = by_sample(by_prompt(to_prompt) @ prompt_v) + to_own @ own_v
+        return out.reshape(1, n, heads, d).transpose(1, 2)
+
+
+@torch.inference_mode()
+def write(
+    writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise: np.ndarray | None = None
+) -> torch.Tensor:
+    """Goes on `group` times behind every response of a row, or behind a prompt that has none: token ids [texts, group,
+    max_new_tokens], -1 after the end-of-turn token.
+
+    `noise` [texts, group, max_new_tokens], uniform in [0, 1), decides every token by inversion of the distribution, so
+    a sample does not depend on what else is in the batch; None writes what is likeliest.
+    """
+    eos = writer.processors.tokenizer.eos_token_id
+    row = KeptRow(**vars(row))
+    row.cache, device = {}, row.input_ids.device
+    hidden = run_backbone(writer.lm.model, row)  # [T, hidden]
+    goes_on = [part for _, Rs in row.lengths for part in [not Rs, *[True] * len(Rs)]]  # which segments of the row
+    keys = row.segments.keys.split(row.segments.key_starts.diff().tolist())
+    texts = [places for places, wanted in zip(keys, goes_on) if wanted]  # where what is behind stands in the row
+    ends = torch.stack([places[-1] for places in texts])
+    begin = torch.stack([row.position_ids[:, 0, places].max() + 1 for places in texts])
+    hidden = hidden[ends].repeat_interleave(group, 0)  # [samples, hidden]
+    begin = begin.repeat_interleave(group)  # [samples] position of the first new token
+    tokens = torch.full((len(texts) * group, max_new_tokens), -1, device=device)
+    uniform = None if noise is None else torch.from_numpy(noise).to(device).view(len(tokens), max_new_tokens)
+    alive, decode = torch.arange(len(tokens), device=device), DecodeRow(row, texts, group, max_new_tokens)
+    for t in range(max_new_tokens):
+        logits = writer.logits(hidden)  # [n, vocabulary]
+        if uniform is None:
+            chosen = logits.argmax(-1)
+        else:
+            cumulated = logits.double().softmax(-1).cumsum(-1)
+            chosen = torch.searchsorted(cumulated, uniform[alive, t, None] * cumulated[:, -1:], right=True)[:, 0]
+        tokens[alive, t] = chosen
+        going = chosen != eos
+        alive, chosen = alive[going], chosen[going]
+        if len(alive) == 0 or t + 1 == max_new_tokens:
+            break
+        hidden = run_backbone(writer.lm.model, decode.advance(alive, chosen, begin[alive] + t, t))
+    return tokens.view(len(texts), group, max_new_tokens)
+
+
+def texts_of(tokens: torch.Tensor, tokenizer) -> list[str]:
+    """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
+    return [
+        tokenizer.decode([t for t in sample if t not in (-1, tokenizer.eos_token_id)]) for sample in tokens.tolist()
+    ]
+
+
 def main(settings: Settings) -> None:
     if dist.get_rank() > 0:
         return
@@ -536,12 +934,10 @@ def main(settings: Settings) -> None:
     model = RewardModel.from_backbone(settings.backbone, settings)
     model.save_pretrained(settings.out)
     count = lambda module: f"{sum(p.numel() for p in module.parameters()):>13,}"
-    vision, language = (
-        getattr(model.backbone, "visual", None),
-        getattr(model.backbone, "language_model", model.backbone),
-    )
+    vision, language = (getattr(model.base, "visual", None), getattr(model.base, "language_model", model.base))
     print(
-        f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}) and a new reward head\n\nparameters"
+        f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}), {model.kind}, "
+        f"with {'a new reward head' if model.head else 'its own LM head'}\n\nparameters"
     )
     for name, module in (
         ("vision tower", vision),
@@ -551,10 +947,10 @@ def main(settings: Settings) -> None:
     ):
         if module is not None:
             print(f"  {name:<15}{count(module)}")
-    print(f"  head: {' -> '.join(map(str, model.head.mlp))}")
+    print(f"  head: {' -> '.join(map(str, model.head.mlp)) if model.head else 'log-odds of A and B'}")
     if Path(settings.data, "dataset.json").is_file():
         comparison = data.Comparisons(settings.data, model.processors.fingerprint)[0]
-        row = pack([comparison], model.processors)
+        row = pack([model.reader(comparison) if model.reader else comparison], model.processors)
         hidden = model.hidden_states(row)
         lengths = " and ".join(str(len(response)) for response in comparison.responses)
         print(f"\none comparison of {settings.data}: {len(comparison.images)} image(s), a prompt of", end=" ")

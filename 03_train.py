@@ -11,7 +11,9 @@ Out   artifacts/reward/: the trained reward model; metrics.jsonl, one line a ste
 The loss is -log sigmoid(r_chosen - r_rejected), the mean over the batch, and nothing else, as in the paper. Of a
 ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155). Both
 regularisers of the paper (Algorithm 1) are there and off, as it found neither to help: a penalty on (r_w + r_l)^2, and
-r / log(length + 1).
+r / log(length + 1). The other kinds of reward model (02, --kind) learn to write as well: a critic the data's critiques,
+beside the ranking of responses with these critiques; a judge the letter of the better response, in both orders, and
+nothing else.
 
 The paper trains with learning rate 3e-6 and batches of 128 pairs on 64 GPUs. It does not state epochs, optimizer,
 schedule or whether the vision tower was frozen. The defaults fill that in from the authors' public command for a
@@ -40,6 +42,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -66,6 +69,7 @@ DEFAULT_DATA = "artifacts/data/train"
 @dataclass
 class Settings:
     model: str = option("artifacts/model", "initial reward model, or a trained one to continue from")
+    kind: Literal["", "naive", "critic", "generative"] = option("", "what --model has to be; '': it says itself")
     data: list[str] = option([], "prepared training shards, repeatable; none: artifacts/data/train")
     validation: str = option("auto", "prepared comparisons to validate on; auto: <data>_holdout if there; '' for none")
     out: str = option("artifacts/reward", "folder for the trained reward model, metrics.jsonl and checkpoints/")
@@ -80,6 +84,7 @@ class Settings:
     zero_coefficient: float = option(
         0.0, "weight of the penalty on (r_w + r_l)^2 (paper: tried 0.001, 0.01, 0.1; uses 0)"
     )
+    critique_coefficient: float = option(1.0, "critic: weight of the critiques' loss beside the ranking loss")
     length_normalisation: bool = option(False, "train on r / log(tokens of the response + 1) (paper: tried, not used)")
     freeze_vision: bool = option(
         False, "do not train the vision tower (the paper does not say; authors' command: frozen)"
@@ -238,6 +243,30 @@ class MicroBatches(torch.utils.data.Dataset):
         return self.plan[k], row, pairs_of(read)
 
 
+class Read(torch.utils.data.Dataset):
+    """Comparisons as a critic or a judge reads them: with what it is asked and has to write."""
+
+    def __init__(self, comparisons, reader):
+        self.comparisons, self.reader = comparisons, reader
+
+    def __len__(self) -> int:
+        return len(self.comparisons)
+
+    def __getitem__(self, i: int):
+        return self.reader(self.comparisons[i])
+
+
+def measure(comparisons: Read, device: torch.device) -> np.ndarray:
+    """Tokens of each comparison's row [n], 0 where there is nothing to write; every rank reads its share of them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    tokens = torch.zeros(len(comparisons), dtype=torch.long, device=device)
+    for i in tqdm(range(rank, len(tokens), world), desc="measure", disable=rank > 0, mininterval=1):
+        read = comparisons[i]
+        tokens[i] = read.length if read.responses else 0
+    dist.all_reduce(tokens)
+    return tokens.cpu().numpy()
+
+
 def load(comparisons, micro_batches, processors, device, workers: int):
     """Yields (micro-batch, row, pairs) with the tensors on the device."""
     dataset = MicroBatches(comparisons, micro_batches, processors)
@@ -262,6 +291,19 @@ def ranking_loss(
     better, worse = scores[pairs.better], scores[pairs.worse]  # [pairs]
     loss = -F.logsigmoid(better - worse) + zero_coefficient * (better + worse) ** 2
     return (pairs.weight * loss).sum()
+
+
+def losses(model, row, pairs: Pairs, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kind of reward model learns from, summed over comparisons like the ranking loss, and the scores [N]."""
+    if model.kind == "naive":
+        scores = model(row)
+        return ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation), scores
+    scores, log_p = model(row, learn=True)
+    writing = -(row.written.weight * log_p).sum()  # of each comparison the mean over the tokens that it has to write
+    if model.kind == "generative":
+        return writing, scores
+    ranking = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
+    return ranking + settings.critique_coefficient * writing, scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -680,7 +722,9 @@ def validate(model, comparisons, micro_batches, device) -> dict[str, float]:
         sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
     dist.all_reduce(sums)
     model.train()
-    return {"validation_loss": (sums[0] / sums[2]).item(), "validation_accuracy": (sums[1] / sums[2]).item()}
+    # The data's critiques, which a critic reads here, give away which response is better. Only 04 makes it write.
+    accuracy = "validation_accuracy" + ("_with_given_critiques" if model.kind == "critic" else "")
+    return {"validation_loss": (sums[0] / sums[2]).item(), accuracy: (sums[1] / sums[2]).item()}
 
 
 def open_data(settings: Settings, processors) -> tuple:
@@ -707,24 +751,45 @@ def open_data(settings: Settings, processors) -> tuple:
     return comparisons, tokens, patches, held_out if len(held_out) else None
 
 
+def to_be_read(comparisons, patches: np.ndarray, reader, device) -> tuple:
+    """The comparisons as a critic or a judge reads them, those without critiques left out; their tokens and patches
+    [n]."""
+    read = Read(comparisons, reader)
+    tokens = measure(read, device)
+    left = np.flatnonzero(tokens)
+    if dist.get_rank() == 0 and len(left) < len(tokens):
+        print(
+            f"{len(tokens) - len(left)} of {len(tokens)} comparisons are left out: they have no critiques", flush=True
+        )
+    if not len(left):
+        raise UserError("no comparison has critiques, one for each response, for a critic to learn from")
+    return torch.utils.data.Subset(read, left.tolist()), tokens[left], patches[left]
+
+
 def train(settings: Settings) -> dict:
     """Trains a reward model as the settings say and exports it to `settings.out`; returns the last line of metrics."""
     rank, world, device = data.start_distributed()
     torch.manual_seed(settings.seed)
-    model = model_stage.RewardModel.from_pretrained(settings.model, empty=True)
+    model = model_stage.RewardModel.from_pretrained(settings.model, True, settings.kind)
     processors, began_with = model.processors, model.trained_with
     comparisons, tokens, patches, held_out = open_data(settings, processors)
+    validation_sizes = held_out.sizes() if held_out is not None else ()
+    if model.reader:
+        comparisons, tokens, patches = to_be_read(comparisons, patches, model.reader, device)
+        if held_out is not None:
+            held_out, *validation_sizes = to_be_read(held_out, validation_sizes[1], model.reader, device)
     order = order_of_training(len(comparisons), settings)
     steps = len(order)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world)
     if held_out is not None:
         chosen = list(range(min(settings.validation_size, len(held_out))))
-        validation_plan = plan([chosen], *held_out.sizes(), settings.micro_tokens, rank, world)
+        validation_plan = plan([chosen], *validation_sizes, settings.micro_tokens, rank, world)
 
-    if settings.freeze_vision and hasattr(model.backbone, "visual"):
-        model.backbone.visual.requires_grad_(False)
+    if settings.freeze_vision and hasattr(model.base, "visual"):
+        model.base.visual.requires_grad_(False)
     how = {"activation_checkpointing": settings.activation_checkpointing, "compile": settings.compile}
-    shard(model, model.backbone, device, in_float32=(model.head,), shard_size=settings.shard_size, **how)
+    heads = (model.head,) if model.head else ()
+    shard(model, model.base, device, in_float32=heads, shard_size=settings.shard_size, **how)
     load_weights(model.backbone, settings.model, device)
     model.train()
     optimizer = make_optimizer(model, settings, device)
@@ -748,8 +813,7 @@ def train(settings: Settings) -> dict:
     remaining = [batch for batch in micro_batches if batch.step >= start]
     for batch, row, pairs in load(comparisons, remaining, processors, device, settings.workers):
         waited += time.perf_counter() - asked
-        scores = model(row)  # [N]
-        loss = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
+        loss, scores = losses(model, row, pairs, settings)  # a sum over the row's comparisons, [N]
         # FSDP averages gradients over all ranks, of all replicas; times their number that is the sum, and the sum over
         # all comparisons of the step divided by their number is what one rank would have computed.
         (loss * world / batch.size).backward()
@@ -772,7 +836,8 @@ def train(settings: Settings) -> dict:
         line = {
             "step": done,
             "loss": loss_sum / batch.size,  # with the regularisers, if any
-            "accuracy": right / batch.size,  # share of training pairs whose better response scores higher
+            "accuracy": right / batch.size,  # share of training pairs whose better response scores higher (a critic's
+            # with the data's critiques, which give it away)
             "margin": margin / batch.size,  # mean score of the better response minus that of the worse
             "grad_norm": norm.item(),  # before clipping
             "learning_rate": optimizer.param_groups[0]["lr"],

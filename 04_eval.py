@@ -18,6 +18,9 @@ benchmark should not reward, and `random`, the mean of 200 draws.
 A published benchmark (a source of 01 that has a metric) is scored by its own metric instead: METRICS, below. A table's
 title says where the benchmark was prepared without images or with lines rejected, so that its numbers are others.
 
+Below each table stands what a comparison costs the model, so that the kinds of reward model (02, --kind) can be
+compared: tokens that it reads and writes, floating-point operations, seconds. That is why the paper chooses naive.
+
 The 95% intervals are Wilson's, with as many independent items as the pairs are worth given that those of one group go
 right and wrong together; the macro's are put together from the categories' (Zou & Donner, Statistics in Medicine 2008).
 The paper gives no intervals.
@@ -28,10 +31,12 @@ import importlib
 import io
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,6 +54,7 @@ DEFAULT_BENCHMARKS = ["artifacts/data/new_scenes", "artifacts/data/unseen_combin
 @dataclass
 class Settings:
     model: str = option("artifacts/reward", "reward model to score with")
+    kind: Literal["", "naive", "critic", "generative"] = option("", "what --model has to be; '': it says itself")
     benchmark: list[str] = option([], "prepared comparisons to score, repeatable; none: the embedded held-out sets")
     scores_from: str = option(
         "", "another system's scores instead of a model: one JSON list of N numbers a line, in the benchmark's order"
@@ -65,7 +71,8 @@ class Settings:
 
 @torch.inference_mode()
 def score_comparisons(model, comparisons, device: torch.device, micro_tokens: int = 8192) -> list[np.ndarray]:
-    """Scores every comparison; all ranks share the work, every rank returns all scores."""
+    """Scores every comparison; all ranks share the work, every rank returns all scores. Leaves what it cost in
+    `model.cost`."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model.eval().to(device)
     if device.type == "cuda":
@@ -76,17 +83,36 @@ def score_comparisons(model, comparisons, device: torch.device, micro_tokens: in
         raise UserError(
             f"{comparisons.folder}: {int((patches > 0).sum())} comparisons have images, and the model is text-only"
         )
-    batches = training.plan([list(range(len(comparisons)))], tokens, patches, micro_tokens, rank, world)
     counts = comparisons.response_counts()
+    tokens = model.row_tokens(tokens, counts)
+    batches = training.plan([list(range(len(comparisons)))], tokens, patches, micro_tokens, rank, world)
     starts = np.cumsum([0, *counts])
     flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)
+    model.cost, began = dict.fromkeys(model.cost, 0), time.perf_counter()
     for batch in tqdm(batches, desc=comparisons.info["name"], unit=" batch", disable=rank > 0, mininterval=1):
         if batch.comparisons:
-            row = model_stage.pack([comparisons[i] for i in batch.comparisons], model.processors)
+            scores = model.scores_of([comparisons[i] for i in batch.comparisons])
             where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.comparisons])
-            flat[torch.from_numpy(where).to(device)] = model(row.to(device)).double()
+            flat[torch.from_numpy(where).to(device)] = scores.double()
     dist.all_reduce(flat)  # every score was written by one rank and is zero on the others
+    model.cost = cost_of(model, len(comparisons), time.perf_counter() - began)
     return np.split(flat.cpu().numpy(), starts[1:-1])
+
+
+def cost_of(model, comparisons: int, seconds: float) -> dict[str, float]:
+    """What a comparison cost on average: tokens read (those of a critique twice, when it is written and when it is
+    scored) and written, image patches, operations and seconds of one rank.
+
+    A token or patch is 2 FLOP for each weight of the matrices it goes through; attention's own are not counted.
+    """
+    size = lambda module: sum(p.numel() for p in module.parameters() if p.ndim > 1) if module is not None else 0
+    vision = getattr(model.base, "visual", None)
+    language = size(model.base) - size(vision) - model.base.get_input_embeddings().weight.numel()
+    sums = torch.tensor([*model.cost.values(), seconds], dtype=torch.float64, device=model.device)
+    dist.all_reduce(sums)
+    tokens, patches, written, seconds = (sums / comparisons).tolist()
+    flop = 2 * (language * (tokens + written) + size(vision) * patches)
+    return {"read": tokens, "written": written, "patches": patches, "GFLOP": flop / 1e9, "seconds": seconds}
 
 
 def read_scores(path: str, comparisons) -> list[np.ndarray]:
@@ -606,7 +632,8 @@ def article(comparison, scores: np.ndarray, margin: float, model, tokenizer) -> 
         kind = data.Image.open(io.BytesIO(image)).get_format_mimetype() or "image/png"
         made.append(f'<img alt="" src="data:{kind};base64,{base64.b64encode(image).decode()}">')
     made.append(f"<div class=text>{escape(prompt.strip())}</div><div class=responses>")
-    reading = scores_while_reading(model, comparison) if model else [None] * len(scores)
+    naive = model is not None and model.kind == "naive"  # the others' heads have never stood behind a response alone
+    reading = scores_while_reading(model, comparison) if naive else [None] * len(scores)
     for i in sorted(range(len(scores)), key=lambda i: comparison.ranks[i]):
         tokens = comparison.responses[i]
         if reading[i] is None:
@@ -636,7 +663,7 @@ def section(title: str, systems: dict, scores: list[np.ndarray], comparisons, mo
 <h2>Margins</h2>
 <p>Score of the better response minus that of the worse, of {len(margins):,} pairs; left of 0 is wrong.</p>
 {histogram(np.array(margins))}
-<h2>Most confidently wrong</h2><p>{aid if model else ""}</p>
+<h2>Most confidently wrong</h2><p>{aid if model and model.kind == "naive" else ""}</p>
 {"".join(gallery) or "<p>None is wrong.</p>"}"""
 
 
@@ -654,9 +681,9 @@ def main(settings: Settings) -> None:
             raise UserError("--scores_from needs exactly one --benchmark, the one whose scores these are")
         model, name, fingerprint = None, Path(settings.scores_from).stem, None
     else:
-        model = model_stage.RewardModel.from_pretrained(settings.model)
+        model = model_stage.RewardModel.from_pretrained(settings.model, kind=settings.kind)
         name, fingerprint = Path(settings.model).name, model.processors.fingerprint
-    out, summary, sections = Path(settings.out, name), {}, []
+    out, summary, costs, sections = Path(settings.out, name), {}, {}, []
     for folder in folders:
         comparisons = data.Comparisons(folder, fingerprint)
         benchmark = comparisons.info["name"]
@@ -673,11 +700,15 @@ def main(settings: Settings) -> None:
             save_scores(out / f"{benchmark}.safetensors", scores, comparisons, settings.scores_from or settings.model)
             print("\n" + table(title, summary[title]), flush=True)
             if model:
+                costs[title] = {"kind": model.kind, **model.cost}
+                print(f"a comparison costs: {', '.join(f'{value:.4g} {what}' for what, value in model.cost.items())}")
                 warn_of_overlap(model, comparisons)
             processors = model.processors if model else data.load_processors(comparisons.info["backbone"])
             sections.append(section(title, summary[title], scores, comparisons, model, processors.tokenizer))
     if rank == 0:
         data.write_file(out / "summary.json", json.dumps(summary, indent=1))
+        if model:
+            data.write_file(out / "cost.json", json.dumps(costs, indent=1))
         data.write_file(out / "report.html", page(f"{name}: {', '.join(summary)}", sections))
         print(f"\n{out}: scores of {len(folders)} benchmark(s), summary.json and report.html")
         print("Next: torchrun --standalone --nproc_per_node=2 05_ensemble.py")

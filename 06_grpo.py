@@ -41,15 +41,14 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
 option, UserError, Comparison = data.option, data.UserError, data.Comparison
+texts_of = model_stage.texts_of
 
 
 @dataclass
@@ -58,6 +57,7 @@ class Settings:
         "tests/tiny", "the policy to start from, a checkpoint with its LM head (paper: Qwen2.5-VL-3B)"
     )
     model: str = option("artifacts/reward", "the reward model")
+    kind: Literal["", "naive", "critic", "generative"] = option("", "what --model has to be; '': it says itself")
     data: str = option("artifacts/data/questions", "prepared questions to train on")
     benchmark: str = option(
         "artifacts/data/new_questions", "prepared questions to evaluate on, before and after; '' for none"
@@ -91,27 +91,13 @@ class Settings:
 # The policy. Its log-probabilities come from the same packed row as a reward model's scores: a group is a comparison.
 
 
-class Policy(nn.Module):
-    """A transformers model with its LM head; `policy(row)` gives the log-probability of every response token of a
-    PackedRow. `empty` leaves its weights to be filled in, as in `load_backbone`."""
+class Policy(model_stage.Writer):
+    """`policy(row)` gives the log-probability of every response token of a PackedRow. `empty` leaves the weights to be
+    filled in, as in `load_backbone`."""
 
     def __init__(self, path: str, temperature: float, empty: bool = False):
-        super().__init__()
-        config = data.AutoConfig.from_pretrained(path)
-        auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        self.lm = model_stage.load_backbone(path, auto, empty)
-        self.processors, self.temperature = data.load_processors(path), temperature
-        tokenizer = self.processors.tokenizer
-        forbidden = {
-            *tokenizer.get_added_vocab().values(),
-            *range(len(tokenizer), config.get_text_config().vocab_size),
-        } - {tokenizer.eos_token_id}
-        self.register_buffer("forbidden", torch.tensor(sorted(forbidden)), persistent=False)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> [n, vocabulary], float32, at the sampling temperature; what must not be sampled is at -inf."""
-        logits = self.lm.lm_head(hidden).float() / self.temperature
-        return logits.index_fill(-1, self.forbidden, -math.inf)
+        lm = model_stage.load_backbone(path, model_stage.auto_with_lm_head(path), empty)
+        super().__init__(lm, data.load_processors(path), temperature)
 
     def forward(self, row) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy (without gradient) at each response token of the row, both [response tokens]."""
@@ -126,120 +112,14 @@ class Policy(nn.Module):
         return taken, entropy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts: each prompt, with its images, is read once; its keys and values serve all G samples, and samples that have
-# ended leave the row.
-
-
-class PromptRow(model_stage.PackedRow):
-    """A packed row of prompts that keeps every layer's keys and values."""
-
-    def attend(self, layer, query, key, value, scale):
-        self.cache[layer] = (key, value)  # [1, kv heads, T, d]
-        return super().attend(layer, query, key, value, scale)
-
-
-class DecodeRow:
-    """One new token for each sample that goes on: n tokens of n different answers stand in one row.
-
-    Queries attend to their prompt's keys, kept once for its G samples, and to their own answer's.
-    """
-
-    images = None
-
-    def __init__(self, prompts: PromptRow, group: int, max_new_tokens: int):
-        lengths = [prompt for prompt, _ in prompts.lengths]
-        self.prompts, self.group, self.longest = len(lengths), group, max(lengths)
-        device = prompts.input_ids.device
-        self.padding = torch.arange(self.longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
-
-        def pad(packed):  # [1, kv heads, T, d] -> [prompts, kv heads, longest, d]
-            each = [part[0].transpose(0, 1) for part in packed.split(lengths, dim=2)]
-            return nn.utils.rnn.pad_sequence(each, batch_first=True).transpose(1, 2)
-
-        def room(key):  # [samples, kv heads, max_new_tokens, d]
-            return key.new_empty(self.prompts * group, key.shape[1], max_new_tokens, key.shape[3])
-
-        self.prompt_cache = {layer: (pad(key), pad(value)) for layer, (key, value) in prompts.cache.items()}
-        self.answer_cache = {layer: (room(key), room(key)) for layer, (key, _) in prompts.cache.items()}
-
-    def advance(self, alive: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, t: int) -> "DecodeRow":
-        """The next row: `tokens` [n] at `positions` [n], the t-th of the samples `alive` [n]."""
-        self.alive, self.t = alive, t
-        self.input_ids, self.position_ids = tokens[None], positions.expand(3, 1, -1)
-        return self
-
-    def attend(self, layer, query, key, value, scale):
-        heads, n, d = query.shape[1:]
-        kv = key.shape[1]
-        shared = heads // kv  # query heads that share a key
-        prompt_k, prompt_v = self.prompt_cache[layer]
-        own_k, own_v = self.answer_cache[layer]
-        own_k[self.alive, :, self.t], own_v[self.alive, :, self.t] = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        own_k, own_v = own_k[self.alive, :, : self.t + 1], own_v[self.alive, :, : self.t + 1]  # [n, kv, t + 1, d]
-        q = query[0].transpose(0, 1).reshape(n, kv, shared, d) * scale
-
-        def by_prompt(x):  # [n, kv, shared, ...] -> [prompts, kv, group * shared, ...], zeros for ended samples
-            grid = x.new_zeros(self.prompts * self.group, *x.shape[1:])
-            grid[self.alive] = x
-            return grid.view(self.prompts, self.group, kv, shared, -1).transpose(1, 2).flatten(2, 3)
-
-        def by_sample(x):  # and back
-            return x.unflatten(2, (self.group, shared)).transpose(1, 2).flatten(0, 1)[self.alive]
-
-        to_prompt = by_prompt(q) @ prompt_k.transpose(-1, -2)  # [prompts, kv, group * shared, longest]
-        to_prompt = by_sample(to_prompt.masked_fill(self.padding[:, None, None], -math.inf))
-        weights = torch.cat([to_prompt, q @ own_k.transpose(-1, -2)], dim=-1)  # [n, kv, shared, longest + t + 1]
-        to_prompt, to_own = weights.softmax(-1).split([self.longest, self.t + 1], dim=-1)
-        out = by_sample(by_prompt(to_prompt) @ prompt_v) + to_own @ own_v
-        return out.reshape(1, n, heads, d).transpose(1, 2)
-
-
-@torch.inference_mode()
 def rollout(
     policy: Policy, prompts: list[Comparison], group: int, max_new_tokens: int, noise: np.ndarray | None
 ) -> torch.Tensor:
     """Samples `group` answers to each prompt: token ids [prompts, group, max_new_tokens], -1 after the end-of-turn
-    token.
-
-    `noise` [prompts, group, max_new_tokens], uniform in [0, 1), decides every token by inversion of the distribution,
-    so a sample does not depend on what else is in the batch; None decodes greedily.
-    """
-    device = policy.forbidden.device
-    eos = policy.processors.tokenizer.eos_token_id
+    token; `noise` is as in `write`, None decodes greedily."""
     bare = [Comparison(prompt.prompt, [], [], prompt.images, prompt.grids) for prompt in prompts]
-    row = PromptRow(**vars(model_stage.pack(bare, policy.processors).to(device)))
-    row.cache = {}
-    hidden = model_stage.run_backbone(policy.lm.model, row)  # [T, hidden]
-    lengths = [length for length, _ in row.lengths]
-    ends = torch.tensor(lengths, device=device).cumsum(0)
-    begin = torch.stack([positions.max() + 1 for positions in row.position_ids[:, 0].split(lengths, dim=1)])
-    hidden = hidden[ends - 1].repeat_interleave(group, 0)  # [samples, hidden]
-    begin = begin.repeat_interleave(group)  # [samples] position of the answer's first token
-    tokens = torch.full((len(prompts) * group, max_new_tokens), -1, device=device)
-    uniform = None if noise is None else torch.from_numpy(noise).to(device).view(len(tokens), max_new_tokens)
-    alive, decode = torch.arange(len(tokens), device=device), DecodeRow(row, group, max_new_tokens)
-    for t in range(max_new_tokens):
-        logits = policy.logits(hidden)  # [n, vocabulary]
-        if uniform is None:
-            chosen = logits.argmax(-1)
-        else:
-            cumulated = logits.double().softmax(-1).cumsum(-1)
-            chosen = torch.searchsorted(cumulated, uniform[alive, t, None] * cumulated[:, -1:], right=True)[:, 0]
-        tokens[alive, t] = chosen
-        going = chosen != eos
-        alive, chosen = alive[going], chosen[going]
-        if len(alive) == 0 or t + 1 == max_new_tokens:
-            break
-        hidden = model_stage.run_backbone(policy.lm.model, decode.advance(alive, chosen, begin[alive] + t, t))
-    return tokens.view(len(prompts), group, max_new_tokens)
-
-
-def texts_of(tokens: torch.Tensor, tokenizer) -> list[str]:
-    """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
-    return [
-        tokenizer.decode([t for t in sample if t not in (-1, tokenizer.eos_token_id)]) for sample in tokens.tolist()
-    ]
+    row = model_stage.pack(bare, policy.processors).to(policy.forbidden.device)
+    return model_stage.write(policy, row, group, max_new_tokens, noise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,11 +248,13 @@ def score_groups(reward_model, prompts: list[Comparison], texts: list[list[str]]
         Comparison(p.prompt, [data.encode_response(text, processors) for text in group], [], p.images, p.grids)
         for p, group in zip(prompts, texts)
     ]
+    lengths = np.array([group.length for group in groups])
+    sizes = reward_model.row_tokens(lengths, np.array([len(group.responses) for group in groups]))
     scores, batch = [], []
-    for i, group in enumerate(groups):
-        batch.append(group)
-        if i + 1 == len(groups) or sum(g.length for g in batch) + groups[i + 1].length > settings.micro_tokens:
-            scores.append(reward_model(model_stage.pack(batch, processors).to(reward_model.device)))
+    for i in range(len(groups)):
+        batch.append(i)
+        if i + 1 == len(groups) or sizes[batch].sum() + sizes[i + 1] > settings.micro_tokens:
+            scores.append(reward_model.scores_of([groups[j] for j in batch]))
             batch = []
     return torch.cat(scores).float().view(len(groups), -1)
 
@@ -559,7 +441,7 @@ def train(settings: Settings) -> dict:
     fingerprint = policy.processors.fingerprint
     reward_model = None
     if settings.reward != "rule":
-        reward_model = model_stage.RewardModel.from_pretrained(settings.model).eval().to(device)
+        reward_model = model_stage.RewardModel.from_pretrained(settings.model, kind=settings.kind).eval().to(device)
         if reward_model.processors.fingerprint != fingerprint:
             raise UserError(
                 f"{settings.model} has another tokenizer or chat template than the policy, {settings.backbone}"
@@ -573,7 +455,6 @@ def train(settings: Settings) -> dict:
             data.use_pixel_limits(model.processors, [questions, held_out] if held_out else [questions])
     training.shard(policy, policy.lm.model, device)
     training.load_weights(policy.lm, settings.backbone, device)
-    policy.lm.generation_config = actor.lm.generation_config  # for the export; an empty model has not read it
     adam = {"lr": settings.learning_rate, "weight_decay": 0.0, "betas": (0.9, 0.99), "fused": True}
     optimizer = torch.optim.AdamW(policy.parameters(), **adam)
     before, answers_before = evaluate(actor, held_out, settings, device) if held_out else ({}, [])
