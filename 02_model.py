@@ -432,8 +432,8 @@ def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
 
 def with_critiques(comparison: Comparison, critiques: list[np.ndarray], request: np.ndarray) -> Asked:
     """A critic's: [response | request | critique]. Critiques are token ids, each ending in <|im_end|>."""
-    responses = [np.concatenate(parts) for parts in zip(comparison.responses, [request] * len(critiques), critiques)]
-    written = [len(critique) for critique in critiques]
+    responses = [np.concatenate([r, request, critique]) for r, critique in zip(comparison.responses, critiques)]
+    written = list(map(len, critiques))
     weights = [1 / max(1, sum(written))] * len(written)
     return Asked(**vars(comparison) | {"responses": responses}, written=written, weights=weights)
 
@@ -500,8 +500,7 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
-    kind = "naive"
-    reader = None  # of a critic and a judge: Comparison -> Asked, how it reads it in training
+    kind, reader = "naive", None  # how a critic and a judge read a comparison in training: Comparison -> Asked
 
     def __init__(
         self,
@@ -520,14 +519,14 @@ class RewardModel(nn.Module):
     @classmethod
     def from_backbone(cls, path: str, settings: HeadSettings, max_pixels: int = 0) -> "RewardModel":
         """A backbone from a Hugging Face checkpoint with a new head, as the kind that the settings name."""
-        made = KINDS[settings.kind]
-        backbone, head = load_backbone(path, made.auto(path)), None
-        if made is not Judge:
+        kind = settings.kind
+        backbone, head, asks = load_backbone(path, AutoModel if kind == "naive" else lm_class(path)), None, None
+        if kind != "generative":
             hidden = backbone.config.get_text_config().hidden_size
             head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
-        asks = {"request": settings.request or REQUESTS[made.kind], "critique_tokens": settings.critique_tokens}
-        asks = asks if made is not RewardModel else None
-        return made(backbone, head, data.load_processors(path, max_pixels), asks=asks)
+        if kind != "naive":
+            asks = {"request": settings.request or REQUESTS[kind], "critique_tokens": settings.critique_tokens}
+        return KINDS[kind](backbone, head, data.load_processors(path, max_pixels), asks=asks)
 
     @classmethod
     def from_pretrained(cls, folder: str, empty: bool = False, kind: str = "") -> "RewardModel":
@@ -539,19 +538,14 @@ class RewardModel(nn.Module):
             raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["reward_head"])
-            made, head = KINDS[about.get("kind", "naive")], None
-            if kind not in ("", made.kind):
-                raise UserError(f"{folder}: its kind is {made.kind}; 02_model.py --kind {kind} makes one of the other")
+            found, head = about.get("kind", "naive"), None
+            if kind not in ("", found):
+                raise UserError(f"{folder}: its kind is {found}; 02_model.py --kind {kind} makes one of the other")
             if about["head"]:
                 head = RewardHead(**about["head"])
                 head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        backbone = load_backbone(folder, made.auto(folder), empty)
-        return made(backbone, head, data.load_processors(folder), about["trained_with"], about.get("asks"))
-
-    @staticmethod
-    def auto(path: str):
-        """The transformers class that loads the backbone."""
-        return AutoModel
+        backbone = load_backbone(folder, AutoModel if found == "naive" else lm_class(folder), empty)
+        return KINDS[found](backbone, head, data.load_processors(folder), about["trained_with"], about.get("asks"))
 
     def save_pretrained(self, folder: str, state: dict | None = None) -> None:
         """Writes the Hugging Face layout plus reward_head.safetensors.
@@ -570,12 +564,8 @@ class RewardModel(nn.Module):
         writing.mkdir(parents=True)
         self.backbone.save_pretrained(writing, state_dict=part("backbone."))
         self.processors.save(str(writing))
-        about = {
-            "kind": self.kind,
-            "head": self.head.settings if self.head else None,
-            "trained_with": self.trained_with,
-        }
-        about |= {"asks": self.asks}
+        about = {"kind": self.kind, "head": self.head.settings if self.head else None, "asks": self.asks}
+        about["trained_with"] = self.trained_with
         save_file(part("head."), writing / "reward_head.safetensors", metadata={"reward_head": json.dumps(about)})
         for old in [out / "reward_head.safetensors", *out.glob("model*.safetensors*")]:
             old.unlink(missing_ok=True)
@@ -641,13 +631,8 @@ class Critic(RewardModel):
 
     def __init__(self, *made, **more):
         super().__init__(*made, **more)
-        request = turn_after_answer(self.asks["request"], self.processors)
-        self.request = request  # [tokens] that stand behind a response
-        self.reader = partial(with_given_critiques, request=request, processors=self.processors)
-
-    @staticmethod
-    def auto(path: str):
-        return auto_with_lm_head(path)
+        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids behind a response
+        self.reader = partial(with_given_critiques, request=self.request, processors=self.processors)
 
     def forward(self, row: PackedRow, learn: bool = False):
         """Scores [N]; to `learn`, also the log-probability of every token of the critiques."""
@@ -664,9 +649,7 @@ class Critic(RewardModel):
         self.count(row)
         self.cost["written"] += int((tokens >= 0).sum())
         end = self.processors.tokenizer.eos_token_id
-        critiques = iter(
-            [np.array([t for t in each if t not in (-1, end)] + [end], np.int32) for each in tokens.tolist()]
-        )
+        critiques = (np.array([t for t in each if t not in (-1, end)] + [end], np.int32) for each in tokens.tolist())
         return [[next(critiques) for _ in each.responses] for each in comparisons]
 
     def scores_of(self, comparisons: list[Comparison]) -> torch.Tensor:
@@ -688,17 +671,9 @@ class Judge(RewardModel):
 
     def __init__(self, *made, **more):
         super().__init__(*made, **more)
-        request = turn_after_answer(self.asks["request"], self.processors)
-        self.request = request  # [tokens] that stand behind a pair
-        self.reader = partial(in_ordered_pairs, request=request, processors=self.processors)
-        letters = [data.tokenize_text(letter, self.processors.tokenizer) for letter in "AB"]
-        if [len(letter) for letter in letters] != [1, 1]:
-            raise UserError("a judge answers with one token, and the tokenizer writes A and B with more")
-        self.letters = sum(letters, [])  # token ids
-
-    @staticmethod
-    def auto(path: str):
-        return auto_with_lm_head(path)
+        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids behind a pair
+        self.reader = partial(in_ordered_pairs, request=self.request, processors=self.processors)
+        self.letters = [data.tokenize_text(letter, self.processors.tokenizer)[0] for letter in "AB"]
 
     def forward(self, row: PackedRow, learn: bool = False):
         """Scores [N]; to `learn`, also the log-probability of the right letter of every ordered pair."""
@@ -720,7 +695,7 @@ class Judge(RewardModel):
 KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}
 
 
-def auto_with_lm_head(path: str):
+def lm_class(path: str):
     """The transformers class that loads a backbone with its LM head."""
     vision = hasattr(data.AutoConfig.from_pretrained(path), "vision_config")
     return AutoModelForImageTextToText if vision else AutoModelForCausalLM

@@ -244,27 +244,31 @@ class MicroBatches(torch.utils.data.Dataset):
 
 
 class Read(torch.utils.data.Dataset):
-    """Comparisons as a critic or a judge reads them: with what it is asked and has to write."""
+    """Comparisons as a critic or a judge reads them, with what it is asked and has to write. Those without critiques
+    are left out for a critic. To know which, and how long each is, every rank reads its share of them first."""
 
-    def __init__(self, comparisons, reader):
+    def __init__(self, comparisons, patches: np.ndarray, reader, device: torch.device):
         self.comparisons, self.reader = comparisons, reader
+        tokens, rank = torch.zeros(len(comparisons), dtype=torch.long, device=device), dist.get_rank()
+        for i in tqdm(range(rank, len(tokens), dist.get_world_size()), desc="measure", disable=rank > 0, mininterval=1):
+            read = reader(comparisons[i])
+            tokens[i] = read.length if read.responses else 0
+        dist.all_reduce(tokens)
+        self.chosen = np.flatnonzero(tokens.cpu().numpy())
+        if not len(self.chosen):
+            raise UserError("no comparison has critiques, one for each response, for a critic to learn from")
+        if rank == 0 and len(self.chosen) < len(tokens):
+            print(f"{len(tokens) - len(self.chosen)} of {len(tokens)} comparisons left out: they have no critiques")
+        self.size = tokens.cpu().numpy()[self.chosen], patches[self.chosen]
 
     def __len__(self) -> int:
-        return len(self.comparisons)
+        return len(self.chosen)
 
     def __getitem__(self, i: int):
-        return self.reader(self.comparisons[i])
+        return self.reader(self.comparisons[int(self.chosen[i])])
 
-
-def measure(comparisons: Read, device: torch.device) -> np.ndarray:
-    """Tokens of each comparison's row [n], 0 where there is nothing to write; every rank reads its share of them."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    tokens = torch.zeros(len(comparisons), dtype=torch.long, device=device)
-    for i in tqdm(range(rank, len(tokens), world), desc="measure", disable=rank > 0, mininterval=1):
-        read = comparisons[i]
-        tokens[i] = read.length if read.responses else 0
-    dist.all_reduce(tokens)
-    return tokens.cpu().numpy()
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.size
 
 
 def load(comparisons, micro_batches, processors, device, workers: int):
@@ -751,21 +755,6 @@ def open_data(settings: Settings, processors) -> tuple:
     return comparisons, tokens, patches, held_out if len(held_out) else None
 
 
-def to_be_read(comparisons, patches: np.ndarray, reader, device) -> tuple:
-    """The comparisons as a critic or a judge reads them, those without critiques left out; their tokens and patches
-    [n]."""
-    read = Read(comparisons, reader)
-    tokens = measure(read, device)
-    left = np.flatnonzero(tokens)
-    if dist.get_rank() == 0 and len(left) < len(tokens):
-        print(
-            f"{len(tokens) - len(left)} of {len(tokens)} comparisons are left out: they have no critiques", flush=True
-        )
-    if not len(left):
-        raise UserError("no comparison has critiques, one for each response, for a critic to learn from")
-    return torch.utils.data.Subset(read, left.tolist()), tokens[left], patches[left]
-
-
 def train(settings: Settings) -> dict:
     """Trains a reward model as the settings say and exports it to `settings.out`; returns the last line of metrics."""
     rank, world, device = data.start_distributed()
@@ -773,17 +762,16 @@ def train(settings: Settings) -> dict:
     model = model_stage.RewardModel.from_pretrained(settings.model, True, settings.kind)
     processors, began_with = model.processors, model.trained_with
     comparisons, tokens, patches, held_out = open_data(settings, processors)
-    validation_sizes = held_out.sizes() if held_out is not None else ()
     if model.reader:
-        comparisons, tokens, patches = to_be_read(comparisons, patches, model.reader, device)
-        if held_out is not None:
-            held_out, *validation_sizes = to_be_read(held_out, validation_sizes[1], model.reader, device)
+        comparisons = Read(comparisons, patches, model.reader, device)
+        tokens, patches = comparisons.sizes()
+        held_out = held_out and Read(held_out, held_out.sizes()[1], model.reader, device)
     order = order_of_training(len(comparisons), settings)
     steps = len(order)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world)
     if held_out is not None:
         chosen = list(range(min(settings.validation_size, len(held_out))))
-        validation_plan = plan([chosen], *validation_sizes, settings.micro_tokens, rank, world)
+        validation_plan = plan([chosen], *held_out.sizes(), settings.micro_tokens, rank, world)
 
     if settings.freeze_vision and hasattr(model.base, "visual"):
         model.base.visual.requires_grad_(False)

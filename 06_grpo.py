@@ -15,9 +15,12 @@ Rewards, as in the paper (Table 11): `rule`, 1 on an exact match, or by another 
 rollouts, 1 epoch, batch 256; KL, learning rate, clipping, temperature not stated.
 
 Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), and from the paper's hybrid:
-  - The advantage is reward - group mean, not divided by the group's standard deviation. With the hybrid reward a group
-    that is all wrong has rewards like 0.48-0.52, and dividing blows their noise up to advantages of 1.4, as large as
-    that of a right answer.
+  - The advantage is reward - group mean, not divided by the group's standard deviation (--advantage group does that).
+    With the hybrid reward a group that is all wrong has rewards like 0.48-0.52, and dividing blows their noise up to
+    advantages of 1.4, as large as that of a right answer: phantom advantages, whose share is logged. Rule and hybrid
+    are within 0 and 1, so that the KL coefficient means the same beside either. A reward model's raw scores can have
+    any scale; for them there is --advantage batch, which divides by the deviation within the whole batch. With the
+    hybrid reward it makes phantoms, too, once most groups are all right (tests/test_grpo.py).
   - The loss is the sum over all tokens of the step divided by their number over all ranks, not a mean within each
     answer first, which favours long wrong answers.
   - One update for each batch of rollouts, so the probability ratio is 1 and clipping would be inert: there is none.
@@ -79,6 +82,9 @@ class Settings:
     learning_rate: float = option(
         1e-4, "peak of AdamW, after 5 warm-up steps, then linear to 0 (for a 3B policy about 1e-6)"
     )
+    advantage: Literal["centred", "batch", "group"] = option(
+        "centred", "reward - group mean; by its deviation in the batch, for raw scores; in the group, as published"
+    )
     fallback_scale: float = option(0.5, "hybrid: factor on sigmoid(score) of a wrong closed answer (paper: 1)")
     kl_coefficient: float = option(0.1, "weight of the KL divergence to the start; 0: it is only logged")
     clip: float = option(1.0, "largest norm of the gradient")
@@ -96,7 +102,7 @@ class Policy(model_stage.Writer):
     filled in, as in `load_backbone`."""
 
     def __init__(self, path: str, temperature: float, empty: bool = False):
-        lm = model_stage.load_backbone(path, model_stage.auto_with_lm_head(path), empty)
+        lm = model_stage.load_backbone(path, model_stage.lm_class(path), empty)
         super().__init__(lm, data.load_processors(path), temperature)
 
     def forward(self, row) -> tuple[torch.Tensor, torch.Tensor]:
@@ -392,6 +398,21 @@ def judge(reward_model, prompts: list[Comparison], texts: list[list[str]], setti
     return closed, match, score, reward_of(settings.reward, match, closed, score, settings.fallback_scale)
 
 
+def advantage_of(reward: torch.Tensor, scale: str) -> torch.Tensor:
+    """Advantages from rewards, [B, G] each: what a reward is above its group's mean, in units of --advantage."""
+    centred = reward - reward.mean(1, keepdim=True)
+    if scale == "group":
+        return centred / (reward.std(1, keepdim=True) + 1e-4)
+    return centred / (centred.std() + 1e-4) if scale == "batch" else centred
+
+
+def phantom_share(advantage: torch.Tensor, match: torch.Tensor, closed: torch.Tensor) -> float:
+    """How much of all |advantage| [B, G] is in groups of closed questions [B, 1] without a right answer, so is nothing
+    but the reward model's opinion on which wrong answer is better."""
+    size = advantage.abs().sum(1)  # [B]
+    return (size[closed[:, 0] & (match.sum(1) == 0)].sum() / size.sum().clamp(min=1e-9)).item()
+
+
 def update(policy, frozen, optimizer, prompts, samples, advantage, settings: Settings) -> dict[str, float]:
     """One optimizer step on the groups, packed and dealt as in 03. `samples` [B, G, tokens], `advantage` [B, G]."""
     rank, world, device = data.start_distributed()
@@ -480,7 +501,7 @@ def train(settings: Settings) -> dict:
         times.append(time.perf_counter())
 
         closed, match, score, reward = judge(reward_model, prompts, texts, settings)
-        advantage = reward - reward.mean(1, keepdim=True)  # [B, G]
+        advantage = advantage_of(reward, settings.advantage)  # [B, G]
         times.append(time.perf_counter())
 
         for group in optimizer.param_groups:
@@ -498,6 +519,7 @@ def train(settings: Settings) -> dict:
             "reward": reward.mean().item(),
             "reward_std": reward.std().item(),
             "match": (match.sum() / max(1, G * closed.sum())).item(),  # exact matches among answers to closed questions
+            "phantom": phantom_share(advantage, match, closed),
             "score": score.mean().item(),  # the reward model's, raw
             "score_std": score.std().item(),
             "zero_variance": (reward.amax(1) - reward.amin(1) < 1e-6)
@@ -511,6 +533,9 @@ def train(settings: Settings) -> dict:
             "seconds_judge": times[2] - times[1],
             "seconds_update": times[3] - times[2],
         }
+        for part, rewards in (("closed", reward[closed[:, 0]]), ("open", reward[~closed[:, 0]])):
+            if len(rewards):  # by the rule (with hybrid, where it matches), by the reward model
+                line |= {f"reward_{part}": rewards.mean().item(), f"reward_std_{part}": rewards.std().item()}
         if truths:
             line["open_grade"] = float(np.mean([data.embedded_world().grade(*pair) for pair in truths]))
         if rank == 0:
