@@ -378,94 +378,6 @@ def blank_comparison(processors: Processors) -> Comparison:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Comparisons as a critic and a judge read them: what they are asked stands behind a response, and what they write.
-
-REQUESTS = {"naive": "", "critic": "Is it right? Explain.", "generative": "Which is better, A or B?"}
-
-
-@dataclass
-class Asked(Comparison):
-    """A comparison whose `responses` have a request behind them and end in what the model has to write itself."""
-
-    written: list[int] = field(default_factory=list)  # how many tokens that is, for each response
-    weights: list[float] = field(default_factory=list)  # of each of these tokens in the loss
-    shown: list[tuple[int, int]] = field(default_factory=list)  # judge: which two of the N each `response` shows
-    judged: int = 0  # judge: N
-
-
-@dataclass
-class Written:
-    """Of a whole row: the tokens that the model has to write itself, and which of N responses a judge compares."""
-
-    predictors: torch.Tensor  # [tokens] where in the row each is predicted
-    tokens: torch.Tensor  # [tokens] token ids
-    weight: torch.Tensor  # [tokens] in the loss; they sum to 1 for each comparison, which counts once
-    first: torch.Tensor  # [ordered pairs] the response, of N, that is shown as A
-    second: torch.Tensor  # [ordered pairs] as B
-    judged: int  # N
-
-    @classmethod
-    def of(cls, row: PackedRow, comparisons: list[Asked]) -> "Written":
-        learned, weight, shown, judged = [np.zeros(0, bool)], [], [], 0
-        for comparison in comparisons:
-            for response, count, each in zip(comparison.responses, comparison.written, comparison.weights):
-                learned.append(np.arange(len(response)) >= len(response) - count)
-                weight += [each] * count
-            shown += [(judged + i, judged + j) for i, j in comparison.shown]
-            judged += comparison.judged
-        places, predictors = (places[torch.from_numpy(np.concatenate(learned))] for places in row.response_tokens())
-        first, second = torch.tensor(shown, dtype=torch.long).view(-1, 2).T
-        return cls(predictors, row.input_ids[0, places], torch.tensor(weight), first, second, judged)
-
-
-def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
-    """The token ids that the chat template puts behind an answer's end-of-turn token when the user goes on with
-    `request`, up to where the assistant's next answer begins."""
-    turns = [("user", "?"), ("assistant", "!"), ("user", request)]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    before, whole = (data.tokenize_chat(some, processors.tokenizer) for some in (messages[:1], messages))
-    ends = np.flatnonzero(whole[len(before) :] == processors.tokenizer.eos_token_id)
-    if not len(ends):
-        raise UserError("the chat template ends an answer with another token than the tokenizer's end-of-turn token")
-    return whole[len(before) + ends[0] + 1 :]
-
-
-def with_critiques(comparison: Comparison, critiques: list[np.ndarray], request: np.ndarray) -> Asked:
-    """A critic's: [response | request | critique]. Critiques are token ids, each ending in <|im_end|>."""
-    responses = [np.concatenate([r, request, critique]) for r, critique in zip(comparison.responses, critiques)]
-    written = list(map(len, critiques))
-    weights = [1 / max(1, sum(written))] * len(written)
-    return Asked(**vars(comparison) | {"responses": responses}, written=written, weights=weights)
-
-
-def with_given_critiques(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
-    """The same with the critiques of the data; with no responses, so nothing to learn from, where it has none."""
-    given = comparison.record.get("critiques")
-    usable = isinstance(given, list) and len(given) == len(comparison.responses)
-    usable = usable and all(isinstance(critique, str) and critique.strip() for critique in given)
-    critiques = [data.encode_response(critique, processors) for critique in given] if usable else []
-    return with_critiques(comparison, critiques, request)
-
-
-def in_ordered_pairs(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
-    """A judge's: [A: one response, B: another | request | the letter of the better one], for all ordered pairs. Of two
-    that tie, either letter has a weight of 0."""
-    a, b, before_a, before_b = (
-        np.array(data.tokenize_text(text, processors.tokenizer), np.int32) for text in ("A", "B", "A:\n", "\nB:\n")
-    )
-    N = len(comparison.responses)
-    ranks = comparison.ranks or [1] * N
-    shown = [(i, j) for i in range(N) for j in range(N) if i != j]
-    answers, untied = [], [float(ranks[i] != ranks[j]) for i, j in shown]
-    for i, j in shown:
-        pair = [before_a, comparison.responses[i][:-1], before_b, comparison.responses[j]]
-        answers.append(np.concatenate([*pair, request, a if ranks[i] < ranks[j] else b]))
-    weights = [each / max(1, sum(untied)) for each in untied]
-    asked = {"written": [1] * len(shown), "weights": weights, "shown": shown, "judged": N}
-    return Asked(**vars(comparison) | {"responses": answers} | asked)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The model.
 
 
@@ -514,7 +426,7 @@ class RewardModel(nn.Module):
         self.backbone, self.head, self.processors = backbone, head, processors
         self.trained_with = trained_with or {}  # what the head was trained with; empty: not at all
         self.asks = asks or {}  # of a critic or a judge: its request and how long a critique may be
-        self.cost = {"tokens": 0, "patches": 0, "written": 0}  # what `scores_of` has read and written
+        self.cost = {"tokens": 0, "patches": 0, "written": 0, "seconds": 0.0}  # of all that `scores_of` has scored
 
     @classmethod
     def from_backbone(cls, path: str, settings: HeadSettings, max_pixels: int = 0) -> "RewardModel":
@@ -624,87 +536,10 @@ class RewardModel(nn.Module):
         return next(self.parameters()).device
 
 
-class Critic(RewardModel):
-    """Writes a critique of each response; its score is the head's at the critique's end."""
-
-    kind = "critic"
-
-    def __init__(self, *made, **more):
-        super().__init__(*made, **more)
-        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids behind a response
-        self.reader = partial(with_given_critiques, request=self.request, processors=self.processors)
-
-    def forward(self, row: PackedRow, learn: bool = False):
-        """Scores [N]; to `learn`, also the log-probability of every token of the critiques."""
-        hidden = self.hidden_states(row)
-        scores = self.head(hidden[row.last])
-        return (scores, log_probabilities(self.backbone, hidden, row.written)) if learn else scores
-
-    @torch.inference_mode()
-    def write_critiques(self, comparisons: list[Comparison]) -> list[list[np.ndarray]]:
-        """Its likeliest critique of each response, as token ids; one cut at the length limit is ended there."""
-        asked = [with_critiques(each, [self.request[:0]] * len(each.responses), self.request) for each in comparisons]
-        row = pack(asked, self.processors).to(self.device)
-        tokens = write(Writer(self.backbone, self.processors), row, 1, self.asks["critique_tokens"])[:, 0]
-        self.count(row)
-        self.cost["written"] += int((tokens >= 0).sum())
-        end = self.processors.tokenizer.eos_token_id
-        critiques = (np.array([t for t in each if t not in (-1, end)] + [end], np.int32) for each in tokens.tolist())
-        return [[next(critiques) for _ in each.responses] for each in comparisons]
-
-    def scores_of(self, comparisons: list[Comparison]) -> torch.Tensor:
-        critiques = self.write_critiques(comparisons)
-        return super().scores_of([with_critiques(*each, self.request) for each in zip(comparisons, critiques)])
-
-    def row_tokens(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
-        return tokens + responses * (len(self.request) + self.asks["critique_tokens"])
-
-
-class Judge(RewardModel):
-    """Shown two responses it answers A or B; it has no head but its LM head.
-
-    S(i, j), the score of a pair, is the difference of the letters' log-odds averaged over both orders, so S(j, i) is
-    -S(i, j); a response's score is the sum over the others, as the paper uses R1-Reward for RL (section 5).
-    """
-
-    kind = "generative"
-
-    def __init__(self, *made, **more):
-        super().__init__(*made, **more)
-        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids behind a pair
-        self.reader = partial(in_ordered_pairs, request=self.request, processors=self.processors)
-        self.letters = [data.tokenize_text(letter, self.processors.tokenizer)[0] for letter in "AB"]
-
-    def forward(self, row: PackedRow, learn: bool = False):
-        """Scores [N]; to `learn`, also the log-probability of the right letter of every ordered pair."""
-        hidden, written = self.hidden_states(row), row.written
-        a, b = self.backbone.lm_head.weight[self.letters].float()  # [hidden]
-        odds = hidden[written.predictors].float() @ (a - b)  # [ordered pairs], in float32 like the head's scores
-        scores = odds.new_zeros(written.judged)
-        scores = scores.index_add(0, written.first, odds / 2).index_add(0, written.second, -odds / 2)
-        return (scores, log_probabilities(self.backbone, hidden, written)) if learn else scores
-
-    def scores_of(self, comparisons: list[Comparison]) -> torch.Tensor:
-        return super().scores_of([self.reader(comparison) for comparison in comparisons])
-
-    def row_tokens(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
-        others = np.maximum(responses - 1, 0)
-        return np.maximum(1, 2 * others) * tokens + responses * others * (len(self.request) + 8)
-
-
-KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}
-
-
 def lm_class(path: str):
     """The transformers class that loads a backbone with its LM head."""
     vision = hasattr(data.AutoConfig.from_pretrained(path), "vision_config")
     return AutoModelForImageTextToText if vision else AutoModelForCausalLM
-
-
-def log_probabilities(lm: nn.Module, hidden: torch.Tensor, written: Written) -> torch.Tensor:
-    """Of the tokens that a critic or a judge has to write, [tokens], from the row's hidden states [T, hidden]."""
-    log_p = lm.lm_head(hidden[written.predictors]).float().log_softmax(-1)  # [tokens, vocabulary]
-    return log_p.gather(-1, written.tokens[:, None]).sum(-1)  # of one element; a view would trip FSDP's backward hooks
 
 
 def load_backbone(path: str, auto=AutoModel, empty: bool = False) -> nn.Module:
@@ -900,6 +735,172 @@ def texts_of(tokens: torch.Tensor, tokenizer) -> list[str]:
     return [
         tokenizer.decode([t for t in sample if t not in (-1, tokenizer.eos_token_id)]) for sample in tokens.tolist()
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other two kinds, critic and judge: how they read a comparison, with a request behind each response and what they
+# have to write behind that, and the models. Who wants the naive kind alone has seen all of it above.
+
+REQUESTS = {"naive": "", "critic": "Is it right? Explain.", "generative": "Which is better, A or B?"}
+
+
+@dataclass
+class Asked(Comparison):
+    """A comparison whose `responses` have a request behind them and end in what the model has to write itself."""
+
+    written: list[int] = field(default_factory=list)  # how many tokens that is, for each response
+    weights: list[float] = field(default_factory=list)  # of each of these tokens in the loss
+    shown: list[tuple[int, int]] = field(default_factory=list)  # judge: which two of the N each `response` shows
+    judged: int = 0  # judge: N
+
+
+@dataclass
+class Written:
+    """Of a whole row: the tokens that the model has to write itself, and which of N responses a judge compares."""
+
+    predictors: torch.Tensor  # [tokens] where in the row each is predicted
+    tokens: torch.Tensor  # [tokens] token ids
+    weight: torch.Tensor  # [tokens] in the loss; they sum to 1 for each comparison, which counts once
+    first: torch.Tensor  # [ordered pairs] the response, of N, that is shown as A
+    second: torch.Tensor  # [ordered pairs] as B
+    judged: int  # N
+
+    @classmethod
+    def of(cls, row: PackedRow, comparisons: list[Asked]) -> "Written":
+        learned, weight, shown, judged = [np.zeros(0, bool)], [], [], 0
+        for comparison in comparisons:
+            for response, count, each in zip(comparison.responses, comparison.written, comparison.weights):
+                learned.append(np.arange(len(response)) >= len(response) - count)
+                weight += [each] * count
+            shown += [(judged + i, judged + j) for i, j in comparison.shown]
+            judged += comparison.judged
+        places, predictors = (places[torch.from_numpy(np.concatenate(learned))] for places in row.response_tokens())
+        first, second = torch.tensor(shown, dtype=torch.long).view(-1, 2).T
+        return cls(predictors, row.input_ids[0, places], torch.tensor(weight), first, second, judged)
+
+
+def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
+    """The token ids that the chat template puts behind an answer's end-of-turn token when the user goes on with
+    `request`, up to where the assistant's next answer begins."""
+    turns = [("user", "?"), ("assistant", "!"), ("user", request)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    before, whole = (data.tokenize_chat(some, processors.tokenizer) for some in (messages[:1], messages))
+    ends = np.flatnonzero(whole[len(before) :] == processors.tokenizer.eos_token_id)
+    if not len(ends):
+        raise UserError("the chat template ends an answer with another token than the tokenizer's end-of-turn token")
+    return whole[len(before) + ends[0] + 1 :]
+
+
+def with_critiques(comparison: Comparison, critiques: list[np.ndarray], request: np.ndarray) -> Asked:
+    """A critic's: [response | request | critique]. Critiques are token ids, each ending in <|im_end|>."""
+    responses = [np.concatenate([r, request, critique]) for r, critique in zip(comparison.responses, critiques)]
+    written = list(map(len, critiques))
+    weights = [1 / max(1, sum(written))] * len(written)
+    return Asked(**vars(comparison) | {"responses": responses}, written=written, weights=weights)
+
+
+def with_given_critiques(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
+    """The same with the critiques of the data; with no responses, so nothing to learn from, where it has none."""
+    given = comparison.record.get("critiques")
+    usable = isinstance(given, list) and len(given) == len(comparison.responses)
+    usable = usable and all(isinstance(critique, str) and critique.strip() for critique in given)
+    critiques = [data.encode_response(critique, processors) for critique in given] if usable else []
+    return with_critiques(comparison, critiques, request)
+
+
+def in_ordered_pairs(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
+    """A judge's: [A: one response, B: another | request | the letter of the better one], for all ordered pairs. Of two
+    that tie, either letter has a weight of 0."""
+    a, b, before_a, before_b = (
+        np.array(data.tokenize_text(text, processors.tokenizer), np.int32) for text in ("A", "B", "A:\n", "\nB:\n")
+    )
+    N = len(comparison.responses)
+    ranks = comparison.ranks or [1] * N
+    shown = [(i, j) for i in range(N) for j in range(N) if i != j]
+    answers, untied = [], [float(ranks[i] != ranks[j]) for i, j in shown]
+    for i, j in shown:
+        pair = [before_a, comparison.responses[i][:-1], before_b, comparison.responses[j]]
+        answers.append(np.concatenate([*pair, request, a if ranks[i] < ranks[j] else b]))
+    weights = [each / max(1, sum(untied)) for each in untied]
+    asked = {"written": [1] * len(shown), "weights": weights, "shown": shown, "judged": N}
+    return Asked(**vars(comparison) | {"responses": answers} | asked)
+
+
+def log_probabilities(lm: nn.Module, hidden: torch.Tensor, written: Written) -> torch.Tensor:
+    """Of the tokens that a critic or a judge has to write, [tokens], from the row's hidden states [T, hidden]."""
+    log_p = lm.lm_head(hidden[written.predictors]).float().log_softmax(-1)  # [tokens, vocabulary]
+    return log_p.gather(-1, written.tokens[:, None]).sum(-1)  # of one element; a view would trip FSDP's backward hooks
+
+
+class Critic(RewardModel):
+    """Writes a critique of each response; its score is the head's at the critique's end."""
+
+    kind = "critic"
+
+    def __init__(self, *made, **more):
+        super().__init__(*made, **more)
+        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids behind a response
+        self.reader = partial(with_given_critiques, request=self.request, processors=self.processors)
+
+    def forward(self, row: PackedRow, learn: bool = False):
+        """Scores [N]; to `learn`, also the log-probability of every token of the critiques."""
+        hidden = self.hidden_states(row)
+        scores = self.head(hidden[row.last])
+        return (scores, log_probabilities(self.backbone, hidden, row.written)) if learn else scores
+
+    @torch.inference_mode()
+    def write_critiques(self, comparisons: list[Comparison]) -> list[list[np.ndarray]]:
+        """Its likeliest critique of each response, as token ids; one cut at the length limit is ended there."""
+        asked = [with_critiques(each, [self.request[:0]] * len(each.responses), self.request) for each in comparisons]
+        row = pack(asked, self.processors).to(self.device)
+        tokens = write(Writer(self.backbone, self.processors), row, 1, self.asks["critique_tokens"])[:, 0]
+        self.count(row)
+        self.cost["written"] += int((tokens >= 0).sum())
+        end = self.processors.tokenizer.eos_token_id
+        critiques = (np.array([t for t in each if t not in (-1, end)] + [end], np.int32) for each in tokens.tolist())
+        return [[next(critiques) for _ in each.responses] for each in comparisons]
+
+    def scores_of(self, comparisons: list[Comparison]) -> torch.Tensor:
+        critiques = self.write_critiques(comparisons)
+        return super().scores_of([with_critiques(*each, self.request) for each in zip(comparisons, critiques)])
+
+    def row_tokens(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
+        return tokens + responses * (len(self.request) + self.asks["critique_tokens"])
+
+
+class Judge(RewardModel):
+    """Shown two responses it answers A or B; it has no head but its LM head.
+
+    S(i, j), the score of a pair, is the difference of the letters' log-odds averaged over both orders, so S(j, i) is
+    -S(i, j); a response's score is the sum over the others, as the paper uses R1-Reward for RL (section 5).
+    """
+
+    kind = "generative"
+
+    def __init__(self, *made, **more):
+        super().__init__(*made, **more)
+        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids behind a pair
+        self.reader = partial(in_ordered_pairs, request=self.request, processors=self.processors)
+        self.letters = [data.tokenize_text(letter, self.processors.tokenizer)[0] for letter in "AB"]
+
+    def forward(self, row: PackedRow, learn: bool = False):
+        """Scores [N]; to `learn`, also the log-probability of the right letter of every ordered pair."""
+        hidden, written = self.hidden_states(row), row.written
+        a, b = self.backbone.lm_head.weight[self.letters].float()  # [hidden]
+        odds = hidden[written.predictors].float() @ (a - b)  # [ordered pairs], in float32 like the head's scores
+        scores = odds.new_zeros(written.judged)
+        scores = scores.index_add(0, written.first, odds / 2).index_add(0, written.second, -odds / 2)
+        return (scores, log_probabilities(self.backbone, hidden, written)) if learn else scores
+
+    def scores_of(self, comparisons: list[Comparison]) -> torch.Tensor:
+        return super().scores_of([self.reader(comparison) for comparison in comparisons])
+
+    def row_tokens(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
+        others = np.maximum(responses - 1, 0)
+        return np.maximum(1, 2 * others) * tokens + responses * others * (len(self.request) + 8)
+
+
+KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}
 
 
 def main(settings: Settings) -> None:

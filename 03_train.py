@@ -484,7 +484,9 @@ def load_checkpoint(folder: Path, model, optimizer, settings: Settings) -> int:
     if not found:
         return 0
     run = json.loads((found[-1] / "run.json").read_text())
-    same_run = "resume out workers checkpoint_every validate_every validation validation_size micro_tokens shard_size"
+    same_run = (
+        "resume kind out workers checkpoint_every validate_every validation validation_size micro_tokens shard_size"
+    )
     same_run += " plan gpus gpu_memory gpu_flops utilisation gpu_link plan_comparisons plan_lengths"
     differ = [
         f"--{key} {run['settings'].get(key)} (now {value})"
@@ -644,6 +646,8 @@ def work_to_plan(settings: Settings, config) -> tuple[np.ndarray, str]:
 def print_plan(settings: Settings) -> None:
     """Prints what the run that the settings describe computes, needs and takes, with every assumption. Reads lengths
     from the shards and shapes from config.json; loads no weights and trains nothing."""
+    if settings.kind not in ("", "naive"):
+        raise UserError(f"--plan --kind {settings.kind}: only naive reward models are planned")
     try:
         backbone = model_stage.load_backbone(settings.model, empty=True)
     except (OSError, ValueError) as error:

@@ -95,22 +95,23 @@ def score_comparisons(model, comparisons, device: torch.device, micro_tokens: in
             where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.comparisons])
             flat[torch.from_numpy(where).to(device)] = scores.double()
     dist.all_reduce(flat)  # every score was written by one rank and is zero on the others
-    model.cost = cost_of(model, len(comparisons), time.perf_counter() - began)
+    spent = torch.tensor([*model.cost.values()], dtype=torch.float64, device=device)
+    spent[-1] = time.perf_counter() - began
+    dist.all_reduce(spent)
+    model.cost = dict(zip(model.cost, spent.tolist()))
     return np.split(flat.cpu().numpy(), starts[1:-1])
 
 
-def cost_of(model, comparisons: int, seconds: float) -> dict[str, float]:
-    """What a comparison cost on average: tokens read (those of a critique twice, when it is written and when it is
-    scored) and written, image patches, operations and seconds of one rank.
+def cost_of(model, comparisons: int) -> dict[str, float]:
+    """What `score_comparisons` spent on a comparison, on average: tokens read (a critic's twice, to write the critique
+    and to score it) and written, image patches, operations, seconds of one rank.
 
     A token or patch is 2 FLOP for each weight of the matrices it goes through; attention's own are not counted.
     """
     size = lambda module: sum(p.numel() for p in module.parameters() if p.ndim > 1) if module is not None else 0
     vision = getattr(model.base, "visual", None)
     language = size(model.base) - size(vision) - model.base.get_input_embeddings().weight.numel()
-    sums = torch.tensor([*model.cost.values(), seconds], dtype=torch.float64, device=model.device)
-    dist.all_reduce(sums)
-    tokens, patches, written, seconds = (sums / comparisons).tolist()
+    tokens, patches, written, seconds = (value / comparisons for value in model.cost.values())
     flop = 2 * (language * (tokens + written) + size(vision) * patches)
     return {"read": tokens, "written": written, "patches": patches, "GFLOP": flop / 1e9, "seconds": seconds}
 
@@ -700,8 +701,9 @@ def main(settings: Settings) -> None:
             save_scores(out / f"{benchmark}.safetensors", scores, comparisons, settings.scores_from or settings.model)
             print("\n" + table(title, summary[title]), flush=True)
             if model:
-                costs[title] = {"kind": model.kind, **model.cost}
-                print(f"a comparison costs: {', '.join(f'{value:.4g} {what}' for what, value in model.cost.items())}")
+                cost = cost_of(model, len(comparisons))
+                print(f"a comparison costs: {', '.join(f'{value:.4g} {what}' for what, value in cost.items())}")
+                costs[title] = {"kind": model.kind, **cost}
                 warn_of_overlap(model, comparisons)
             processors = model.processors if model else data.load_processors(comparisons.info["backbone"])
             sections.append(section(title, summary[title], scores, comparisons, model, processors.tokenizer))

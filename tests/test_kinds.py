@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import re
 
 import numpy as np
@@ -125,6 +126,7 @@ def test_a_critic_leaves_out_what_has_no_critiques_and_says_so(kinds, comparison
         given = [["Right: a.", "Wrong: b.", "Wrong: c."], None, ["Right: a."], ["Right: a.", "Wrong: b.", 3]]
         made = [data.Comparison(**vars(c) | {"record": {"critiques": g}}) for c, g in zip(comparisons, given)]
         read = train.Read(made, np.arange(4), kinds["critic"].reader, torch.device("cpu"))
+        read = pickle.loads(pickle.dumps(read))  # as a loader process gets it that does not fork
         assert len(read) == 1 and read.sizes()[0].tolist() == [read[0].length] and read.sizes()[1].tolist() == [0]
         assert "3 of 4 comparisons left out: they have no critiques" in capsys.readouterr().out
         with pytest.raises(data.UserError, match="no comparison has critiques"):
@@ -231,9 +233,19 @@ def test_each_kind_goes_through_all_stages_and_two_ranks_train_what_one_trains(k
 
     rewarded = ["--model", tmp_path / "reward2", *said]
     printed = torchrun(
-        "04_eval.py", *rewarded, "--benchmark", world / "data/new_text", "--out", tmp_path / "scores", ranks=2
+        "04_eval.py",
+        *rewarded,
+        "--benchmark",
+        world / "data/new_text",
+        "--benchmark",
+        world / "data/unseen_combinations",
+        "--out",
+        tmp_path / "scores",
+        ranks=2,
     ).stdout
-    cost = json.loads((tmp_path / "scores/reward2/cost.json").read_text())["new_text"]
+    costs = json.loads((tmp_path / "scores/reward2/cost.json").read_text())
+    cost = costs["new_text"]
+    assert cost["patches"] == 0 < costs["unseen_combinations"]["patches"]
     assert cost["kind"] == kind and (cost["written"] > 0) == (kind == "critic")
     assert re.search(rf"a comparison costs: {cost['read']:.4g} read, {cost['written']:.4g} written", printed)
     few = {"steps": 1, "batch_size": 4, "group_size": 3, "max_new_tokens": 10, "evaluate_size": 4, "reward": "model"}
