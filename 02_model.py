@@ -412,7 +412,8 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
-    kind, reader = "naive", None  # how a critic and a judge read a comparison in training: Comparison -> Asked
+    kind = "naive"
+    reader = None  # how a critic and a judge read a comparison in training: a function Comparison -> Asked
 
     def __init__(
         self,
@@ -872,7 +873,7 @@ class Judge(RewardModel):
     """Shown two responses it answers A or B; it has no head but its LM head.
 
     S(i, j), the score of a pair, is the difference of the letters' log-odds averaged over both orders, so S(j, i) is
-    -S(i, j); a response's score is the sum over the others, as the paper uses R1-Reward for RL (section 5).
+    -S(i, j); a response's score is the sum over all others, as the paper makes R1-Reward a reward for RL (Table 11).
     """
 
     kind = "generative"
@@ -896,8 +897,8 @@ class Judge(RewardModel):
         return super().scores_of([self.reader(comparison) for comparison in comparisons])
 
     def row_tokens(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
-        others = np.maximum(responses - 1, 0)
-        return np.maximum(1, 2 * others) * tokens + responses * others * (len(self.request) + 8)
+        others = np.maximum(responses - 1, 0)  # each response is shown with each of them, twice
+        return np.maximum(1, 2 * others) * tokens + responses * others * (len(self.request) + 8)  # 8: "A:", "B:", A
 
 
 KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}

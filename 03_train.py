@@ -484,10 +484,8 @@ def load_checkpoint(folder: Path, model, optimizer, settings: Settings) -> int:
     if not found:
         return 0
     run = json.loads((found[-1] / "run.json").read_text())
-    same_run = (
-        "resume kind out workers checkpoint_every validate_every validation validation_size micro_tokens shard_size"
-    )
-    same_run += " plan gpus gpu_memory gpu_flops utilisation gpu_link plan_comparisons plan_lengths"
+    same_run = "resume out workers checkpoint_every validate_every validation validation_size micro_tokens shard_size"
+    same_run += " kind plan gpus gpu_memory gpu_flops utilisation gpu_link plan_comparisons plan_lengths"
     differ = [
         f"--{key} {run['settings'].get(key)} (now {value})"
         for key, value in dataclasses.asdict(settings).items()

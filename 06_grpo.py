@@ -11,8 +11,9 @@ Out   artifacts/policy/: the trained policy in the Hugging Face layout, metrics.
 
 For each prompt the policy writes G answers; each is rewarded; what is better than its group's mean becomes likelier.
 Rewards, as in the paper (Table 11): `rule`, 1 on an exact match, or by another rule that the question carries (RULES);
-`model`, the reward model's raw score; `hybrid`, 1 on a match, else sigmoid(score). The paper's run: Qwen2.5-VL-3B, 8
-rollouts, 1 epoch, batch 256; KL, learning rate, clipping, temperature not stated.
+`model`, the reward model's raw score (with a generative judge, the sum over all ordered pairs of a group: R1-Reward's
+place in the paper); `hybrid`, 1 on a match, else sigmoid(score). The paper's run: Qwen2.5-VL-3B, 8 rollouts, 1 epoch,
+batch 256; KL, learning rate, clipping, temperature not stated.
 
 Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), and from the paper's hybrid:
   - The advantage is reward - group mean, not divided by the group's standard deviation (--advantage group does that).
@@ -108,9 +109,8 @@ class Policy(model_stage.Writer):
     def forward(self, row) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy (without gradient) at each response token of the row, both [response tokens]."""
         places, predictors = row.response_tokens()
-        log_p = self.logits(model_stage.run_backbone(self.lm.model, row)[predictors]).log_softmax(
-            -1
-        )  # [tokens, vocabulary]
+        hidden = model_stage.run_backbone(self.lm.model, row)[predictors]
+        log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary]
         taken = log_p.gather(-1, row.input_ids[0, places, None])
         taken = taken.sum(-1)  # of one element; a view would trip FSDP's backward hooks
         with torch.no_grad():
@@ -519,7 +519,7 @@ def train(settings: Settings) -> dict:
             "reward": reward.mean().item(),
             "reward_std": reward.std().item(),
             "match": (match.sum() / max(1, G * closed.sum())).item(),  # exact matches among answers to closed questions
-            "phantom": phantom_share(advantage, match, closed),
+            "phantom": phantom_share(advantage, match, closed),  # of all advantage, what is between wrong answers
             "score": score.mean().item(),  # the reward model's, raw
             "score_std": score.std().item(),
             "zero_variance": (reward.amax(1) - reward.amin(1) < 1e-6)
