@@ -803,6 +803,7 @@ def evaluate(name: str, path: str, folders: list[str], settings: Settings, devic
             raise UserError(f"{folder}: has prompts without responses; a benchmark is made of pairs or rankings")
         title = benchmark_title(comparisons)
         if model:
+            dist.barrier()  # rank 0 comes from the metrics of the benchmark before
             began = time.perf_counter()
             scores = score_comparisons(model, comparisons, device, settings.micro_tokens)
             costs[title] = cost_of(model, len(comparisons), time.perf_counter() - began, device)
