@@ -22,6 +22,15 @@ and N times fewer images:
 The paper: the LM head is replaced by an MLP of 2 layers with SiLU between, chosen from depths 1-5 and no activation,
 tanh, SiLU. It does not give the width (we take the hidden size, as its predecessor MM-RLHF does) nor the token at which
 the score is read (we take the last, as the authors' public command).
+
+It chose this naive kind of reward model over two others, which keep their LM head and are here too (--kind):
+  - critic: it first writes a critique of each response, then the head scores prompt, response and critique. In the row
+    a response is followed by the request for a critique, a turn of the user, and the critique, at whose end the score
+    is read.
+  - generative: it is shown two responses and answers A or B. A response of the row is such a pair, with the question
+    which is better behind it, so the prompt is still read once for all N(N - 1) ordered pairs. A pair's score is the
+    difference of the two letters' log-odds, averaged over both orders; a response's the sum over its pairs. It writes
+    no rationale first: one token is the cheapest such judge there is, and its score is exact.
 Deviation: the head computes in float32 even where the backbone computes in bfloat16, whose spacing near 4 is 0.03.
 """
 
@@ -33,7 +42,9 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -49,7 +60,7 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as transformers_logging
@@ -74,6 +85,14 @@ class HeadSettings:
     head_width: int = option(
         0, "width of the head's inner layers; 0: the backbone's hidden size (the paper gives none)"
     )
+    kind: Literal["naive", "critic", "generative"] = option(
+        "naive",
+        "the head on the response (paper's choice), or on the response and its critique; or which of two, A or B",
+    )
+    request: str = option(
+        "", "critic, generative: the user's turn that asks for it; '': as the embedded backbone knows"
+    )
+    critique_tokens: int = option(96, "critic: longest critique that it writes, in tokens")
 
 
 @dataclass
@@ -416,48 +435,70 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
-    def __init__(self, backbone: nn.Module, head: RewardHead, processors: Processors, trained_with: dict | None = None):
+    kind = "naive"
+    reader = None  # how a critic and a judge read a comparison in training: a function Comparison -> Asked
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: RewardHead | None,
+        processors: Processors,
+        trained_with: dict | None = None,
+        asks: dict | None = None,
+    ):
         super().__init__()
         self.backbone, self.head, self.processors = backbone, head, processors
         self.trained_with = trained_with or {}  # what the head was trained with; empty: not at all
+        self.asks = asks or {}  # of a critic or a judge: its request and how long a critique may be
+        self.cost = Counter()  # of all that it has scored: tokens read and written, image patches
 
     @classmethod
     def from_backbone(cls, path: str, settings: HeadSettings, max_pixels: int = 0) -> "RewardModel":
-        """A backbone from a Hugging Face checkpoint with a new head."""
-        backbone = load_backbone(path)
-        hidden = backbone.config.get_text_config().hidden_size
-        head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
-        return cls(backbone, head, data.load_processors(path, max_pixels))
+        """A backbone from a Hugging Face checkpoint with a new head, as the kind that the settings name."""
+        kind, head, asks = settings.kind, None, None
+        backbone = load_backbone(path, kind != "naive")
+        if kind != "generative":
+            hidden = backbone.config.get_text_config().hidden_size
+            head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
+        if kind != "naive":
+            asks = {"request": settings.request or REQUESTS[kind], "critique_tokens": settings.critique_tokens}
+        return KINDS[kind](backbone, head, data.load_processors(path, max_pixels), asks=asks)
 
     @classmethod
     def from_pretrained(cls, folder: str, empty: bool = False) -> "RewardModel":
-        """A reward model that `save_pretrained` wrote; `empty` leaves the backbone's weights to be filled in, as in
-        `load_backbone`. Raises UserError where there is none."""
+        """A reward model that `save_pretrained` wrote, of the kind that it was; `empty` leaves the backbone's weights
+        to be filled in, as in `load_backbone`. Raises UserError where there is none."""
         path = Path(folder, HEAD_FILE)
         if not path.is_file():
             raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
         with data.reading(path, "run 02_model.py or 03_train.py again"), safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["reward_head"])
+            if about.setdefault("kind", "naive") not in KINDS:
+                raise data.Unusable(f"its kind is {about['kind']!r}, none of {', '.join(KINDS)}")
+            kind = KINDS[about["kind"]]
             with torch.device("meta"):  # takes no memory before the shapes are compared
-                head = RewardHead(**about["head"])
-            shapes = {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
+                head = RewardHead(**about["head"]) if kind is not Judge else None
+            shapes = {name: list(tensor.shape) for name, tensor in head.state_dict().items()} if head else {}
             if shapes != {name: file.get_slice(name).get_shape() for name in file.keys()}:
                 raise data.Unusable(f"its tensors are not those of the head that it describes, {about['head']}")
-            head.load_state_dict({name: file.get_tensor(name).float() for name in shapes}, assign=True)
-            check_finite(head)
-            trained_with = about["trained_with"]
-        backbone = load_backbone(folder, empty=empty)
+            if head:
+                head.load_state_dict({name: file.get_tensor(name).float() for name in shapes}, assign=True)
+                check_finite(head)
+            trained_with, asks = about["trained_with"], None
+            if kind is not RewardModel:
+                asks = {name: cast(about["asks"][name]) for name, cast in (("request", str), ("critique_tokens", int))}
+        backbone = load_backbone(folder, kind is not RewardModel, empty)
         hidden = backbone.config.get_text_config().hidden_size
-        if head.settings["hidden"] != hidden:
+        if head and head.settings["hidden"] != hidden:
             raise UserError(f"{path}: a head for hidden states of {head.settings['hidden']}, the backbone has {hidden}")
-        return cls(backbone, head, data.load_processors(folder), trained_with)
+        return kind(backbone, head, data.load_processors(folder), trained_with, asks)
 
     def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32, file_size: str = "5GB") -> None:
         """Writes the Hugging Face layout (`export`) plus reward_head.safetensors, which is float32 whatever `dtype`
-        the backbone gets. Where the model is sharded all ranks call it."""
-        head = {name: whole(tensor).cpu() for name, tensor in self.head.state_dict().items()}
-        about = {"head": self.head.settings, "trained_with": self.trained_with}
-        head_file = save(head, metadata={"reward_head": json.dumps(about)})
+        the backbone gets; a judge's has no tensors. Where the model is sharded all ranks call it."""
+        head = {name: whole(tensor).cpu() for name, tensor in self.head.state_dict().items()} if self.head else {}
+        about = {"kind": self.kind, "head": self.head.settings if self.head else None, "asks": self.asks}
+        head_file = save(head, metadata={"reward_head": json.dumps(about | {"trained_with": self.trained_with})})
         export(self.backbone, self.processors, folder, dtype, file_size, head_file)
 
     def hidden_states(self, row: PackedRow) -> torch.Tensor:
@@ -468,8 +509,9 @@ class RewardModel(nn.Module):
         return self.head(self.hidden_states(row)[row.last])  # [T, hidden] -> [N, hidden] -> [N]
 
     def score(self, messages: list[dict], responses: list[str], images: list = ()) -> torch.Tensor:
-        """Scores N responses to one prompt, [N] float32 on the CPU; they do not depend on each other or on their order.
-        The model computes where and in what it is; on a GPU, `place(reward, "cuda")` is the fast way.
+        """Scores N responses to one prompt, [N] float32 on the CPU; they do not depend on their order, nor on each
+        other, unless it is a judge that compares them. The model computes where and in what it is; on a GPU,
+        `place(reward, "cuda")` is the fast way.
 
         Args:
             messages: the prompt's turns; an image is {"type": "image", "image": path, bytes or PIL image}, or {"type":
@@ -492,9 +534,15 @@ class RewardModel(nn.Module):
     def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
         """The scores of all responses of all comparisons, one behind the other, [N] float32 on the model's device, in
         forwards of at most `micro_tokens` tokens each."""
-        rows = rows_of(comparisons, micro_tokens)
-        scores = [self(pack(row, self.processors).to(self.device)) for row in rows]
+        scores = [self(self.row_of(row)) for row in rows_of(comparisons, micro_tokens)]
         return torch.cat([torch.zeros(0, device=self.device), *scores])
+
+    def row_of(self, comparisons: list[Comparison]) -> PackedRow:
+        """Packs a row that is going to be read on the model's device, and counts it in `cost`."""
+        row = pack(comparisons, self.processors)
+        patches = int(row.images.grid_thw.prod(1).sum()) if row.images else 0
+        self.cost.update(read=row.input_ids.shape[1], patches=patches)
+        return row.to(self.device)
 
     def model_for(self, has_image: bool) -> "RewardModel":
         return self  # a RewardRouter has two
@@ -506,7 +554,7 @@ class RewardModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head.mlp[0].weight.device
+        return next(self.parameters()).device
 
 
 def rows_of(comparisons: list[Comparison], micro_tokens: int) -> Iterator[list[Comparison]]:
@@ -676,20 +724,24 @@ def completion_text(completion: str | list[dict]) -> str:
 # Reading and writing checkpoints.
 
 
-def load_backbone(path: str, auto=AutoModel, empty: bool = False) -> nn.Module:
+def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.Module:
     """A Hugging Face checkpoint, float32, whose decoder layers attend by `shared_prefix_attention`; without its LM head
-    unless `auto` is a class that has one. An `empty` one is on the meta device, shapes without weights, and takes no
-    memory: for `shard` and then `load_weights` (03)."""
+    unless that is asked for. An `empty` one is on the meta device, shapes without weights, and takes no memory: for
+    `shard` and then `load_weights` (03)."""
     transformers_logging.disable_progress_bar()
     try:
         config = data.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no model in the Hugging Face layout: {str(error).splitlines()[0]}") from None
-    data.family_of(config, path)
+    with_head = AutoModelForImageTextToText if data.family_of(config, path).vision else AutoModelForCausalLM
+    auto = with_head if lm_head else AutoModel
     wanted = {"dtype": torch.float32, "attn_implementation": attention_of(config)}
     if empty:
         with torch.device("meta"):
             backbone = auto.from_config(config, **wanted).eval()
+        if lm_head:
+            with suppress(OSError):  # where there is none, it is made from the config
+                backbone.generation_config = GenerationConfig.from_pretrained(path)
     else:
         with data.reading(path, "a model has to be whole"):  # nothing is unpickled, and nothing made up
             backbone, found = auto.from_pretrained(path, **wanted, use_safetensors=True, output_loading_info=True)
@@ -828,7 +880,8 @@ def prepare_vision(backbone: nn.Module) -> None:
 
 
 def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
-    """One forward of a transformers backbone over a packed row -> last hidden states [T, hidden].
+    """One forward of a transformers backbone, with or without an LM head, over a packed row -> last hidden states [T,
+    hidden].
 
     Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
     """
@@ -836,7 +889,306 @@ def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
     if not data.FAMILIES[backbone.config.model_type].mrope:
         inputs["position_ids"] = row.position_ids[0]  # the same on all axes
     inputs |= row.images.arguments() if row.images else {}
-    return backbone(**inputs).last_hidden_state[0]
+    return getattr(backbone, "model", backbone)(**inputs).last_hidden_state[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing: a critic's critiques, and in 06 a policy's answers. Each prompt, with its images, is read once; its keys and
+# values serve all its samples, and samples that have ended leave the row.
+
+
+class Writer(nn.Module):
+    """A transformers model with its LM head, `lm`, that writes at a temperature."""
+
+    def __init__(self, lm: nn.Module, processors: Processors, temperature: float = 1.0):
+        super().__init__()
+        self.lm, self.processors, self.temperature = lm, processors, temperature
+        tokenizer, size = processors.tokenizer, lm.config.get_text_config().vocab_size
+        forbidden = {*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)} & {*range(size)}
+        forbidden.remove(processors.end_token)
+        self.register_buffer("forbidden", torch.tensor(sorted(forbidden)), persistent=False)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, vocabulary], float32, at the temperature; what must not be written is at -inf."""
+        logits = self.lm.lm_head(hidden).float() / self.temperature
+        return logits.index_fill(-1, self.forbidden, -math.inf)
+
+
+class KeptRow(PackedRow):
+    """A packed row that keeps every layer's keys and values."""
+
+    def attend(self, layer, query, key, value, scale):
+        self.cache[layer] = (key, value)  # [1, kv heads, T, d]
+        return super().attend(layer, query, key, value, scale)
+
+
+class DecodeRow:
+    """One new token for each sample that goes on: n tokens of n different samples stand in one row.
+
+    Queries attend to the keys of what they go on from (here the prompt), kept once for its G samples, and to their own.
+    `texts` says where in the row that stands: a prompt, or a prompt and one response to it.
+    """
+
+    images = None
+
+    def __init__(self, row: KeptRow, texts: list[torch.Tensor], group: int, max_new_tokens: int):
+        lengths, device = list(map(len, texts)), row.input_ids.device
+        self.prompts, self.group, self.longest = len(lengths), group, max(lengths)
+        self.padding = torch.arange(self.longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
+
+        def pad(packed):  # [1, kv heads, T, d] -> [prompts, kv heads, longest, d]
+            each = [packed[0].transpose(0, 1)[places] for places in texts]
+            return nn.utils.rnn.pad_sequence(each, batch_first=True).transpose(1, 2)
+
+        def room(key):  # [samples, kv heads, max_new_tokens, d]
+            return key.new_empty(self.prompts * group, key.shape[1], max_new_tokens, key.shape[3])
+
+        self.prompt_cache = {layer: (pad(key), pad(value)) for layer, (key, value) in row.cache.items()}
+        self.answer_cache = {layer: (room(key), room(key)) for layer, (key, _) in row.cache.items()}
+
+    def advance(self, alive: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, t: int) -> "DecodeRow":
+        """The next row: `tokens` [n] at `positions` [n], the t-th of the samples `alive` [n]."""
+        self.alive, self.t = alive, t
+        self.input_ids, self.position_ids = tokens[None], positions.expand(3, 1, -1)
+        return self
+
+    def attend(self, layer, query, key, value, scale):
+        heads, n, d = query.shape[1:]
+        kv = key.shape[1]
+        shared = heads // kv  # query heads that share a key
+        prompt_k, prompt_v = self.prompt_cache[layer]
+        own_k, own_v = self.answer_cache[layer]
+        own_k[self.alive, :, self.t], own_v[self.alive, :, self.t] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        own_k, own_v = own_k[self.alive, :, : self.t + 1], own_v[self.alive, :, : self.t + 1]  # [n, kv, t + 1, d]
+        q = query[0].transpose(0, 1).reshape(n, kv, shared, d) * scale
+
+        def by_prompt(x):  # [n, kv, shared, ...] -> [prompts, kv, group * shared, ...], zeros for ended samples
+            grid = x.new_zeros(self.prompts * self.group, *x.shape[1:])
+            grid[self.alive] = x
+            return grid.view(self.prompts, self.group, kv, shared, -1).transpose(1, 2).flatten(2, 3)
+
+        def by_sample(x):  # and back
+            return x.unflatten(2, (self.group, shared)).transpose(1, 2).flatten(0, 1)[self.alive]
+
+        to_prompt = by_prompt(q) @ prompt_k.transpose(-1, -2)  # [prompts, kv, group * shared, longest]
+        to_prompt = by_sample(to_prompt.masked_fill(self.padding[:, None, None], -math.inf))
+        weights = torch.cat([to_prompt, q @ own_k.transpose(-1, -2)], dim=-1)  # [n, kv, shared, longest + t + 1]
+        to_prompt, to_own = weights.softmax(-1).split([self.longest, self.t + 1], dim=-1)
+        out = by_sample(by_prompt(to_prompt) @ prompt_v) + to_own @ own_v
+        return out.reshape(1, n, heads, d).transpose(1, 2)
+
+
+@torch.inference_mode()
+def write(
+    writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise: np.ndarray | None = None
+) -> torch.Tensor:
+    """Goes on `group` times behind every response of a row, or behind a prompt that has none: token ids [texts, group,
+    max_new_tokens], -1 after the end-of-turn token.
+
+    `noise` [texts, group, max_new_tokens], uniform in [0, 1), decides every token by inversion of the distribution, so
+    a sample does not depend on what else is in the batch; None writes what is likeliest.
+    """
+    end = writer.processors.end_token
+    row = KeptRow(**vars(row))
+    row.cache, device = {}, row.input_ids.device
+    hidden = run_backbone(writer.lm, row)  # [T, hidden]
+    goes_on = [part for _, Rs in row.lengths for part in [not Rs, *[True] * len(Rs)]]  # which segments of the row
+    keys = row.segments.keys.split(row.segments.key_starts.diff().tolist())
+    texts = [places for places, wanted in zip(keys, goes_on) if wanted]  # where what is behind stands in the row
+    ends = torch.stack([places[-1] for places in texts])
+    begin = torch.stack([row.position_ids[:, 0, places].max() + 1 for places in texts])
+    hidden = hidden[ends].repeat_interleave(group, 0)  # [samples, hidden]
+    begin = begin.repeat_interleave(group)  # [samples] position of the first new token
+    tokens = torch.full((len(texts) * group, max_new_tokens), -1, device=device)
+    uniform = None if noise is None else torch.from_numpy(noise).to(device).view(len(tokens), max_new_tokens)
+    alive, decode = torch.arange(len(tokens), device=device), DecodeRow(row, texts, group, max_new_tokens)
+    for t in range(max_new_tokens):
+        logits = writer.logits(hidden)  # [n, vocabulary]
+        if uniform is None:
+            chosen = logits.argmax(-1)
+        else:
+            cumulated = logits.double().softmax(-1).cumsum(-1)
+            chosen = torch.searchsorted(cumulated, uniform[alive, t, None] * cumulated[:, -1:], right=True)[:, 0]
+        tokens[alive, t] = chosen
+        going = chosen != end
+        alive, chosen = alive[going], chosen[going]
+        if len(alive) == 0 or t + 1 == max_new_tokens:
+            break
+        hidden = run_backbone(writer.lm, decode.advance(alive, chosen, begin[alive] + t, t))
+    return tokens.view(len(texts), group, max_new_tokens)
+
+
+def texts_of(tokens: torch.Tensor, processors: Processors) -> list[str]:
+    """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
+    written = [[t for t in sample if t not in (-1, processors.end_token)] for sample in tokens.tolist()]
+    return [processors.tokenizer.decode(sample) for sample in written]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other two kinds, critic and judge: how they read a comparison, with a request behind each response and what they
+# have to write behind that, and the models. Who wants the naive kind alone has seen all of it above.
+
+REQUESTS = {"critic": "Is it right? Explain.", "generative": "Which is better, A or B?"}
+
+
+@dataclass
+class Asked(Comparison):
+    """A comparison whose `responses` have a request behind them and end in what the model has to write itself; and for
+    training, what is to be learned from it."""
+
+    learned: list[np.ndarray] = field(default_factory=list)  # of each response, its last tokens' weights in the loss
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # judge: (better, worse) of `responses`; else by ranks
+
+
+@dataclass
+class Written:
+    """The tokens in a row that the model has to write itself."""
+
+    predictors: torch.Tensor  # [tokens] where in the row each is predicted
+    tokens: torch.Tensor  # [tokens] token ids
+    weight: torch.Tensor  # [tokens] in the loss; they sum to 1 for each comparison, which counts once
+
+    @classmethod
+    def of(cls, row: PackedRow, comparisons: list[Comparison]) -> "Written":
+        """Of a row of these comparisons; none where they are not Asked."""
+        weights = [np.zeros(0, np.float32)]  # of all response tokens, not a number where one is not to be written
+        for comparison in comparisons:
+            learned = getattr(comparison, "learned", [()] * len(comparison.responses))
+            for response, weight in zip(comparison.responses, learned):
+                weights += [np.full(len(response) - len(weight), np.nan, np.float32), np.array(weight, np.float32)]
+        weight = torch.from_numpy(np.concatenate(weights))
+        learned = ~weight.isnan()
+        places, predictors = (places[learned] for places in row.response_tokens())
+        return cls(predictors, row.input_ids[0, places], weight[learned])
+
+    def log_probabilities(self, lm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the tokens, [tokens], from the row's hidden states [T, hidden]."""
+        log_p = lm.lm_head(hidden[self.predictors]).float().log_softmax(-1)  # [tokens, vocabulary]
+        return log_p.gather(-1, self.tokens[:, None]).sum(-1)  # of one element; a view would trip FSDP's backward hooks
+
+
+def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
+    """The token ids that the chat template puts behind an answer's end-of-turn token when the user goes on with
+    `request`, up to where the assistant's next answer begins."""
+    turns = [("user", "?"), ("assistant", "!"), ("user", request)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    before, whole = (data.tokenize_chat(some, processors.tokenizer) for some in (messages[:1], messages))
+    ends = np.flatnonzero(whole[len(before) :] == processors.end_token)
+    if not len(ends):
+        raise UserError("the chat template sets no end-of-turn token behind an answer, where a request could follow")
+    return whole[len(before) + ends[0] + 1 :]
+
+
+def with_critiques(comparison: Comparison, critiques: list[np.ndarray], request: np.ndarray) -> Asked:
+    """A critic's: [response | request | critique]. Critiques are token ids, each ending in <|im_end|>."""
+    responses = [np.concatenate([r, request, critique]) for r, critique in zip(comparison.responses, critiques)]
+    tokens = sum(map(len, critiques))
+    learned = [np.full(len(critique), 1 / tokens) for critique in critiques]
+    return Asked(**vars(comparison) | {"responses": responses}, learned=learned)
+
+
+def with_given_critiques(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
+    """The same with the critiques of the data; with no responses, so nothing to learn from, where it has none."""
+    given = comparison.record.get("critiques")
+    usable = isinstance(given, list) and len(given) == len(comparison.responses)
+    usable = usable and all(isinstance(critique, str) and critique.strip() for critique in given)
+    critiques = [data.encode_response(critique, processors) for critique in given] if usable else []
+    return with_critiques(comparison, critiques, request)
+
+
+def in_ordered_pairs(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
+    """A judge's: [A: one response, B: another | request | the letter of the better one], for all ordered pairs. Of two
+    that tie, either letter has a weight of 0."""
+    a, b, before_a, before_b = (
+        np.array(data.tokenize_text(text, processors.tokenizer), np.int32) for text in ("A", "B", "A:\n", "\nB:\n")
+    )
+    ranks = comparison.ranks or [1] * len(comparison.responses)
+    shown = {pair: k for k, pair in enumerate(itertools.permutations(range(len(ranks)), 2))}
+    pairs = [(k, shown[j, i]) for (i, j), k in shown.items() if ranks[i] < ranks[j]]
+    responses, learned = [], []
+    for i, j in shown:
+        first, second = comparison.responses[i][:-1], comparison.responses[j]
+        letter = a if ranks[i] < ranks[j] else b
+        responses.append(np.concatenate([before_a, first, before_b, second, request, letter]))
+        learned.append([0.5 / len(pairs) if ranks[i] != ranks[j] else 0.0])
+    return Asked(**vars(comparison) | {"responses": responses}, learned=learned, pairs=pairs)
+
+
+class Critic(RewardModel):
+    """Writes a critique of each response; its score is the head's at the critique's end."""
+
+    kind = "critic"
+
+    def __init__(self, *made, **more):
+        super().__init__(*made, **more)
+        tokens, largest = self.asks["critique_tokens"], self.backbone.config.get_text_config().max_position_embeddings
+        if not 1 <= tokens <= largest:
+            raise UserError(f"--critique_tokens {tokens}: must be 1 to {largest}, the backbone's positions")
+        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids behind a response
+        self.reader = partial(with_given_critiques, request=self.request, processors=self.processors)
+
+    def forward(self, row: PackedRow, written: Written | None = None):
+        """Scores [N]; with `written`, also the log-probabilities of the critiques' tokens."""
+        hidden = self.hidden_states(row)
+        scores = self.head(hidden[row.last])
+        return (scores, written.log_probabilities(self.backbone, hidden)) if written else scores
+
+    @torch.inference_mode()
+    def write_critiques(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> list[np.ndarray]:
+        """Its likeliest critique of each response of each comparison, as token ids; one cut at the length limit is
+        ended there."""
+        writer, end = Writer(self.backbone, self.processors).to(self.device), self.processors.end_token
+        asked = [[np.concatenate([response, self.request]) for response in each.responses] for each in comparisons]
+        asked = [dataclasses.replace(each, responses=responses) for each, responses in zip(comparisons, asked)]
+        critiques = []
+        for row in rows_of(asked, micro_tokens):
+            tokens = write(writer, self.row_of(row), 1, self.asks["critique_tokens"])[:, 0]
+            self.cost.update(written=int((tokens >= 0).sum()))
+            kept = ([t for t in each if t not in (-1, end)] for each in tokens.tolist())
+            critiques += [np.array([*each, end], np.int32) for each in kept]
+        return critiques
+
+    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
+        critiques = iter(self.write_critiques(comparisons, micro_tokens))
+        made = [with_critiques(each, [next(critiques) for _ in each.responses], self.request) for each in comparisons]
+        return super().score_encoded(made, micro_tokens)
+
+
+class Judge(RewardModel):
+    """Shown two responses it answers A or B; it has no head but its LM head.
+
+    S(i, j), the score of a pair, is the difference of the letters' log-odds averaged over both orders, so S(j, i) is
+    -S(i, j); a response's score is the sum over all others, as the paper makes R1-Reward a reward for RL (Table 11).
+    """
+
+    kind = "generative"
+
+    def __init__(self, *made, **more):
+        super().__init__(*made, **more)
+        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids behind a pair
+        self.reader = partial(in_ordered_pairs, request=self.request, processors=self.processors)
+        self.letters = [data.tokenize_text(letter, self.processors.tokenizer)[0] for letter in "AB"]
+
+    def forward(self, row: PackedRow, written: Written | None = None):
+        """Log-odds of A over B [ordered pairs]; with `written`, also the log-probabilities of the right letters."""
+        hidden = self.hidden_states(row)
+        a, b = self.backbone.lm_head.weight[self.letters].float()  # [hidden]
+        odds = hidden[row.last - 1].float() @ (a - b)  # in float32 like the head's scores
+        return (odds, written.log_probabilities(self.backbone, hidden)) if written else odds
+
+    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
+        """As `RewardModel.score_encoded`. A row may have some pairs of a comparison and the next row the others."""
+        asked, scores = [self.reader(comparison) for comparison in comparisons], []
+        odds = super().score_encoded(asked, micro_tokens)  # [ordered pairs]
+        for comparison, of_pairs in zip(comparisons, odds.split([len(each.responses) for each in asked])):
+            N = len(comparison.responses)
+            table = odds.new_zeros(N, N)
+            table[~torch.eye(N, dtype=torch.bool)] = of_pairs
+            scores.append((table - table.T).sum(1) / 2)
+        return torch.cat([odds[:0], *scores])
+
+
+KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}
 
 
 def main(settings: Settings) -> None:
@@ -847,8 +1199,9 @@ def main(settings: Settings) -> None:
     model.save_pretrained(settings.out)
     count = lambda module: f"{sum(p.numel() for p in module.parameters()):>13,}"
     parts = parts_of(model.backbone)
-    print(f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}) and a new reward head")
-    if Path(settings.backbone, HEAD_FILE).is_file():
+    head = "a new reward head" if model.head else "its own LM head"
+    print(f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}), {model.kind}, with {head}")
+    if model.head and Path(settings.backbone, HEAD_FILE).is_file():
         print(f"The trained head there is not taken; 03_train.py --model {settings.backbone} continues with it")
     print("\nparameters")
     for name, module in (
@@ -859,12 +1212,12 @@ def main(settings: Settings) -> None:
     ):
         if module is not None:
             print(f"  {name:<15}{count(module)}")
-    print(f"  head: {' -> '.join(map(str, model.head.mlp))}")
+    print(f"  head: {' -> '.join(map(str, model.head.mlp)) if model.head else 'log-odds of A and B'}")
     if Path(settings.data, "dataset.json").is_file():
         comparisons = data.Comparisons(settings.data, model.processors.fingerprint)
         data.use_pixel_limits(model.processors, [comparisons])
         comparison = comparisons[0]
-        row = pack([comparison], model.processors)
+        row = pack([model.reader(comparison) if model.reader else comparison], model.processors)
         hidden = model.hidden_states(row)
         lengths = " and ".join(str(len(response)) for response in comparison.responses)
         print(f"\none comparison of {settings.data}: {len(comparison.images)} image(s), a prompt of", end=" ")
@@ -876,7 +1229,7 @@ def main(settings: Settings) -> None:
             ("image grids", row.images and row.images.grid_thw),
             ("hidden states", hidden),
             ("at each response's end", hidden[row.last]),
-            ("scores", model(row)),
+            ("scores", model(row)),  # a judge's are of ordered pairs
         ]
         for name, tensor in shapes:
             print(f"  {name:<23}{'none (text only)' if tensor is None else list(tensor.shape)}")

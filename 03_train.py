@@ -12,7 +12,9 @@ Out   artifacts/reward/: the trained reward model; metrics.jsonl, one line a ste
 The loss is -log sigmoid(r_chosen - r_rejected), the mean over the batch, and nothing else, as in the paper. Of a
 ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155). Both
 regularisers of the paper (Algorithm 1) are there and off, as it found neither to help: a penalty on (r_w + r_l)^2, and
-r / log(length + 1).
+r / log(length + 1). The other kinds of reward model (02, --kind) learn to write as well: a critic the data's critiques,
+beside the ranking of responses with these critiques; a judge the letter of the better response, in both orders, and
+nothing else.
 
 The paper trains with learning rate 3e-6 and batches of 128 pairs on 64 GPUs. It does not state epochs, optimizer,
 schedule or whether the vision tower was frozen. The defaults fill that in from the authors' public command for a
@@ -84,6 +86,7 @@ class Settings:
     zero_coefficient: float = option(
         0.0, "weight of the penalty on (r_w + r_l)^2 (paper: tried 0.001, 0.01, 0.1; uses 0)"
     )
+    critique_coefficient: float = option(1.0, "critic: weight of the critiques' loss beside the ranking loss")
     length_normalisation: bool = option(False, "train on r / log(tokens of the response + 1) (paper: tried, not used)")
     freeze_vision: bool = option(
         False, "do not train the vision tower (the paper does not say; authors' command: frozen)"
@@ -201,6 +204,7 @@ class Pairs:
     worse: torch.Tensor  # [pairs]
     weight: torch.Tensor  # [pairs] 1 / (pairs of the same comparison): each comparison counts once
     lengths: torch.Tensor  # [N] tokens of each response
+    written: "model_stage.Written | None" = None  # what a critic or a judge has to write in the row
 
     def to(self, device) -> "Pairs":
         return model_stage.change_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -214,17 +218,19 @@ def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
 
 
-def pairs_of(comparisons: list) -> Pairs:
+def pairs_of(comparisons: list, row: "model_stage.PackedRow | None" = None) -> Pairs:
+    """Of comparisons, or of what a judge makes of them; and of their row what is to be written in it."""
     better, worse, weight, start = [], [], [], 0
     for comparison in comparisons:
-        found = ordered_pairs(comparison.ranks)
+        found = getattr(comparison, "pairs", []) or ordered_pairs(comparison.ranks)
         better += [start + i for i, _ in found]
         worse += [start + j for _, j in found]
         weight += [1 / max(1, len(found))] * len(found)
-        start += len(comparison.ranks)
+        start += len(comparison.responses)
     lengths = [len(response) for comparison in comparisons for response in comparison.responses]
     as_long = lambda values: torch.tensor(values, dtype=torch.long)
-    return Pairs(as_long(better), as_long(worse), torch.tensor(weight), as_long(lengths))
+    written = model_stage.Written.of(row, comparisons) if row else None
+    return Pairs(as_long(better), as_long(worse), torch.tensor(weight), as_long(lengths), written)
 
 
 def pack_micro_batch(batch: MicroBatch, comparisons, processors) -> tuple[list, "model_stage.PackedRow"]:
@@ -251,7 +257,36 @@ class MicroBatches(torch.utils.data.Dataset):
             read, row = pack_micro_batch(self.plan[k], self.comparisons, self.processors)
         except UserError as error:
             return error
-        return self.plan[k], row, pairs_of(read)
+        return self.plan[k], row, pairs_of(read, row)
+
+
+class Read(torch.utils.data.Dataset):
+    """Comparisons as a critic or a judge reads them, with what it is asked and has to write. Those in which there is
+    nothing to write are left out. To know which, and how long each is, every rank reads its share of them first."""
+
+    def __init__(self, comparisons, patches: np.ndarray, reader, device: torch.device):
+        self.comparisons, self.reader = comparisons, reader
+        tokens, rank = torch.zeros(len(comparisons), dtype=torch.long, device=device), dist.get_rank()
+        for i in tqdm(range(rank, len(tokens), dist.get_world_size()), desc="measure", disable=rank > 0, mininterval=1):
+            read = reader(comparisons[i])
+            tokens[i] = read.length if read.responses else 0
+        dist.all_reduce(tokens)
+        self.chosen = np.flatnonzero(tokens.cpu().numpy())
+        needed = "a critic needs critiques, one for each response, and a judge two responses"
+        if not len(self.chosen):
+            raise UserError(f"no comparison to learn from: {needed}")
+        if rank == 0 and len(self.chosen) < len(tokens):
+            print(f"{len(tokens) - len(self.chosen)} of {len(tokens)} comparisons left out: {needed}")
+        self.size = tokens.cpu().numpy()[self.chosen], patches[self.chosen]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int):
+        return self.reader(self.comparisons[int(self.chosen[i])])
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.size
 
 
 def ignore_sigterm(worker: int) -> None:
@@ -287,6 +322,16 @@ def ranking_loss(
     better, worse = scores[pairs.better], scores[pairs.worse]  # [pairs]
     loss = -F.logsigmoid(better - worse) + zero_coefficient * (better + worse) ** 2
     return (pairs.weight * loss).sum()
+
+
+def losses(model, row, pairs: Pairs, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kind of reward model learns from, summed over comparisons like the ranking loss, and the scores [N]."""
+    scores, log_p = (model(row), None) if model.kind == "naive" else model(row, pairs.written)
+    ranking = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
+    if log_p is None:
+        return ranking, scores
+    writing = -(pairs.written.weight * log_p).sum()  # of each comparison the mean over the tokens that it has to write
+    return writing if model.kind == "generative" else ranking + settings.critique_coefficient * writing, scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -721,6 +766,9 @@ def work_to_plan(settings: Settings, config) -> tuple[np.ndarray, str]:
 def print_plan(settings: Settings) -> None:
     """Prints what the run that the settings describe computes, needs and takes, with every assumption. Reads lengths
     from the shards and shapes from config.json; loads no weights and trains nothing."""
+    started = Path(settings.model, model_stage.HEAD_FILE).is_file()
+    if started and (kind := model_stage.RewardModel.from_pretrained(settings.model, empty=True).kind) != "naive":
+        raise UserError(f"{settings.model}: only naive reward models are planned, and this one is {kind}")
     backbone = model_stage.load_backbone(settings.model, empty=True)
     config, how = backbone.config, (settings.freeze_vision, settings.activation_checkpointing)
     if not data.FAMILIES[config.model_type].planned:
@@ -795,8 +843,7 @@ def print_plan(settings: Settings) -> None:
 def forward_backward(model, batch: MicroBatch, row, pairs: Pairs, settings: Settings) -> torch.Tensor:
     """Adds a micro-batch's share to the gradients; returns its loss, right pairs and margin, summed over comparisons
     [3]."""
-    scores = model(row)  # [N]
-    loss = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
+    loss, scores = losses(model, row, pairs, settings)
     # FSDP averages gradients over all ranks, of all replicas; times their number that is the sum, and the sum over all
     # comparisons of the step divided by their number is what one rank would have computed.
     (loss * dist.get_world_size() / batch.size).backward()
@@ -818,7 +865,7 @@ def not_finite(model, optimizer, micro_batches: list[MicroBatch], comparisons, d
     for batch in micro_batches:
         optimizer.zero_grad()
         read, row = pack_micro_batch(batch, comparisons, model.processors)
-        loss = forward_backward(model, batch, row.to(device), pairs_of(read).to(device), settings)[0]
+        loss = forward_backward(model, batch, row.to(device), pairs_of(read, row).to(device), settings)[0]
         mine, everyone = (
             (bool(loss.isfinite()), [str(each) for each in read if each.place]),
             [None] * dist.get_world_size(),
@@ -843,7 +890,9 @@ def validate(model, comparisons, micro_batches, device) -> dict[str, float]:
     dist.all_reduce(sums)
     model.train()
     model.reshard()  # without a backward the embeddings, of the root, stay gathered, and no checkpoint can have that
-    return {"validation_loss": (sums[0] / sums[2]).item(), "validation_accuracy": (sums[1] / sums[2]).item()}
+    # The data's critiques, which a critic reads here, give away which response is better. Only 04 makes it write.
+    accuracy = "validation_accuracy" + ("_with_given_critiques" if model.kind == "critic" else "")
+    return {"validation_loss": (sums[0] / sums[2]).item(), accuracy: (sums[1] / sums[2]).item()}
 
 
 def open_data(settings: Settings, processors) -> tuple:
@@ -889,6 +938,10 @@ def train(settings: Settings) -> dict:
     model = model_stage.RewardModel.from_pretrained(settings.model, empty=True)
     processors, began_with = model.processors, model.trained_with
     comparisons, tokens, patches, held_out = open_data(settings, processors)
+    if model.reader:
+        comparisons = Read(comparisons, patches, model.reader, device)
+        tokens, patches = comparisons.sizes()
+        held_out = held_out and Read(held_out, held_out.sizes()[1], model.reader, device)
     order = order_of_training(len(comparisons), settings)
     steps = len(order)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world)
@@ -900,7 +953,8 @@ def train(settings: Settings) -> dict:
     if settings.freeze_vision and vision is not None:
         vision.requires_grad_(False)
     how = {"activation_checkpointing": settings.activation_checkpointing, "compile": settings.compile}
-    shard(model, model.backbone, device, in_float32=(model.head,), shard_size=settings.shard_size, **how)
+    heads = (model.head,) if model.head else ()
+    shard(model, model.backbone, device, in_float32=heads, shard_size=settings.shard_size, **how)
     load_weights(model.backbone, settings.model, device)
     model.train()
     optimizer = make_optimizer(model, settings, device)
@@ -961,7 +1015,8 @@ def train(settings: Settings) -> dict:
         line = {
             "step": done,
             "loss": loss_sum / batch.size,  # with the regularisers, if any
-            "accuracy": right / batch.size,  # share of training pairs whose better response scores higher
+            "accuracy": right / batch.size,  # share of training pairs whose better response scores higher (a critic's
+            # with the data's critiques, which give it away)
             "margin": margin / batch.size,  # mean score of the better response minus that of the worse
             "grad_norm": norm,  # before clipping
             "learning_rate": optimizer.param_groups[0]["lr"],

@@ -7,8 +7,8 @@
 
 In    Reward models (03) and prepared benchmarks (01), or another system's scores instead of a model.
 Out   artifacts/scores/<model>/<benchmark>.safetensors, the raw float32 scores (rounded ones make false ties), and
-      summary.json, report.html, a page to look at; printed: a table for each benchmark, and how much of it the
-      training data holds. Of several models also one table of all: so one sees what each source of training data is
+      summary.json, cost.json, report.html, a page to look at; printed: a table for each benchmark, and how much of it
+      the training data holds. Of several models also one table of all: so one sees what each source of training data is
       worth, by training a model on each and scoring all on everything (the paper's Table 4).
       With --score, artifacts/scores/<model>/<FILE> and nothing else.
 
@@ -21,6 +21,9 @@ benchmark should not reward, and `random`, the mean of 200 draws.
 A published benchmark (a source of 01 that has a metric) is scored by its own metric instead: METRICS, below. A table's
 title says where the benchmark was prepared without images or with lines rejected, so that its numbers are others.
 
+Printed and in cost.json is also what a comparison costs the model, so that the kinds of reward model (02, --kind) can
+be compared: tokens that it reads and writes, floating-point operations, seconds. That is why the paper chooses naive.
+
 The 95% intervals are Wilson's, with as many independent items as the pairs are worth given that those of one group go
 right and wrong together; the macro's are put together from the categories' (Zou & Donner, Statistics in Medicine 2008).
 The paper gives no intervals.
@@ -32,6 +35,7 @@ import io
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -113,6 +117,27 @@ def score_comparisons(model, comparisons, device: torch.device, micro_tokens: in
             flat[torch.from_numpy(where).to(device)] = scores.double()
     dist.all_reduce(flat)  # every score was written by one rank and is zero on the others
     return np.split(flat.cpu().numpy(), starts[1:-1])
+
+
+def cost_of(model, comparisons: int, seconds: float, device: torch.device) -> dict[str, float]:
+    """What so many comparisons have cost the model on all ranks, divided by their number; the next call counts anew.
+
+    Tokens read (a critic's twice, to write a critique and to score it) and written, image patches, operations and
+    seconds of one rank. A token or patch is 2 FLOP for each weight of the matrices that it goes through in decoder or
+    vision tower; attention's own operations are not counted, nor are heads.
+    """
+    size = lambda module: sum(p.numel() for p in module.parameters() if p.ndim > 1) if module is not None else 0
+    spent = torch.tensor([0, 0, 0, 0, seconds], dtype=torch.float64)
+    for part in model.modules():
+        if isinstance(part, model_stage.RewardModel):  # a router has two
+            read, written, patches = (part.cost.pop(what, 0) for what in ("read", "written", "patches"))
+            parts = model_stage.parts_of(part.backbone)
+            decoder = size(parts.language) - size(parts.language.get_input_embeddings())
+            flop = 2 * (decoder * (read + written) + size(parts.vision) * patches)
+            spent += torch.tensor([read, written, patches, flop / 1e9, 0])
+    spent = spent.to(device)
+    dist.all_reduce(spent)
+    return dict(zip(("read", "written", "patches", "GFLOP", "seconds"), (spent / comparisons).tolist()))
 
 
 def to_score(record: dict) -> tuple[list, list[str], list]:
@@ -726,7 +751,8 @@ def article(comparison, scores: np.ndarray, margin: float, model, tokenizer) -> 
         kind = data.Image.open(io.BytesIO(image)).get_format_mimetype() or "image/png"
         made.append(f'<img alt="" src="data:{kind};base64,{base64.b64encode(image).decode()}">')
     made.append(f"<div class=text>{escape(prompt.strip())}</div><div class=responses>")
-    reading = scores_while_reading(model, comparison) if model else [None] * len(scores)
+    naive = model and model.model_for(bool(comparison.images)).kind == "naive"  # others' heads have not read responses
+    reading = scores_while_reading(model, comparison) if naive else [None] * len(scores)
     for i in sorted(range(len(scores)), key=lambda i: comparison.ranks[i]):
         tokens = comparison.responses[i]
         if reading[i] is None:
@@ -756,7 +782,7 @@ def section(title: str, systems: dict, scores: list[np.ndarray], comparisons, mo
 <h2>Margins</h2>
 <p>Score of the better response minus that of the worse, of {len(margins):,} pairs; left of 0 is wrong.</p>
 {histogram(np.array(margins))}
-<h2>Most confidently wrong</h2><p>{aid if model else ""}</p>
+<h2>Most confidently wrong</h2><p>{aid if any("<span style" in each for each in gallery) else ""}</p>
 {"".join(gallery) or "<p>None is wrong.</p>"}"""
 
 
@@ -769,27 +795,35 @@ def page(title: str, sections: list[str]) -> str:
 def evaluate(name: str, path: str, folders: list[str], settings: Settings, device: torch.device) -> dict[str, dict]:
     """Scores every benchmark with one model, or reads the scores that take its place (`path` empty), and writes what
     belongs to it. Returns, on rank 0, {title of the benchmark: {name and baselines: metrics}}."""
-    model = model_stage.load_reward(path, settings.text_model) if path else None
-    out, found, sections = Path(settings.out, name), {}, []
+    model = model_stage.place(model_stage.load_reward(path, settings.text_model), device) if path else None
+    out, found, costs, sections = Path(settings.out, name), {}, {}, []
     for folder in folders:
         comparisons = data.Comparisons(folder, model.fingerprint if model else None)
         if not len(comparisons) or not all(comparisons.response_counts()):
             raise UserError(f"{folder}: has prompts without responses; a benchmark is made of pairs or rankings")
+        title = benchmark_title(comparisons)
         if model:
+            dist.barrier()  # rank 0 comes from the metrics of the benchmark before
+            began = time.perf_counter()
             scores = score_comparisons(model, comparisons, device, settings.micro_tokens)
+            costs[title] = cost_of(model, len(comparisons), time.perf_counter() - began, device)
         else:
             scores = read_scores(settings.scores_from, comparisons)
         if dist.get_rank() > 0:
             continue
         save_scores(out / f"{comparisons.info['name']}.safetensors", scores, comparisons, path or settings.scores_from)
-        items, measure, title = Items.of(comparisons), METRICS[comparisons.info["metric"]], benchmark_title(comparisons)
+        items, measure = Items.of(comparisons), METRICS[comparisons.info["metric"]]
         found[title] = {name: measure(scores, items), **baselines(items, measure)}
         if model:
+            cost = ", ".join(f"{value:.4g} {what}" for what, value in costs[title].items())
+            print(f"{name} on {title}: a comparison costs {cost}", flush=True)
             warn_of_overlap(name, model, comparisons)
         processors = model.processors if model else data.load_processors(comparisons.info["backbone"])
         sections.append(section(title, found[title], scores, comparisons, model, processors.tokenizer))
     if dist.get_rank() == 0:
         data.write_file(out / "summary.json", json.dumps(found, indent=1))
+        if model:
+            data.write_file(out / "cost.json", json.dumps(costs, indent=1))
         data.write_file(out / "report.html", page(f"{name}: {', '.join(found)}", sections))
         print(f"{out}: scores of {len(folders)} benchmark(s), summary.json and report.html", flush=True)
     return found

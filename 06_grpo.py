@@ -11,13 +11,17 @@ Out   artifacts/policy/: the trained policy in the Hugging Face layout, metrics.
 
 For each prompt the policy writes G answers; each is rewarded; what is better than its group's mean becomes likelier.
 Rewards, as in the paper (Table 11): `rule`, 1 on an exact match, or by another rule that the question carries (RULES);
-`model`, the reward model's raw score; `hybrid`, 1 on a match, else sigmoid(score). The paper's run: Qwen2.5-VL-3B, 8
-rollouts, 1 epoch, batch 256; KL, learning rate, clipping, temperature not stated.
+`model`, the reward model's raw score (with a generative judge, the sum over all ordered pairs of a group: R1-Reward's
+place in the paper); `hybrid`, 1 on a match, else sigmoid(score). The paper's run: Qwen2.5-VL-3B, 8 rollouts, 1 epoch,
+batch 256; KL, learning rate, clipping, temperature not stated.
 
 Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), and from the paper's hybrid:
-  - The advantage is reward - group mean, not divided by the group's standard deviation. With the hybrid reward a group
-    that is all wrong has rewards like 0.48-0.52, and dividing blows their noise up to advantages of 1.4, as large as
-    that of a right answer.
+  - The advantage is reward - group mean, not divided by the group's standard deviation (--advantage group does that).
+    With the hybrid reward a group that is all wrong has rewards like 0.48-0.52, and dividing blows their noise up to
+    advantages of 1.4, as large as that of a right answer: phantom advantages, whose share is logged. Rule and hybrid
+    are within 0 and 1, so that the KL coefficient means the same beside either. A reward model's raw scores can have
+    any scale; for them there is --advantage batch, which divides by the deviation within the whole batch. With the
+    hybrid reward it makes phantoms, too, once most groups are all right (tests/test_grpo.py).
   - The loss is the sum over all tokens of the step divided by their number over all ranks, not a mean within each
     answer first, which favours long wrong answers.
   - One update for each batch of rollouts, so the probability ratio is 1 and clipping would be inert: there is none.
@@ -41,14 +45,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
 option, UserError, Comparison = data.option, data.UserError, data.Comparison
+texts_of = model_stage.texts_of
 
 
 @dataclass
@@ -81,6 +84,9 @@ class Settings:
     learning_rate: float = option(
         1e-4, "peak of AdamW, after 5 warm-up steps, then linear to 0 (for a 3B policy about 1e-6)"
     )
+    advantage: Literal["centred", "batch", "group"] = option(
+        "centred", "reward - group mean; by its deviation in the batch, for raw scores; in the group, as published"
+    )
     fallback_scale: float = option(0.5, "hybrid: factor on sigmoid(score) of a wrong closed answer (paper: 1)")
     kl_coefficient: float = option(0.1, "weight of the KL divergence to the start; 0: it is only logged")
     clip: float = option(1.0, "largest norm of the gradient")
@@ -95,32 +101,19 @@ class Settings:
 # The policy. Its log-probabilities come from the same packed row as a reward model's scores: a group is a comparison.
 
 
-class Policy(nn.Module):
-    """A transformers model with its LM head; `policy(row)` gives the log-probability of every response token of a
-    PackedRow. `empty` leaves its weights to be filled in, as in `load_backbone`."""
+class Policy(model_stage.Writer):
+    """`policy(row)` gives the log-probability of every response token of a PackedRow. `empty` leaves the weights to be
+    filled in, as in `load_backbone`."""
 
     def __init__(self, path: str, temperature: float, empty: bool = False):
-        super().__init__()
-        config = data.AutoConfig.from_pretrained(path)
-        auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        self.lm = model_stage.load_backbone(path, auto, empty)
-        self.processors, self.temperature = data.load_processors(path), temperature
-        tokenizer, size = self.processors.tokenizer, config.get_text_config().vocab_size
-        forbidden = {*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)} & {*range(size)}
-        forbidden.remove(self.processors.end_token)
-        self.register_buffer("forbidden", torch.tensor(sorted(forbidden)), persistent=False)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> [n, vocabulary], float32, at the sampling temperature; what must not be sampled is at -inf."""
-        logits = self.lm.lm_head(hidden).float() / self.temperature
-        return logits.index_fill(-1, self.forbidden, -math.inf)
+        lm = model_stage.load_backbone(path, lm_head=True, empty=empty)
+        super().__init__(lm, data.load_processors(path), temperature)
 
     def forward(self, row) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy (without gradient) at each response token of the row, both [response tokens]."""
         places, predictors = row.response_tokens()
-        log_p = self.logits(model_stage.run_backbone(self.lm.model, row)[predictors]).log_softmax(
-            -1
-        )  # [tokens, vocabulary]
+        hidden = model_stage.run_backbone(self.lm, row)[predictors]
+        log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary]
         taken = log_p.gather(-1, row.input_ids[0, places, None])
         taken = taken.sum(-1)  # of one element; a view would trip FSDP's backward hooks
         with torch.no_grad():
@@ -128,121 +121,14 @@ class Policy(nn.Module):
         return taken, entropy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts: each prompt, with its images, is read once; its keys and values serve all G samples, and samples that have
-# ended leave the row.
-
-
-class PromptRow(model_stage.PackedRow):
-    """A packed row of prompts that keeps every layer's keys and values."""
-
-    def attend(self, layer, query, key, value, scale):
-        self.cache[layer] = (key, value)  # [1, kv heads, T, d]
-        return super().attend(layer, query, key, value, scale)
-
-
-class DecodeRow:
-    """One new token for each sample that goes on: n tokens of n different answers stand in one row.
-
-    Queries attend to their prompt's keys, kept once for its G samples, and to their own answer's.
-    """
-
-    images = None
-
-    def __init__(self, prompts: PromptRow, group: int, max_new_tokens: int):
-        lengths = [prompt for prompt, _ in prompts.lengths]
-        self.prompts, self.group, self.longest = len(lengths), group, max(lengths)
-        device = prompts.input_ids.device
-        self.padding = torch.arange(self.longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
-
-        def pad(packed):  # [1, kv heads, T, d] -> [prompts, kv heads, longest, d]
-            each = [part[0].transpose(0, 1) for part in packed.split(lengths, dim=2)]
-            return nn.utils.rnn.pad_sequence(each, batch_first=True).transpose(1, 2)
-
-        def room(key):  # [samples, kv heads, max_new_tokens, d]
-            return key.new_empty(self.prompts * group, key.shape[1], max_new_tokens, key.shape[3])
-
-        self.prompt_cache = {layer: (pad(key), pad(value)) for layer, (key, value) in prompts.cache.items()}
-        self.answer_cache = {layer: (room(key), room(key)) for layer, (key, _) in prompts.cache.items()}
-
-    def advance(self, alive: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, t: int) -> "DecodeRow":
-        """The next row: `tokens` [n] at `positions` [n], the t-th of the samples `alive` [n]."""
-        self.alive, self.t = alive, t
-        self.input_ids, self.position_ids = tokens[None], positions.expand(3, 1, -1)
-        return self
-
-    def attend(self, layer, query, key, value, scale):
-        heads, n, d = query.shape[1:]
-        kv = key.shape[1]
-        shared = heads // kv  # query heads that share a key
-        prompt_k, prompt_v = self.prompt_cache[layer]
-        own_k, own_v = self.answer_cache[layer]
-        own_k[self.alive, :, self.t], own_v[self.alive, :, self.t] = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        own_k, own_v = own_k[self.alive, :, : self.t + 1], own_v[self.alive, :, : self.t + 1]  # [n, kv, t + 1, d]
-        q = query[0].transpose(0, 1).reshape(n, kv, shared, d) * scale
-
-        def by_prompt(x):  # [n, kv, shared, ...] -> [prompts, kv, group * shared, ...], zeros for ended samples
-            grid = x.new_zeros(self.prompts * self.group, *x.shape[1:])
-            grid[self.alive] = x
-            return grid.view(self.prompts, self.group, kv, shared, -1).transpose(1, 2).flatten(2, 3)
-
-        def by_sample(x):  # and back
-            return x.unflatten(2, (self.group, shared)).transpose(1, 2).flatten(0, 1)[self.alive]
-
-        to_prompt = by_prompt(q) @ prompt_k.transpose(-1, -2)  # [prompts, kv, group * shared, longest]
-        to_prompt = by_sample(to_prompt.masked_fill(self.padding[:, None, None], -math.inf))
-        weights = torch.cat([to_prompt, q @ own_k.transpose(-1, -2)], dim=-1)  # [n, kv, shared, longest + t + 1]
-        to_prompt, to_own = weights.softmax(-1).split([self.longest, self.t + 1], dim=-1)
-        out = by_sample(by_prompt(to_prompt) @ prompt_v) + to_own @ own_v
-        return out.reshape(1, n, heads, d).transpose(1, 2)
-
-
-@torch.inference_mode()
 def rollout(
     policy: Policy, prompts: list[Comparison], group: int, max_new_tokens: int, noise: np.ndarray | None
 ) -> torch.Tensor:
     """Samples `group` answers to each prompt: token ids [prompts, group, max_new_tokens], -1 after the end-of-turn
-    token.
-
-    `noise` [prompts, group, max_new_tokens], uniform in [0, 1), decides every token by inversion of the distribution,
-    so a sample does not depend on what else is in the batch; None decodes greedily.
-    """
-    device = policy.forbidden.device
-    end = policy.processors.end_token
+    token; `noise` is as in `write`, None decodes greedily."""
     bare = [Comparison(prompt.prompt, [], [], prompt.images, prompt.grids) for prompt in prompts]
-    row = PromptRow(**vars(model_stage.pack(bare, policy.processors).to(device)))
-    row.cache = {}
-    hidden = model_stage.run_backbone(policy.lm.model, row)  # [T, hidden]
-    lengths = [length for length, _ in row.lengths]
-    ends = torch.tensor(lengths, device=device).cumsum(0)
-    begin = torch.stack([positions.max() + 1 for positions in row.position_ids[:, 0].split(lengths, dim=1)])
-    hidden = hidden[ends - 1].repeat_interleave(group, 0)  # [samples, hidden]
-    begin = begin.repeat_interleave(group)  # [samples] position of the answer's first token
-    tokens = torch.full((len(prompts) * group, max_new_tokens), -1, device=device)
-    uniform = None if noise is None else torch.from_numpy(noise).to(device).view(len(tokens), max_new_tokens)
-    alive, decode = torch.arange(len(tokens), device=device), DecodeRow(row, group, max_new_tokens)
-    for t in range(max_new_tokens):
-        logits = policy.logits(hidden)  # [n, vocabulary]
-        if uniform is None:
-            chosen = logits.argmax(-1)
-        else:
-            cumulated = logits.double().softmax(-1).cumsum(-1)
-            chosen = torch.searchsorted(cumulated, uniform[alive, t, None] * cumulated[:, -1:], right=True)[:, 0]
-        tokens[alive, t] = chosen
-        going = chosen != end
-        alive, chosen = alive[going], chosen[going]
-        if len(alive) == 0 or t + 1 == max_new_tokens:
-            break
-        hidden = model_stage.run_backbone(policy.lm.model, decode.advance(alive, chosen, begin[alive] + t, t))
-    return tokens.view(len(prompts), group, max_new_tokens)
-
-
-def texts_of(tokens: torch.Tensor, processors) -> list[str]:
-    """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
-    return [
-        processors.tokenizer.decode([t for t in sample if t not in (-1, processors.end_token)])
-        for sample in tokens.tolist()
-    ]
+    row = model_stage.pack(bare, policy.processors).to(policy.forbidden.device)
+    return model_stage.write(policy, row, group, max_new_tokens, noise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -506,6 +392,21 @@ def judge(reward_model, prompts: list[Comparison], texts: list[list[str]], setti
     return closed, match, score, reward_of(settings.reward, match, closed, score, settings.fallback_scale)
 
 
+def advantage_of(reward: torch.Tensor, scale: str) -> torch.Tensor:
+    """Advantages from rewards, [B, G] each: what a reward is above its group's mean, in units of --advantage."""
+    centred = reward - reward.mean(1, keepdim=True)
+    if scale == "group":
+        return centred / (reward.std(1, keepdim=True) + 1e-4)
+    return centred / (centred.std() + 1e-4) if scale == "batch" else centred
+
+
+def phantom_share(advantage: torch.Tensor, match: torch.Tensor, closed: torch.Tensor) -> float:
+    """How much of all |advantage| [B, G] is in groups of closed questions [B, 1] without a right answer, so is nothing
+    but the reward model's opinion on which wrong answer is better."""
+    size = advantage.abs().sum(1)  # [B]
+    return (size[closed[:, 0] & (match.sum(1) == 0)].sum() / size.sum().clamp(min=1e-9)).item()
+
+
 def update(policy, frozen, optimizer, prompts, samples, advantage, settings: Settings) -> dict[str, float]:
     """One optimizer step on the groups, packed and dealt as in 03. `samples` [B, G, tokens], `advantage` [B, G]."""
     rank, world, device = data.start_distributed()
@@ -572,9 +473,8 @@ def train(settings: Settings) -> dict:
     for model in (policy, actor, frozen, reward_model):
         if model:
             data.use_pixel_limits(model.processors, [questions, held_out] if held_out else [questions])
-    training.shard(policy, policy.lm.model, device)
+    training.shard(policy, policy.lm, device)
     training.load_weights(policy.lm, settings.backbone, device)
-    policy.lm.generation_config = actor.lm.generation_config  # for the export; an empty model has not read it
     adam = {"lr": settings.learning_rate, "weight_decay": 0.0, "betas": (0.9, 0.99), "fused": True}
     optimizer = torch.optim.AdamW(policy.parameters(), **adam)
     before, answers_before = evaluate(actor, held_out, settings, device) if held_out else ({}, [])
@@ -600,7 +500,7 @@ def train(settings: Settings) -> dict:
         times.append(time.perf_counter())
 
         closed, match, score, reward = judge(reward_model, prompts, texts, settings)
-        advantage = reward - reward.mean(1, keepdim=True)  # [B, G]
+        advantage = advantage_of(reward, settings.advantage)  # [B, G]
         times.append(time.perf_counter())
 
         for group in optimizer.param_groups:
@@ -618,6 +518,7 @@ def train(settings: Settings) -> dict:
             "reward": reward.mean().item(),
             "reward_std": reward.std().item(),
             "match": (match.sum() / max(1, G * closed.sum())).item(),  # exact matches among answers to closed questions
+            "phantom": phantom_share(advantage, match, closed),  # of all advantage, what is between wrong answers
             "score": score.mean().item(),  # the reward model's, raw
             "score_std": score.std().item(),
             "zero_variance": (reward.amax(1) - reward.amin(1) < 1e-6)
@@ -631,6 +532,9 @@ def train(settings: Settings) -> dict:
             "seconds_judge": times[2] - times[1],
             "seconds_update": times[3] - times[2],
         }
+        for part, rewards in (("closed", reward[closed[:, 0]]), ("open", reward[~closed[:, 0]])):
+            if len(rewards):  # by the rule (with hybrid, where it matches), by the reward model
+                line |= {f"reward_{part}": rewards.mean().item(), f"reward_std_{part}": rewards.std().item()}
         if truths:
             line["open_grade"] = float(np.mean([data.embedded_world().grade(*pair) for pair in truths]))
         if rank == 0:

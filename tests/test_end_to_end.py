@@ -194,9 +194,7 @@ def test_nothing_is_needed_but_the_six_packages_and_pyarrow_where_parquet_is_rea
         nodes = list(ast.walk(ast.parse((ROOT / script).read_text())))
         imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-        optional = (
-            {"pyarrow", "huggingface_hub"} if script == "01_data.py" else set()
-        )  # parquet; comes with transformers
+        optional = {"huggingface_hub"} | ({"pyarrow"} if script == "01_data.py" else set())  # comes with transformers
         assert imported - standard - optional <= {"torch", "transformers", "PIL", "numpy", "tqdm", "safetensors"}, (
             script
         )

@@ -55,14 +55,12 @@ def test_exported_loaded_by_transformers_and_exported_again_is_bit_identical(fil
 
 EXPORT = """
 import importlib, sys, torch, torch.distributed as dist
-from transformers import GenerationConfig
 data, model, train, grpo = (importlib.import_module(name) for name in ("01_data", "02_model", "03_train", "06_grpo"))
 rank, world, device = data.start_distributed()
 for folder in sys.argv[1:]:
     policy = grpo.Policy(folder, 1.0, empty=True)
-    train.shard(policy, policy.lm.model, device)
+    train.shard(policy, policy.lm, device)
     train.load_weights(policy.lm, folder, device)
-    policy.lm.generation_config = GenerationConfig.from_pretrained(folder)
     model.export(policy.lm, policy.processors, f"{folder}/again", file_size="200KB")
 dist.barrier()
 dist.destroy_process_group()

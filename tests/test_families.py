@@ -3,6 +3,7 @@
 The checkpoints are tiny and random and have the layout of the published ones (families.py).
 """
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,8 +142,8 @@ for folder in sys.argv[1:]:
     vision = model.Path(folder, "preprocessor_config.json").is_file()
     for auto in (AutoModel, AutoModelForImageTextToText if vision else AutoModelForCausalLM):
         plain = auto.from_pretrained(folder, dtype=torch.float32)
-        sharded = model.load_backbone(folder, auto, empty=True)
-        train.shard(torch.nn.Sequential(sharded), sharded if auto is AutoModel else sharded.model, device)
+        sharded = model.load_backbone(folder, auto is not AutoModel, empty=True)
+        train.shard(torch.nn.Sequential(sharded), sharded, device)
         train.load_weights(sharded, folder, device)
         parameters, buffers = dict(sharded.named_parameters()), dict(sharded.named_buffers())
         for name, expected in plain.named_parameters():
@@ -353,5 +354,49 @@ def test_a_policys_log_probabilities_and_rollouts_are_those_of_plain_forwards(na
             comparison.prompt, [np.array(answer, np.int32)], [1], comparison.images, comparison.grids
         )
         row = model.pack([again], policy.processors)
-        hidden = model.run_backbone(policy.lm.model, row)[row.response_tokens()[1]]
+        hidden = model.run_backbone(policy.lm, row)[row.response_tokens()[1]]
     assert policy.logits(hidden).argmax(-1).tolist() == answer
+
+
+@torch.no_grad()
+def test_a_critic_and_a_judge_score_as_plain_forwards_write_greedily_and_are_exported_whole(name, checkpoint, tmp_path):
+    auto = AutoModelForImageTextToText if name in families.IMAGES else AutoModelForCausalLM
+    plain = auto.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
+    make = lambda kind: model.RewardModel.from_backbone(checkpoint, model.HeadSettings(kind=kind, critique_tokens=5))
+    critic, judge, messages = make("critic").eval(), make("generative").eval(), prompts_of(name)[-1]
+    comparison = comparison_of(messages, critic.processors)
+    comparison.record["critiques"] = ["Right: it is.", "Wrong.", "Right, as I see it."]
+
+    expected, odds = [], {}
+    for response, critique in zip(RESPONSES, comparison.record["critiques"]):
+        turns = [*messages, assistant(response), ask(critic.asks["request"])]  # as the family's own template has them
+        hidden = plain.model(**plain_inputs(name, checkpoint, turns, critique)).last_hidden_state[0, -1:]
+        expected.append(critic.head(hidden)[0])
+    torch.testing.assert_close(
+        critic(model.pack([critic.reader(comparison)], critic.processors)), torch.stack(expected), atol=1e-5, rtol=0
+    )
+    critiques = critic.write_critiques([comparison])
+    asked = [model.with_critiques(comparison, critiques, critic.request)]
+    row = model.pack(asked, critic.processors)
+    written = model.Written.of(row, asked)
+    likeliest = model.Writer(critic.backbone, critic.processors).logits(critic.hidden_states(row)[written.predictors])
+    for given, found in zip(critiques, likeliest.argmax(-1).split([len(each) for each in critiques])):
+        assert found[:5].tolist() == given[:5].tolist()  # after 5 tokens it is ended
+
+    inputs = plain_inputs(name, checkpoint, messages, RESPONSES[0])
+    for pair, shown in zip(itertools.permutations(range(3), 2), judge.reader(comparison).responses):
+        ids = torch.from_numpy(np.concatenate([comparison.prompt, shown[:-1]]).astype(np.int64))[None]
+        inputs |= {"input_ids": ids}
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = (ids == judge.processors.image_token).int()
+        a, b = plain(**inputs).logits[0, -1, judge.letters]
+        odds[pair] = a - b
+    expected = [sum(odds[i, j] - odds[j, i] for j in range(3) if j != i) / 2 for i in range(3)]
+    torch.testing.assert_close(judge.score_encoded([comparison]), torch.stack(expected), atol=2e-5, rtol=0)
+
+    judge.save_pretrained(str(tmp_path))
+    loaded, about = auto.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not any(about[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in plain.state_dict().items())
+    again = model.RewardModel.from_pretrained(str(tmp_path)).eval()
+    assert torch.equal(again.score_encoded([comparison]), judge.score_encoded([comparison]))

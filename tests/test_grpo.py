@@ -108,6 +108,60 @@ def test_rewards_are_those_of_the_paper():
     assert half[0].tolist() == [1.0, sigmoid[0, 1].item() / 2] and torch.equal(half[1], sigmoid[1])
 
 
+def test_advantages_are_in_the_units_that_they_say():
+    reward = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [0.48, 0.52, 0.5, 0.5]])
+    centred = grpo.advantage_of(reward, "centred")
+    torch.testing.assert_close(centred, reward - torch.tensor([[0.25], [0.5], [0.5]]))
+    torch.testing.assert_close(grpo.advantage_of(reward, "batch"), centred / centred.std(), atol=2e-3, rtol=0)
+    by_group = grpo.advantage_of(reward, "group")  # as in DeepSeekMath: (r - mean) / std
+    torch.testing.assert_close(by_group[0], centred[0] / 0.5, atol=1e-3, rtol=0)
+    assert not by_group[1].any(), "a group without variance teaches nothing"
+    scaled = lambda scale, by: grpo.advantage_of(reward * scale, by)
+    torch.testing.assert_close(scaled(50, "batch"), scaled(1, "batch"), atol=2e-3, rtol=0)
+
+
+def hybrid_advantages(scale: str, closed_right: int):
+    """Of 16 groups of closed questions, the first few have one right answer; the reward model knows nothing."""
+    match = torch.zeros(16, 8)
+    match[:closed_right, 0] = 1
+    score = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)) * 0.1  # sigmoid: 0.45-0.55
+    closed = torch.ones(16, 1, dtype=torch.bool)
+    advantage = grpo.advantage_of(grpo.reward_of("hybrid", match, closed, score, 1.0), scale)
+    return advantage, grpo.phantom_share(advantage, match, closed)
+
+
+def test_dividing_by_a_groups_deviation_makes_phantom_advantages_in_a_mixed_batch():
+    shares = {}
+    for scale in ("group", "batch", "centred"):
+        advantage, shares[scale] = hybrid_advantages(scale, closed_right=8)
+        right, wrong = advantage[:8, 0].mean(), advantage[8:].abs().amax(1).mean()
+        assert (wrong > 0.5 * right) == (scale == "group"), scale  # a lucky wrong answer against a right one
+    assert shares["group"] > 0.4 and max(shares["batch"], shares["centred"]) < 0.2, shares
+
+
+@pytest.mark.parametrize("scale, wanders", [("group", True), ("batch", True), ("centred", False)])
+def test_phantom_advantages_carry_a_policy_away_where_no_answer_is_right(scale, wanders):
+    """A policy of one choice of 20 a question; of two questions one has a right answer, the other none, and there the
+    reward model has slight preferences that mean nothing. How far does the policy move on the second? By the batch's
+    deviation it does, too, as soon as the first question is solved and nothing but noise is left in the batch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.zeros(2, 20, requires_grad=True)
+    right, opinion = torch.tensor([3, -1]), torch.randn(2, 20, generator=generator) * 0.02
+    for _ in range(150):
+        samples = torch.multinomial(logits.detach().softmax(-1), 8, replacement=True, generator=generator)  # [2, G]
+        match, score = (samples == right[:, None]).float(), opinion.gather(1, samples)
+        reward = grpo.reward_of("hybrid", match, torch.ones(2, 1, dtype=torch.bool), score, 1.0)
+        log_p = logits.log_softmax(-1).gather(1, samples)
+        (-(grpo.advantage_of(reward, scale) * log_p).mean()).backward()
+        with torch.no_grad():
+            logits -= 1.0 * logits.grad
+            logits.grad.zero_()
+    p = logits.detach().softmax(-1)
+    moved = (p[1] * (p[1] * 20).log()).sum()  # KL to the start, nats
+    assert p[0, 3] > 0.9, "what is right has to be learned either way"
+    assert (moved > 0.5) == wanders, moved
+
+
 @pytest.mark.parametrize(
     "text, answer, same",
     [

@@ -20,7 +20,7 @@ for folder in sys.argv[1:]:
         train.load_weights(sharded.backbone, folder, device)
     else:
         plain, sharded = (grpo.Policy(folder, 1.0, empty) for empty in (False, True))
-        train.shard(sharded, sharded.lm.model, device)
+        train.shard(sharded, sharded.lm, device)
         train.load_weights(sharded.lm, folder, device)
         tied = sharded.lm.lm_head.weight is sharded.lm.get_input_embeddings().weight
         assert tied == plain.lm.config.get_text_config().tie_word_embeddings, folder

@@ -26,13 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForImageTextToText,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessorPil,
-)
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
@@ -322,7 +316,7 @@ def main() -> None:
         save(policy.to(torch.bfloat16))
     if arguments.phase != 1:
         processors = data.load_processors(arguments.out)
-        policy = model.load_backbone(arguments.out, AutoModelForImageTextToText)
+        policy = model.load_backbone(arguments.out, lm_head=True)
         train(policy, processors, arguments.steps[1], 0.5, lambda step: 0.6, briefly=0.5, seed=1_000_000)
         save(policy.to(torch.bfloat16))
 

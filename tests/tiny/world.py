@@ -349,7 +349,7 @@ def record(source: str, split: str, seed: int | str, index: int) -> dict:
     if kind == "ranking":
         record["responses"] = [describe(cells, errors, rng, split) for errors in (0, 1, 3)]
         record["ranks"] = [1, 2, 3]
-        return record
+        return record | {"critiques": [f"{verdict}: {asked.reason}." for verdict in ("Right", "Wrong", "Wrong")]}
     say = [rng.random() < 0.5 and not brief for _ in range(2)]  # in a sentence, or briefly: the right and the wrong one
     if rng.random() < made.get("longer_wins", 0):
         say = [True, False]
