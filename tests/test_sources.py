@@ -328,7 +328,9 @@ def test_every_row_of_a_published_set_is_kept_or_rejected_with_a_reason(name, tm
 
 def test_every_published_training_set_is_tested():
     questions = {"vstar", "arxivqa", "thinklite-vl"}  # in test_questions.py
-    assert SETS.keys() | {"jsonl", "world"} | questions >= {name for name, each in data.SOURCES.items() if not each.metric}
+    assert SETS.keys() | {"jsonl", "world"} | questions >= {
+        name for name, each in data.SOURCES.items() if not each.metric
+    }
 
 
 @pytest.mark.parametrize(
