@@ -247,7 +247,8 @@ def read_scores(path: str, comparisons) -> list[np.ndarray]:
 def save_scores(path: Path, scores: list[np.ndarray], comparisons, model: str) -> None:
     flat, offsets = data.flatten(scores, np.float32)
     made = {"model": model, "benchmark": str(comparisons.folder), "made": comparisons.info["tokenizer"]}
-    data.write_tensors(path, {"scores": flat, "offsets": offsets}, made)
+    made_of = {"made_of": json.dumps(made)}  # one key: the order of several is not fixed
+    data.write_tensors(path, {"scores": flat, "offsets": offsets}, made_of)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
