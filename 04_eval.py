@@ -38,7 +38,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -252,16 +252,18 @@ def save_scores(path: Path, scores: list[np.ndarray], comparisons, model: str) -
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics.
+# Metrics: numpy in, numbers out, and nothing needed but what stands from here to METRICS. A metric is a function of
+# scores, one array [N] for each comparison, and Items; it returns {row of the table: {"accuracy", "items", and where it
+# has an interval "low", "high"}}. The first row, "overall", is the number that is quoted.
 
 
 @dataclass
 class Items:
     """What the metrics need to know of a benchmark: one entry a comparison."""
 
-    ranks: list[list[int]]
+    ranks: list[list[int]]  # of its responses; 1 is best, equal ranks tie
     categories: list[str]
-    groups: list[str]
+    groups: list[str]  # what goes right and wrong together
     characters: list[list[int]]  # length of each response
     subsets: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # they need not be unique
@@ -269,21 +271,36 @@ class Items:
     @classmethod
     def of(cls, comparisons) -> "Items":
         read = [comparisons[i] for i in range(len(comparisons))]
-        group = lambda i, record: (
-            f"group {record['group']}" if "group" in record else f"comparison {i}"
-        )  # never the id: it need not be unique
+        records = [comparison.record for comparison in read]
         return cls(
-            [c.ranks for c in read],
-            [c.record.get("category", "all") for c in read],
-            [group(i, c.record) for i, c in enumerate(read)],
-            [c.record["characters"] for c in read],
-            [c.record.get("subset", "") for c in read],
-            [str(c.record.get("id", "")) for c in read],
+            [comparison.ranks for comparison in read],
+            [record.get("category", "all") for record in records],
+            [
+                f"group {r['group']}" if "group" in r else f"comparison {i}" for i, r in enumerate(records)
+            ],  # never the id
+            [record["characters"] for record in records],
+            [record.get("subset", "") for record in records],
+            [str(record.get("id", "")) for record in records],
         )
 
 
+def right_pairs(scores: list[np.ndarray], items: Items) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each pair of responses of which one is ranked better, [pairs] each: whether that one scores higher, the pair's
+    category, and a number for its group. A tie is wrong, and so is a score of nan."""
+    right, of = [], []
+    for i, (score, ranks) in enumerate(zip(scores, items.ranks)):
+        better, worse = np.nonzero(np.less.outer(ranks, ranks))
+        right += (score[better] > score[worse]).tolist()
+        of += [i] * len(better)
+    _, groups = np.unique(items.groups, return_inverse=True)
+    return np.array(right, bool), np.array(items.categories)[of], groups[of]
+
+
 def wilson(share: float, n: float) -> tuple[float, float]:
-    """95% interval of a share of n independent items (Wilson 1927)."""
+    """95% interval of a share p of n independent items (Wilson 1927), z = 1.96:
+
+    (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+    """
     if n == 0:
         return 0.0, 1.0
     z2 = 1.959964**2
@@ -291,31 +308,41 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     return float(max(0, (centre - half) / (1 + z2 / n))), float(min(1, (centre + half) / (1 + z2 / n)))
 
 
-def accuracy(right: np.ndarray, total: np.ndarray) -> dict:
-    """Accuracy of groups with `right` of `total` pairs each [groups], and its interval.
-
-    The pairs of a group are not independent. Their number is divided by the design effect, the variance of the accuracy
-    over groups relative to that of independent pairs, within [groups, pairs].
-    """
-    pairs, groups = int(total.sum()), len(total)
-    share = float(right.sum() / pairs) if pairs else float("nan")
-    variance = ((right - share * total) ** 2).sum() / pairs**2 * groups / max(1, groups - 1) if pairs else 0
-    independent = np.clip(share * (1 - share) / variance, groups, pairs) if variance > 0 else groups
+def row(share: float, items: int, independent: float) -> dict:
+    """A share of so many items, with the interval of so many independent ones."""
     low, high = wilson(share, independent)
-    return {"accuracy": share, "low": low, "high": high, "items": pairs}
+    return {"accuracy": share, "low": low, "high": high, "items": items}
 
 
-def acc_plus(right: np.ndarray, total: np.ndarray) -> dict:
-    """The share of groups with every pair right, [groups] each, and its interval."""
-    share = float((right == total).mean()) if len(total) else float("nan")
-    low, high = wilson(share, len(total))
-    return {"accuracy": share, "low": low, "high": high, "items": len(total)}
+def accuracy(right: np.ndarray, groups: np.ndarray) -> dict:
+    """The share of right pairs, both [pairs], and its interval.
+
+    The pairs of a group are not independent. Wilson's n is their number divided by the design effect (Kish, Survey
+    Sampling, 1965), how much more the share p varies over the G groups than over as many independent pairs:
+
+    n = p (1 - p) / v, within [G, pairs];  v = G / (G - 1) sum over groups (right in it - p pairs in it)^2 / pairs^2
+    """
+    if not len(right):
+        return row(float("nan"), 0, 0)
+    _, group = np.unique(groups, return_inverse=True)
+    right_in, pairs_in = np.bincount(group, right), np.bincount(group)  # [groups]
+    pairs, G, share = len(right), len(pairs_in), float(right.mean())
+    v = ((right_in - share * pairs_in) ** 2).sum() / pairs**2 * G / max(1, G - 1)
+    return row(share, pairs, np.clip(share * (1 - share) / v, G, pairs) if v > 0 else G)
+
+
+def acc_plus(right: np.ndarray, groups: np.ndarray) -> dict:
+    """The share of groups with every pair right, and its interval; both [pairs]."""
+    _, group = np.unique(groups, return_inverse=True)
+    all_right = np.bincount(group, ~right) == 0  # [groups]
+    return row(float(all_right.mean()) if len(all_right) else float("nan"), len(all_right), len(all_right))
 
 
 def mean_of(rows: list[dict], weights: list[float] | None = None) -> dict:
-    """The weighted mean of accuracies of different items; `items` is how many.
+    """The weighted mean m of accuracies a of different items; `items` is how many.
 
-    Its interval, if all have one, is put together from theirs (Zou & Donner, Statistics in Medicine 2008).
+    Its interval, if all have one, is put together from theirs (Zou & Donner, Statistics in Medicine 2008), with weights
+    w that sum to 1: low = m - sqrt(sum (w (a - low))^2), and high likewise.
     """
     accuracies = np.array([row["accuracy"] for row in rows])
     weights = np.ones(len(rows)) if weights is None else np.array(weights, float)
@@ -327,56 +354,32 @@ def mean_of(rows: list[dict], weights: list[float] | None = None) -> dict:
     return mean
 
 
-def count_pairs(scores: list[np.ndarray], items: Items) -> tuple[np.ndarray, np.ndarray]:
-    """Right pairs and all pairs of every comparison, [comparisons] each; a tie is wrong, and so is a score of nan."""
-    right, total = [], []
-    for score, ranks in zip(scores, items.ranks):
-        ranks = np.asarray(ranks)
-        is_better = ranks[:, None] < ranks[None, :]
-        right.append(int((is_better & (score[:, None] > score[None, :])).sum()))
-        total.append(int(is_better.sum()))
-    return np.array(right), np.array(total)
-
-
-def by_group(right: np.ndarray, total: np.ndarray, groups: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """From right and all pairs of every comparison to those of every group, [groups] each."""
-    _, group = np.unique(groups, return_inverse=True)
-    return np.bincount(group, right), np.bincount(group, total)
-
-
-def by_category(
-    right, total, categories: list[str], groups: list[str], measure: Callable = accuracy
-) -> dict[str, dict]:
-    """{category: accuracy (or acc_plus) of its pairs}, in the order of the names."""
-    categories, groups = np.array(categories), np.array(groups)
-    parts = {name: categories == name for name in sorted(set(categories.tolist()))}
-    return {name: measure(*by_group(right[part], total[part], groups[part])) for name, part in parts.items()}
+def by_category(right: np.ndarray, categories: np.ndarray, groups: np.ndarray, measure: Callable = accuracy) -> dict:
+    """{category: accuracy (or acc_plus) of its pairs}, in the order of the names; all [pairs]."""
+    parts = {name: categories == name for name in np.unique(categories).tolist()}
+    return {name: measure(right[part], groups[part]) for name, part in parts.items()}
 
 
 def metrics(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
-    """{"overall", "macro", "Acc+", and each category: {"accuracy", "low", "high", "items"}}; ties count as wrong."""
-    right, total = count_pairs(scores, items)
-    categories = by_category(right, total, items.categories, items.groups)
+    """What has no official metric: accuracy over all pairs, its mean over the categories, Acc+, and each category."""
+    right, categories, groups = right_pairs(scores, items)
+    each = by_category(right, categories, groups)
     return {
-        "overall": accuracy(*by_group(right, total, items.groups)),
-        "macro": mean_of(list(categories.values())),
-        "Acc+": acc_plus(*by_group(right, total, items.groups)),
-        **categories,
+        "overall": accuracy(right, groups),
+        "macro": mean_of([*each.values()]),
+        "Acc+": acc_plus(right, groups),
+        **each,
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The official metrics of published benchmarks: (scores, items) -> {row of the table: {"accuracy", "items", and where it
-# has an interval, "low", "high"}}. The first row, "overall", is the number that is quoted. A section or domain without
-# items is left out of the means.
+# The official metrics of published benchmarks. A section or domain without items is left out of the means.
 
 
 def overall_and_categories(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
     """Multimodal RewardBench (github.com/facebookresearch/multimodal_rewardbench, 2_get_accuracy.py) and LLMBar
     (arXiv 2310.07641): accuracy over all pairs and of each category."""
-    right, total = count_pairs(scores, items)
-    overall = accuracy(*by_group(right, total, items.groups))
-    return {"overall": overall, **by_category(right, total, items.categories, items.groups)}
+    right, categories, groups = right_pairs(scores, items)
+    return {"overall": accuracy(right, groups), **by_category(right, categories, groups)}
 
 
 def vl_rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
@@ -393,64 +396,35 @@ def vl_rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
             return "reasoning"
         return "hallucination" if "hallucination" in id or "rlhf" in id or "rlaif" in id else "general"
 
-    right, total = count_pairs(scores, items)
-    official = by_category(right, total, items.categories, items.groups)
-    paper = by_category(right, total, [group_in_the_paper(id) for id in items.ids], items.groups)
-    rows = {"overall": accuracy(*by_group(right, total, items.groups)), "macro": mean_of(list(official.values()))}
-    rows |= official | {"macro, as BaseReward groups": mean_of(list(paper.values()))}
-    return rows | {f"{name}, as BaseReward groups": row for name, row in paper.items()}
+    official = metrics(scores, items)
+    paper = metrics(scores, replace(items, categories=[group_in_the_paper(id) for id in items.ids]))
+    del official["Acc+"], paper["Acc+"], paper["overall"]
+    return official | {f"{name}, as BaseReward groups": row for name, row in paper.items()}
 
 
 def mm_rlhf_rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
     """MM-RLHF-RewardBench (github.com/yfzhang114/r1_reward, MM-RLHF-Reward/get_acc.py): Acc, the share of right pairs,
     and Acc+, the share of ids with every pair right, of all and of each category."""
-    right, total = count_pairs(scores, items)
-    rows = {
-        "overall": accuracy(*by_group(right, total, items.groups)),
-        "Acc+": acc_plus(*by_group(right, total, items.groups)),
-    }
-    plus = by_category(right, total, items.categories, items.groups, acc_plus)
-    for name, row in by_category(right, total, items.categories, items.groups).items():
-        rows |= {name: row, f"{name}, Acc+": plus[name]}
-    return rows
+    right, categories, groups = right_pairs(scores, items)
+    rows, plus = {}, by_category(right, categories, groups, acc_plus)
+    for name, of_category in by_category(right, categories, groups).items():
+        rows |= {name: of_category, f"{name}, Acc+": plus[name]}
+    return {"overall": accuracy(right, groups), "Acc+": acc_plus(right, groups), **rows}
 
 
+# fmt: off
 REWARDBENCH = {  # sections, their subsets and what those weigh: their pairs, but for math-prm, which has 447
-    "Chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
-    },
-    "Chat Hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
-    },
-    "Safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
-        "donotanswer": 136,
-    },
-    "Reasoning": {
-        "math-prm": 984,  # as much as the code subsets together
-        "hep-cpp": 164,
-        "hep-go": 164,
-        "hep-java": 164,
-        "hep-js": 164,
-        "hep-python": 164,
-        "hep-rust": 164,
-    },
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
+             "mt-bench-easy": 28, "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100,
+               "xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984,  # as much as the code subsets together
+                  "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164},
 }
-REWARDBENCH_CODE = REWARDBENCH | {
-    "Safety": REWARDBENCH["Safety"] | {"xstest-should-refuse": 250, "xstest-should-respond": 154}
-}
+# fmt: on
+XSTEST_IN_THE_CODE = {"xstest-should-refuse": 250, "xstest-should-respond": 154}
 PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
 
 
@@ -461,21 +435,20 @@ def rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
     The paper weighs a section's subsets by their pairs. The code (rewardbench/constants.py) has the numbers of two
     subsets of Safety interchanged; what comes of that has its own rows, for comparing with numbers made by the code.
     """
-    subsets = by_category(*count_pairs(scores, items), items.categories, items.groups)
+    subsets = by_category(*right_pairs(scores, items))
     prior = [subsets[name] for name in PRIOR_SETS if name in subsets]
 
     def sections(weights: dict[str, dict[str, int]]) -> dict[str, dict]:
         rows = {}
         for section, parts in weights.items():
-            there = [name for name in parts if name in subsets]
-            if there:
+            if there := [name for name in parts if name in subsets]:
                 rows[section] = mean_of([subsets[name] for name in there], [parts[name] for name in there])
         if prior:
             rows["Prior Sets"] = mean_of(prior)
-        overall = mean_of(list(rows.values()), [0.5 if name == "Prior Sets" else 1.0 for name in rows])
+        overall = mean_of([*rows.values()], [0.5 if name == "Prior Sets" else 1.0 for name in rows])
         return {"overall": overall, **rows}
 
-    code = sections(REWARDBENCH_CODE)
+    code = sections(REWARDBENCH | {"Safety": REWARDBENCH["Safety"] | XSTEST_IN_THE_CODE})
     as_code = {f"{name}, as the code weighs": code[name] for name in ("overall", "Safety") if name in code}
     return sections(REWARDBENCH) | as_code | subsets
 
@@ -524,10 +497,8 @@ def rewardbench_2(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
         if name == "Ties":
             rows[name] = {"accuracy": ties_score(chosen, ranks, [items.ids[i] for i in places]), "items": len(places)}
         else:
-            share = float(np.mean([best_of(*each) for each in zip(chosen, ranks)]))
-            low, high = wilson(share, len(places))
-            rows[name] = {"accuracy": share, "low": low, "high": high, "items": len(places)}
-    return {"overall": mean_of(list(rows.values())), **rows}
+            rows[name] = row(float(np.mean([best_of(*each) for each in zip(chosen, ranks)])), len(places), len(places))
+    return {"overall": mean_of([*rows.values()]), **rows}
 
 
 def rm_bench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
@@ -537,17 +508,16 @@ def rm_bench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
     means over the domains.
     """
     right = np.array([s[np.array(r) == 1][:, None] > s[np.array(r) == 2] for s, r in zip(scores, items.ranks)])
-    ones, domains = np.ones((3, 3), bool), np.array(items.categories)  # right: [prompts, chosen, rejected]
-    cells = {"easy": np.tril(ones, -1), "normal": np.eye(3, dtype=bool), "hard": np.triu(ones, 1)}
+    all_cells, domains = np.ones((3, 3), bool), np.array(items.categories)  # right: [prompts, chosen, rejected]
+    levels = {"easy": np.tril(all_cells, -1), "normal": np.eye(3, dtype=bool), "hard": np.triu(all_cells, 1)}
 
-    def row(domain: str, cells: np.ndarray) -> dict:
-        pairs = right[domains == domain][:, cells]  # [prompts, cells]
-        return accuracy(pairs.sum(1), np.full(len(pairs), cells.sum()))
+    def of_domain(name: str, cells: np.ndarray) -> dict:
+        pairs = right[domains == name][:, cells]  # [prompts, cells]
+        return accuracy(pairs.flatten(), np.arange(len(pairs)).repeat(cells.sum()))
 
-    names = sorted(set(items.categories))
-    rows = {name: row(name, ones) for name in names}
-    levels = {level: mean_of([row(name, where) for name in names]) for level, where in cells.items()}
-    return {"overall": mean_of(list(rows.values())), **levels, **rows}
+    rows = {name: of_domain(name, all_cells) for name in sorted(set(items.categories))}
+    over_domains = {level: mean_of([of_domain(name, cells) for name in rows]) for level, cells in levels.items()}
+    return {"overall": mean_of([*rows.values()]), **over_domains, **rows}
 
 
 def judgebench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
@@ -556,7 +526,7 @@ def judgebench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
     The paper's tables are of GPT-4o's 350 pairs; where the others are there too, each model's have a row. Two equal
     scores, which that code counts as "B>A", are wrong here, so that no position decides.
     """
-    models = by_category(*count_pairs(scores, items), items.subsets, items.groups)
+    models = by_category(*right_pairs(scores, replace(items, categories=items.subsets)))
     return overall_and_categories(scores, items) | (models if len(models) > 1 else {})
 
 
