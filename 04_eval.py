@@ -33,9 +33,9 @@ import base64
 import importlib
 import io
 import json
-import os
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -58,9 +58,7 @@ DEFAULT_BENCHMARKS = ["artifacts/data/new_scenes", "artifacts/data/unseen_combin
 
 @dataclass
 class Settings:
-    model: list[str] = option(
-        [], "reward model to score with, repeatable: several are put side by side; none: artifacts/reward"
-    )
+    model: list[str] = option([], "reward model to score with, repeatable, then side by side; none: artifacts/reward")
     benchmark: list[str] = option([], "prepared comparisons to score, repeatable; none: the embedded held-out sets")
     scores_from: str = option(
         "", "another system's scores instead of a model: one JSON list of N numbers a line, in the benchmark's order"
@@ -71,9 +69,7 @@ class Settings:
         "instead of benchmarks a JSONL file, lines with prompt, images if any, and responses or chosen and rejected; "
         "out come the same lines with their scores, or the error that kept one from being scored",
     )
-    out: str = option(
-        "artifacts/scores", "folder that receives <model>/<benchmark>.safetensors and <model>/summary.json"
-    )
+    out: str = option("artifacts/scores", "folder that receives one folder for each model, or system")
     micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens of the packed row")
 
 
@@ -103,18 +99,19 @@ def score_comparisons(model, comparisons, device: torch.device, micro_tokens: in
     data.use_pixel_limits(model.processors, [comparisons])
     tokens, patches = comparisons.sizes()
     if model.processors.image is None and patches.any():
-        raise UserError(
-            f"{comparisons.folder}: {int((patches > 0).sum())} comparisons have images, and the model is text-only"
-        )
+        raise UserError(f"{comparisons.folder}: {(patches > 0).sum()} comparisons have images, the model is text-only")
     batches = training.plan([list(range(len(comparisons)))], tokens, patches, micro_tokens, rank, world)
-    counts = comparisons.response_counts()
-    starts = np.cumsum([0, *counts])
+    starts = np.cumsum([0, *comparisons.response_counts()])
     flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)
-    for batch in tqdm(batches, desc=comparisons.info["name"], unit=" batch", disable=rank > 0, mininterval=1):
-        if batch.comparisons:
-            where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.comparisons])
-            scores = model.score_encoded([comparisons[i] for i in batch.comparisons], micro_tokens)
-            flat[torch.from_numpy(where).to(device)] = scores.double()
+    work = sum(sum(batch.costs) for batch in batches)  # of all ranks; a batch's tokens are what it takes time by
+    shown = {"desc": comparisons.info["name"], "unit": " tokens", "unit_scale": True, "mininterval": 1}
+    with tqdm(total=work, disable=rank > 0, **shown) as progress:
+        for batch in batches:
+            if batch.comparisons:
+                where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.comparisons])
+                scores = model.score_encoded([comparisons[i] for i in batch.comparisons], micro_tokens)
+                flat[torch.from_numpy(where).to(device)] = scores.double()
+            progress.update(sum(batch.costs))
     dist.all_reduce(flat)  # every score was written by one rank and is zero on the others
     return np.split(flat.cpu().numpy(), starts[1:-1])
 
@@ -140,115 +137,37 @@ def cost_of(model, comparisons: int, seconds: float, device: torch.device) -> di
     return dict(zip(("read", "written", "patches", "GFLOP", "seconds"), (spent / comparisons).tolist()))
 
 
-def to_score(record: dict) -> tuple[list, list[str], list]:
-    """Prompt, responses and images of a record in the JSON form of 01, which here needs no ranks. Raises Unusable."""
-    named = {key: record[key] for key in ("chosen", "rejected") if key in record}
-    if isinstance(record.get("responses"), list):
-        named = {f"responses[{i}]": response for i, response in enumerate(record["responses"])}
-    elif len(named) < 2:
-        raise data.Unusable("missing field: responses, or chosen and rejected")
-    if "prompt" not in record:
-        raise data.Unusable("missing field: prompt")
-    images = record.get("images") or []
-    if not isinstance(images, list):
-        raise data.Unusable("images: not a list")
-    return record["prompt"], [data.text_of(response, name) for name, response in named.items()], images
-
-
-def scored_lines(model, lines: Iterable[bytes], folder: Path, micro_tokens: int) -> Iterator[dict]:
-    """The records of JSONL lines, in order, each with `scores`, one for each of `responses` or for chosen and rejected,
-    or with `error`, why it has none. Image paths are relative to `folder`. As many lines are held as make some rows."""
-    waiting, tokens = [], 0  # [(record, comparison, or None where there is an error)]
-
-    def scored() -> Iterator[dict]:
-        comparisons = [comparison for _, comparison in waiting if comparison is not None]
-        scores = iter(model.score_encoded(comparisons, micro_tokens).tolist())
-        for record, comparison in waiting:
-            yield record if comparison is None else record | {"scores": list(islice(scores, len(comparison.responses)))}
-
-    for line in lines:
-        record, comparison = {"line": line.decode(errors="replace")}, None
-        try:
-            record = data.read_json(line)
-            record = {key: value for key, value in record.items() if key not in ("scores", "error")}
-            comparison = model.encode(*to_score(record), folder)
-            tokens += comparison.length
-        except data.Unusable as error:
-            record["error"] = str(error)
-        waiting.append((record, comparison))
-        if tokens >= 4 * micro_tokens or len(waiting) == 1000:
-            yield from scored()
-            waiting, tokens = [], 0
-    yield from scored()
-
-
-def score_file(settings: Settings) -> None:
-    """Scores a JSONL file; every rank takes every world-th line, and rank 0 puts the lines together in their order."""
-    rank, world, device = data.start_distributed()
-    source = Path(settings.score)
-    if settings.benchmark or settings.scores_from:
-        raise UserError("--score: instead of --benchmark and --scores_from, not beside them")
-    if not source.is_file():
-        raise UserError(f"--score {source}: no such file")
-    (name, folder), *others = models_of(settings).items()
-    if others:
-        raise UserError("--score takes one --model")
-    model = model_stage.place(model_stage.load_reward(folder, settings.text_model), device)
-    out = Path(settings.out, name, source.name)
-    parts = [out.with_name(f".{out.name}.{each}.tmp") for each in range(world)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    counts = torch.zeros(2, dtype=torch.long)  # lines, and those without scores
-    with open(source, "rb") as lines, open(parts[rank], "w") as part:
-        mine = tqdm(islice(lines, rank, None, world), unit=" lines", disable=rank > 0, mininterval=1)
-        for record in scored_lines(model, mine, source.parent, settings.micro_tokens):
-            part.write(json.dumps(record) + "\n")
-            counts += torch.tensor([1, "error" in record])
-    dist.all_reduce(counts)  # so all have written
-    if rank == 0:
-        with ExitStack() as stack:
-            whole = stack.enter_context(open(out.with_name(f".{out.name}.tmp"), "w"))
-            dealt = [stack.enter_context(open(part)) for part in parts]
-            for together in zip_longest(*dealt, fillvalue=""):  # the i-th line of every rank
-                whole.writelines(together)
-        os.replace(whole.name, out)
-        for part in parts:
-            part.unlink()
-        print(f"{out}: {counts[0]} lines, {counts[1]} of them without scores but with the reason as `error`")
-
-
 def read_scores(path: str, comparisons) -> list[np.ndarray]:
     """Another system's scores: one JSON list of N numbers a line. Raises UserError with the line that does not fit."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--scores_from {path}: {getattr(error, 'strerror', None) or error}") from None
-    counts = comparisons.response_counts()
+    counts, scores = comparisons.response_counts(), []
     if len(lines) != len(counts):
         raise UserError(
             f"--scores_from {path}: {len(lines)} lines, but {comparisons.folder} has {len(counts)} comparisons "
             f"(and {comparisons.info['rejected']} rejected lines, which need none)"
         )
-    scores = []
+    largest = np.finfo(np.float32).max  # they are saved as float32
     for number, (line, count) in enumerate(zip(lines, counts), 1):
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
             values = None
-        largest = np.finfo(np.float32).max  # they are saved as float32
         are_numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) <= largest for v in values)
         if not are_numbers or len(values) != count:
-            raise UserError(
-                f"--scores_from {path}, line {number}: not a JSON list of {count} finite numbers: {line[:60]!r}"
-            )
+            what = f"not a JSON list of {count} finite numbers: {line[:60]!r}"
+            raise UserError(f"--scores_from {path}, line {number}: {what}")
         scores.append(np.array(values, float))
     return scores
 
 
 def save_scores(path: Path, scores: list[np.ndarray], comparisons, model: str) -> None:
     flat, offsets = data.flatten(scores, np.float32)
-    made = {"model": model, "benchmark": str(comparisons.folder), "made": comparisons.info["tokenizer"]}
-    made_of = {"made_of": json.dumps(made)}  # one key: the order of several is not fixed
-    data.write_tensors(path, {"scores": flat, "offsets": offsets}, made_of)
+    made_of = {"model": model, "benchmark": str(comparisons.folder), "made": comparisons.info["tokenizer"]}
+    # One key of metadata: the order of several is not fixed.
+    data.write_tensors(path, {"scores": flat, "offsets": offsets}, {"made_of": json.dumps(made_of)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +182,7 @@ class Items:
 
     ranks: list[list[int]]  # of its responses; 1 is best, equal ranks tie
     categories: list[str]
-    groups: list[str]  # what goes right and wrong together
+    groups: list[str]  # what goes right and wrong together, like questions about one picture
     characters: list[list[int]]  # length of each response
     subsets: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # they need not be unique
@@ -273,14 +192,12 @@ class Items:
         read = [comparisons[i] for i in range(len(comparisons))]
         records = [comparison.record for comparison in read]
         return cls(
-            [comparison.ranks for comparison in read],
-            [record.get("category", "all") for record in records],
-            [
-                f"group {r['group']}" if "group" in r else f"comparison {i}" for i, r in enumerate(records)
-            ],  # never the id
-            [record["characters"] for record in records],
-            [record.get("subset", "") for record in records],
-            [str(record.get("id", "")) for record in records],
+            ranks=[comparison.ranks for comparison in read],
+            categories=[record.get("category", "all") for record in records],
+            groups=[f"group {r['group']}" if "group" in r else f"comparison {i}" for i, r in enumerate(records)],
+            characters=[record["characters"] for record in records],
+            subsets=[record.get("subset", "") for record in records],
+            ids=[str(record.get("id", "")) for record in records],
         )
 
 
@@ -465,26 +382,21 @@ def ties_score(scores: list[np.ndarray], ranks: list[list[int]], ids: list[str])
     Each question is there twice, as "tied:7", where many responses are right, and as "ref:7", where one is.
     """
 
-    def mean(values) -> float:
-        return float(np.mean(values)) if len(values) else 0.0
-
-    gap, spread = {}, {}  # worst right - best wrong; best right - worst right
+    mean = lambda values: float(np.mean(values)) if len(values) else 0.0
+    found = defaultdict(dict)  # {"tied" or "ref": {number: (worst right - best wrong, best right - worst right)}}
     for score, rank, id in zip(scores, ranks, ids):
+        kind, _, number = id.partition(":")
         right, wrong = score[np.array(rank) == 1], score[np.array(rank) != 1]
-        gap[id], spread[id] = right.min() - wrong.max(), right.max() - right.min()
-    both = [id.split(":")[1] for id in gap if id.startswith("tied:") and id.replace("tied", "ref") in gap]
-    tied = np.array([gap[f"tied:{n}"] for n in both])
-    smaller = np.minimum(tied, [gap[f"ref:{n}"] for n in both])
-    width = np.array([spread[f"tied:{n}"] for n in both])
+        found[kind][number] = right.min() - wrong.max(), right.max() - right.min()
+    tied, ref = found["tied"], found["ref"]
+    both = [number for number in tied if number in ref]
+    gap, width = (np.array([tied[number][i] for number in both]) for i in (0, 1))
+    smaller = np.minimum(gap, [ref[number][0] for number in both])
     with np.errstate(divide="ignore", invalid="ignore"):
         margin = np.nan_to_num(np.tanh(smaller / width - 1), nan=0.0)
-    return (
-        0.30 * mean([value > 0 for id, value in gap.items() if id.startswith("tied:")])
-        + 0.30 * mean([value > 0 for id, value in gap.items() if id.startswith("ref:")])
-        + 0.20 * mean(tied > width)
-        + 0.20 * mean(smaller > width)
-        + 0.01 * mean(margin)
-    )
+    above = [mean([gap > 0 for gap, _ in questions.values()]) for questions in (tied, ref)]
+    close = [mean(gap > width), mean(smaller > width)]
+    return 0.30 * above[0] + 0.30 * above[1] + 0.20 * close[0] + 0.20 * close[1] + 0.01 * mean(margin)
 
 
 def rewardbench_2(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
@@ -545,13 +457,11 @@ METRICS: dict[str, Callable[[list[np.ndarray], Items], dict[str, dict]]] = {
 
 def baselines(items: Items, measure: Callable = metrics, draws: int = 200) -> dict[str, dict]:
     """What stands beside every model: 'longer wins' and 'random'."""
-    rng = np.random.default_rng(0)
+    rng, longer = np.random.default_rng(0), [np.array(lengths, float) for lengths in items.characters]
     drawn = [measure([rng.random(len(ranks)) for ranks in items.ranks], items) for _ in range(draws)]
-    random = {
-        name: {"accuracy": float(np.mean([each[name]["accuracy"] for each in drawn])), "items": drawn[0][name]["items"]}
-        for name in drawn[0]
-    }
-    return {"longer wins": measure([np.array(lengths, float) for lengths in items.characters], items), "random": random}
+    mean = {name: float(np.mean([each[name]["accuracy"] for each in drawn])) for name in drawn[0]}
+    random = {name: {"accuracy": mean[name], "items": row["items"]} for name, row in drawn[0].items()}
+    return {"longer wins": measure(longer, items), "random": random}
 
 
 def benchmark_title(comparisons) -> str:
@@ -623,9 +533,8 @@ def warn_of_overlap(name: str, model, comparisons) -> None:
         return
     for what, count in shared.items():
         if count:
-            print(
-                f"{name}: {count} of {len(comparisons)} in {comparisons.folder} share a {what} with {', '.join(there)}"
-            )
+            of = f"{count} of {len(comparisons)} in {comparisons.folder}"
+            print(f"{name}: {of} share a {what} with {', '.join(there)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -800,15 +709,95 @@ def evaluate(name: str, path: str, folders: list[str], settings: Settings, devic
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# --score: a file of one's own instead of benchmarks, line by line.
+
+
+def to_score(record: dict) -> tuple[list, list[str], list]:
+    """Prompt, responses and images of a record in the JSON form of 01, which here needs no ranks. Raises Unusable."""
+    named = {key: record[key] for key in ("chosen", "rejected") if key in record}
+    if isinstance(record.get("responses"), list):
+        named = {f"responses[{i}]": response for i, response in enumerate(record["responses"])}
+    elif len(named) < 2:
+        raise data.Unusable("missing field: responses, or chosen and rejected")
+    if "prompt" not in record:
+        raise data.Unusable("missing field: prompt")
+    images = record.get("images") or []
+    if not isinstance(images, list):
+        raise data.Unusable("images: not a list")
+    return record["prompt"], [data.text_of(response, name) for name, response in named.items()], images
+
+
+def scored_lines(model, lines: Iterable[bytes], folder: Path, micro_tokens: int) -> Iterator[dict]:
+    """The records of JSONL lines, in order, each with `scores`, one for each of `responses` or for chosen and rejected,
+    or with `error`, why it has none. Image paths are relative to `folder`. As many lines are held as make some rows."""
+    waiting, tokens = [], 0  # [(record, comparison, or None where there is an error)]
+
+    def scored() -> Iterator[dict]:
+        comparisons = [comparison for _, comparison in waiting if comparison is not None]
+        scores = iter(model.score_encoded(comparisons, micro_tokens).tolist())
+        for record, comparison in waiting:
+            yield record if comparison is None else record | {"scores": list(islice(scores, len(comparison.responses)))}
+
+    for line in lines:
+        record, comparison = {"line": line.decode(errors="replace")}, None
+        try:
+            record = data.read_json(line)
+            record = {key: value for key, value in record.items() if key not in ("scores", "error")}
+            comparison = model.encode(*to_score(record), folder)
+            tokens += comparison.length
+        except data.Unusable as error:
+            record["error"] = str(error)
+        waiting.append((record, comparison))
+        if tokens >= 4 * micro_tokens or len(waiting) == 1000:
+            yield from scored()
+            waiting, tokens = [], 0
+    yield from scored()
+
+
+def score_file(settings: Settings) -> None:
+    """Scores a JSONL file; every rank takes every world-th line, and rank 0 puts the lines together in their order."""
+    rank, world, device = data.start_distributed()
+    source = Path(settings.score)
+    if settings.benchmark or settings.scores_from:
+        raise UserError("--score: instead of --benchmark and --scores_from, not beside them")
+    if not source.is_file():
+        raise UserError(f"--score {source}: no such file")
+    (name, folder), *others = models_of(settings).items()
+    if others:
+        raise UserError("--score takes one --model")
+    model = model_stage.place(model_stage.load_reward(folder, settings.text_model), device)
+    out = Path(settings.out, name, source.name)
+    parts = [out.with_name(f".{out.name}.{each}.tmp") for each in range(world)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    counts = torch.zeros(2, dtype=torch.long)  # lines, and those without scores
+    with open(source, "rb") as lines, open(parts[rank], "w") as part:
+        mine = tqdm(islice(lines, rank, None, world), unit=" lines", disable=rank > 0, mininterval=1)
+        for record in scored_lines(model, mine, source.parent, settings.micro_tokens):
+            part.write(json.dumps(record) + "\n")
+            counts += torch.tensor([1, "error" in record])
+    dist.all_reduce(counts)  # so all have written
+    if rank == 0:
+        with data.in_place_of(out) as temporary, open(temporary, "w") as whole, ExitStack() as stack:
+            dealt = [stack.enter_context(open(part)) for part in parts]
+            for together in zip_longest(*dealt, fillvalue=""):  # the i-th line of every rank
+                whole.writelines(together)
+        for part in parts:
+            part.unlink()
+        print(f"{out}: {counts[0]} lines, {counts[1]} of them without scores but with the reason as `error`")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All that this stage does.
+
+
 def main(settings: Settings) -> None:
     if settings.score:
         return score_file(settings)
     rank, _, device = data.start_distributed()
     if settings.scores_from:
         if len(settings.benchmark) != 1 or settings.model:
-            raise UserError(
-                "--scores_from takes the place of --model and needs one --benchmark, whose scores these are"
-            )
+            raise UserError("--scores_from: in place of --model, and with one --benchmark, whose scores these are")
         systems = {Path(settings.scores_from).stem: ""}
     else:
         systems = models_of(settings)
