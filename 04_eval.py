@@ -37,10 +37,10 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from html import escape
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -379,9 +379,9 @@ def best_of(score: np.ndarray, ranks: list[int]) -> float:
 def ties_score(scores: list[np.ndarray], ranks: list[list[int]], ids: list[str]) -> float:
     """The subset Ties of RewardBench 2: the right responses should lie above the wrong ones, and close together.
 
-    Each question is there twice, as "tied:7", where many responses are right, and as "ref:7", where one is.
+    Each question is there twice, as "tied:7", where many responses are right, and as "ref:7", where one is. Of the
+    former, the gap from the worst right to the best wrong one is to be wider than the right ones' spread.
     """
-
     mean = lambda values: float(np.mean(values)) if len(values) else 0.0
     found = defaultdict(dict)  # {"tied" or "ref": {number: (worst right - best wrong, best right - worst right)}}
     for score, rank, id in zip(scores, ranks, ids):
@@ -549,10 +549,10 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; p
 .bar b { position: absolute; top: 35%; height: 30%; border: solid currentColor; border-width: 0 1px; opacity: .7;
          background: linear-gradient(currentColor, currentColor) center / 100% 1px no-repeat }
 .bar span { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
-h3 { margin: 1rem 0 .2rem } figure { margin: 1rem 0 } svg { width: 100%; height: auto } svg text { fill: currentColor }
+h3 { margin: 1rem 0 .2rem } svg { width: 100%; max-width: 40rem; font-size: 15px } svg text { fill: currentColor }
 article { border: 1px solid var(--line); border-radius: .4rem; padding: .8rem; margin: 1rem 0 }
 article img { max-width: min(100%, 16rem); max-height: 16rem; margin: 0 .5rem .5rem 0 }
-.responses { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1rem }
+.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1rem }
 .text { white-space: pre-wrap; max-height: 24rem; overflow: auto } small { opacity: .75 }
 """
 
@@ -575,21 +575,65 @@ def bars(systems: dict[str, dict[str, dict]]) -> str:
     return "\n".join(made)
 
 
+def round_numbers(low: float, high: float) -> np.ndarray:
+    """About five of them from low to high, to stand at an axis."""
+    if low == high:
+        return np.array([low])
+    power = 10 ** np.floor(np.log10((high - low) / 5))
+    step = power * min((1, 2, 5, 10), key=lambda size: abs(size * power - (high - low) / 5))
+    return np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0  # no -0
+
+
+def plot(marks: list[tuple[list[tuple], str, str]], x_label: str, y_label: str) -> str:
+    """An SVG with axes. A mark is a line through points (x, y), how it looks, and what it says to who points at it."""
+    xs, ys = zip(*chain.from_iterable(points for points, _, _ in marks))
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    across = lambda x: 60 + 530 * (x - left) / (right - left or 1)
+    up = lambda y: 175 - 150 * (y - low) / (high - low or 1)
+    made = [f'<text x="60" y="14">{y_label}</text><text x="590" y="214" text-anchor="end">{x_label}</text>']
+    for x in round_numbers(left, right):
+        made.append(f'<text class=x x="{across(x):.2f}" y="194" text-anchor="middle">{x:,.10g}</text>')
+    for y in round_numbers(low, high):
+        made.append(f'<path d="M60 {up(y):.2f}H590" stroke="var(--line)"/>')
+        made.append(f'<text class=y x="54" y="{up(y):.2f}" dy=".35em" text-anchor="end">{y:,.10g}</text>')
+    for points, look, title in marks:
+        places = " ".join(f"{across(x):.2f},{up(y):.2f}" for x, y in points)
+        made.append(f'<polyline points="{places}" {look}><title>{escape(title)}</title></polyline>')
+    return f'<svg viewBox="0 0 600 220" role="img">{"".join(made)}</svg>'
+
+
 def histogram(margins: np.ndarray, bins: int = 40) -> str:
     """How far apart the scores of pairs are: better minus worse, so what is left of zero is wrong."""
     reach = float(np.abs(margins).max()) or 1.0
     counts, edges = np.histogram(margins, bins, (-reach, reach))
-    width, tallest, made = 600 / bins, counts.max(), []
-    for i, (count, edge) in enumerate(zip(counts, edges)):
-        height = 120 * count / tallest
-        colour = "var(--down)" if i < bins // 2 else "var(--up)"
-        made.append(
-            f'<rect x="{i * width:.1f}" y="{130 - height:.1f}" width="{width - 1:.1f}" height="{height:.1f}" '
-            f'fill="rgb({colour})"><title>{count} pairs from {edge:.2f}</title></rect>'
-        )
-    labels = [(2, "start", f"{-reach:.1f}"), (300, "middle", "0"), (598, "end", f"{reach:.1f}")]
-    made += [f'<text x="{x}" y="148" text-anchor="{anchor}" font-size="13">{text}</text>' for x, anchor, text in labels]
-    return f'<figure><svg viewBox="0 0 600 155" role="img">{"".join(made)}</svg></figure>'
+    marks = []
+    for count, left, right in zip(counts, edges, edges[1:]):
+        look = f'fill="rgb(var(--{"up" if left + right > 0 else "down"}))"'
+        bar = [(left, 0), (left, count), (right, count), (right, 0)]
+        marks.append((bar, look, f"{count} pairs from {left:.2f} to {right:.2f}"))
+    return plot(marks, "score of the better response - that of the worse", "pairs")
+
+
+def learning_curves(model: str) -> str:
+    """Loss and accuracy over the steps of a model's training, from the metrics.jsonl beside it; "" if there is none."""
+    log, lines, made = Path(model, "metrics.jsonl"), [], []
+    for line in log.read_bytes().splitlines() if log.is_file() else []:
+        with suppress(data.Unusable):  # the last one of a killed run may be half written
+            lines.append(data.read_json(line))
+    for what in ("loss", "accuracy"):
+        names = sorted({name for line in lines for name in line if re.match(rf"(validation_)?{what}", name)})
+        marks, legend = [], ""
+        for name, colour in zip(names, ('"#888"', '"var(--bar)"')):
+            points = [
+                (line["step"], line[name]) for line in lines if line.get(name) is not None
+            ]  # not at skipped steps
+            marks.append((points, f'stroke={colour} fill="none"', name))
+            dot = f'stroke={colour} stroke-width="7" stroke-linecap="round"'
+            marks += [([each, each], dot, "step {}: {:.4f}".format(*each)) for each in points if len(points) < 100]
+            legend += f'<tspan fill={colour} dx="8">{escape(name)}</tspan>'
+        if marks:
+            made.append(plot(marks, "step", legend))
+    return f"<h1>Training of {escape(model)}</h1><div class=side>{''.join(made)}</div>" if made else ""
 
 
 def shaded(tokens: np.ndarray, scores: np.ndarray, tokenizer) -> str:
@@ -630,7 +674,7 @@ def article(comparison, scores: np.ndarray, margin: float, model, tokenizer) -> 
         data.open_image(image)  # raises where it is none
         kind = data.Image.open(io.BytesIO(image)).get_format_mimetype() or "image/png"
         made.append(f'<img alt="" src="data:{kind};base64,{base64.b64encode(image).decode()}">')
-    made.append(f"<div class=text>{escape(prompt.strip())}</div><div class=responses>")
+    made.append(f"<div class=text>{escape(prompt.strip())}</div><div class=side>")
     naive = model and model.model_for(bool(comparison.images)).kind == "naive"  # others' heads have not read responses
     reading = scores_while_reading(model, comparison) if naive else [None] * len(scores)
     for i in sorted(range(len(scores)), key=lambda i: comparison.ranks[i]):
@@ -676,7 +720,8 @@ def evaluate(name: str, path: str, folders: list[str], settings: Settings, devic
     """Scores every benchmark with one model, or reads the scores that take its place (`path` empty), and writes what
     belongs to it. Returns, on rank 0, {title of the benchmark: {name and baselines: metrics}}."""
     model = model_stage.place(model_stage.load_reward(path, settings.text_model), device) if path else None
-    out, found, costs, sections = Path(settings.out, name), {}, {}, []
+    out, found, costs = Path(settings.out, name), {}, {}
+    sections = [learning_curves(each) for each in (path, settings.text_model) if each]
     for folder in folders:
         comparisons = data.Comparisons(folder, model.fingerprint if model else None)
         if not len(comparisons) or not all(comparisons.response_counts()):

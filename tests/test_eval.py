@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -100,6 +101,7 @@ def test_longer_wins_compares_characters_of_the_text(tmp_path):
 
 def test_scores_are_those_of_the_model_whatever_the_ranks_and_are_saved_unrounded(world, reward, tmp_path):
     reward.save_pretrained(str(tmp_path / "model"))
+    write_jsonl(tmp_path / "model/metrics.jsonl", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}])
     for ranks in (1, 2):
         torchrun(
             "04_eval.py",
@@ -123,6 +125,7 @@ def test_scores_are_those_of_the_model_whatever_the_ranks_and_are_saved_unrounde
     assert one["scores"].dtype == np.float32 and len(np.unique(one["scores"])) > 0.9 * len(
         one["scores"]
     )  # rounding would make ties
+    assert "<title>step 2: 0.6000</title>" in (tmp_path / "1/model/report.html").read_text()
     summary = json.loads((tmp_path / "1/model/summary.json").read_text())["new_scenes"]
     assert set(summary) == {"model", "longer wins", "random"} and summary["model"]["overall"]["items"] > 30
 
@@ -206,6 +209,35 @@ def test_the_report_shows_what_came_from_data_as_text_and_needs_nothing_from_els
     assert all(value.startswith("data:image/") for name, value in found.attributes if name in ("src", "href"))
     assert found.text.count("<script>alert('x')</script>") >= 6  # title, heading, bar, prompt, both responses
     assert "h\u00e9llo \U0001f600" in found.text
+
+
+def test_the_learning_curves_of_a_model_go_through_the_numbers_of_its_metrics(tmp_path):
+    rng, lines = np.random.default_rng(0), []
+    for step in range(1, 131):
+        lines.append({"step": step, "loss": 0.7 * rng.random(), "accuracy": rng.integers(17) / 16, "margin": 1.0})
+        if step % 50 == 0:
+            lines[-1] |= {"validation_loss": 0.4 + rng.random(), "validation_accuracy": rng.random()}
+    lines[7] |= {"loss": None, "accuracy": None}  # its update was skipped
+    assert evaluation.learning_curves(str(tmp_path)) == ""
+    write_jsonl(tmp_path / "metrics.jsonl", [*lines, '{"step": 131, "lo'])
+    found = evaluation.learning_curves(str(tmp_path)).split("<svg")
+    assert len(found) == 3
+    for svg, what in zip(found[1:], ("loss", "accuracy")):
+        drawn = {}  # {curve: [(step, value)]} by the numbers that stand at the axes
+        to_step, to_value = (np.polyfit(*axis(svg, name), 1) for name in "xy")
+        for points, title in re.findall(r'<polyline points="([^"]*)"[^>]*><title>([^<]*)', svg):
+            places = np.array([place.split(",") for place in points.split()], float)
+            drawn[title] = np.stack([np.polyval(to_step, places[:, 0]), np.polyval(to_value, places[:, 1])], 1)
+        for name in (what, f"validation_{what}"):
+            expected = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            assert (np.abs(drawn.pop(name) - expected) < [0.01, 0.001]).all(), name
+        assert sorted(drawn) == sorted(f"step {s}: {lines[s - 1][f'validation_{what}']:.4f}" for s in (50, 100))
+
+
+def axis(svg: str, name: str) -> tuple[list[float], list[float]]:
+    """Where the numbers of an axis stand, and the numbers."""
+    found = re.findall(rf'<text class={name} x="([\d.]*)" y="([\d.]*)"[^>]*>([-\d.,]*)<', svg)
+    return [float(each[name == "y"]) for each in found], [float(each[2].replace(",", "")) for each in found]
 
 
 class Tags(HTMLParser):
