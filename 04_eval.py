@@ -604,7 +604,7 @@ def plot(marks: list[tuple[list[tuple], str, str]], x_label: str, y_label: str) 
 
 def histogram(margins: np.ndarray, bins: int = 40) -> str:
     """How far apart the scores of pairs are: better minus worse, so what is left of zero is wrong."""
-    reach = float(np.abs(margins).max()) or 1.0
+    reach = float(np.abs(margins).max(initial=0)) or 1.0
     counts, edges = np.histogram(margins, bins, (-reach, reach))
     marks = []
     for count, left, right in zip(counts, edges, edges[1:]):
@@ -691,21 +691,22 @@ def section(title: str, systems: dict, scores: list[np.ndarray], comparisons, mo
     """What the page shows of one benchmark. `model` is None where only scores are known."""
     margins, wrong = [], []
     for i, score in enumerate(scores):
-        ranks = comparisons[i].ranks
-        found = [score[a] - score[b] for a, b in training.ordered_pairs(ranks)]
+        found = [score[a] - score[b] for a, b in training.ordered_pairs(comparisons[i].ranks)]
         margins += found
-        wrong.append((min(found), i))
-    gallery = [
-        article(comparisons[i], scores[i], margin, model, tokenizer)
-        for margin, i in sorted(wrong)[:worst]
-        if margin < 0
-    ]
+        if min(found) < 0:
+            wrong.append((min(found), i))
+    margins = np.array(margins)
+    finite = margins[np.isfinite(margins)]
+    of = f"{len(margins):,} pairs" + (
+        f", {len(margins) - len(finite):,} not finite" if len(finite) < len(margins) else ""
+    )
+    gallery = [article(comparisons[i], scores[i], margin, model, tokenizer) for margin, i in sorted(wrong)[:worst]]
     aid = "Words are shaded by how the score moves while they are read (green up, red down): an aid to look with."
     return f"""<h1>{escape(title)}</h1>
 {bars(systems)}
 <h2>Margins</h2>
-<p>Score of the better response minus that of the worse, of {len(margins):,} pairs; left of 0 is wrong.</p>
-{histogram(np.array(margins))}
+<p>Score of the better response minus that of the worse, of {of}; left of 0 is wrong.</p>
+{histogram(finite)}
 <h2>Most confidently wrong</h2><p>{aid if any("<span style" in each for each in gallery) else ""}</p>
 {"".join(gallery) or "<p>None is wrong.</p>"}"""
 

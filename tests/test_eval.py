@@ -211,6 +211,14 @@ def test_the_report_shows_what_came_from_data_as_text_and_needs_nothing_from_els
     assert "h\u00e9llo \U0001f600" in found.text
 
 
+def test_a_score_that_is_no_number_does_not_cost_the_report(processors, comparisons):
+    scores = [np.array([1.0, np.nan, 0.5]), np.full(3, np.nan), np.array([0.0, 1.0, 2.0]), np.array([2.0, 1.0, 0.0])]
+    for given, says in ((scores, "of 12 pairs, 5 not finite;"), (scores[1:2] * 4, "of 12 pairs, 12 not finite;")):
+        systems = {"model": evaluation.metrics(given, items([[1, 2, 3]] * 4))}
+        made = evaluation.section("benchmark", systems, given, comparisons, None, processors.tokenizer)
+        assert says in made and made.count("<article>") == (given is scores)
+
+
 def test_the_learning_curves_of_a_model_go_through_the_numbers_of_its_metrics(tmp_path):
     rng, lines = np.random.default_rng(0), []
     for step in range(1, 131):
