@@ -666,9 +666,9 @@ def scores_while_reading(model, comparison) -> list[np.ndarray]:
 def article(comparison, scores: np.ndarray, margin: float, model, tokenizer) -> str:
     """One comparison: pictures, prompt, and its responses from the best ranked to the worst, with their scores."""
     prompt = tokenizer.decode(comparison.prompt.tolist()).replace("\ufffd", "")
-    prompt = re.sub(r"(<\|image_pad\|>)+", "[picture]", prompt)
-    for token in tokenizer.all_special_tokens:
-        prompt = prompt.replace(token, "")
+    prompt = re.sub(r"(<\|image_pad\|>|<IMG_CONTEXT>)+", "[picture]", prompt)
+    for token in tokenizer.added_tokens_decoder.values():
+        prompt = prompt.replace(token.content, "") if token.special else prompt
     made = [f"<article><p><b>{margin:.2f}</b> <small>{escape(str(comparison.record.get('id', '')))}</small></p>"]
     for image in comparison.images:
         data.open_image(image)  # raises where it is none

@@ -5,12 +5,14 @@ import json
 import re
 from html.parser import HTMLParser
 
+import families
 import numpy as np
 import pytest
 import torch
 from conftest import assistant, picture, stages, torchrun, write_jsonl
 from PIL import Image
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 evaluation, data = stages.eval, stages.data
 Items = evaluation.Items
@@ -217,6 +219,15 @@ def test_a_score_that_is_no_number_does_not_cost_the_report(processors, comparis
         systems = {"model": evaluation.metrics(given, items([[1, 2, 3]] * 4))}
         made = evaluation.section("benchmark", systems, given, comparisons, None, processors.tokenizer)
         assert says in made and made.count("<article>") == (given is scores)
+
+
+@pytest.mark.parametrize("family, token", [("qwen2_5_vl", "<|image_pad|>"), ("internvl", "<IMG_CONTEXT>")])
+def test_the_report_says_where_in_a_prompt_a_picture_stands(family, token, tmp_path):
+    families.write_tokenizer(family, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode(f"<|im_start|>Is {token * 4} it?", add_special_tokens=False)
+    comparison = data.Comparison(np.array(ids), [np.array(ids)] * 2, [1, 2])
+    assert "<div class=text>Is [picture] it?</div>" in evaluation.article(comparison, [0.0, 1.0], -1.0, None, tokenizer)
 
 
 def test_the_learning_curves_of_a_model_go_through_the_numbers_of_its_metrics(tmp_path):
