@@ -6,10 +6,11 @@
     torchrun --standalone --nproc_per_node=2 04_eval.py --score mine.jsonl      # the same lines with scores, no tables
 
 In    Reward models (03) and prepared benchmarks (01), or another system's scores instead of a model.
-Out   artifacts/scores/<model>/<benchmark>.safetensors, the raw float32 scores (rounded ones make false ties), and
-      summary.json, cost.json, report.html, a page to look at; printed: a table for each benchmark, and how much of it
-      the training data holds. Of several models also one table of all: so one sees what each source of training data is
-      worth, by training a model on each and scoring all on everything (the paper's Table 4).
+Out   artifacts/scores/<model>/: <benchmark>.safetensors, the raw float32 scores (rounded ones make false ties),
+      summary.json, cost.json, and report.html to look at: learning curves, bars, margins, what is most confidently
+      wrong. Printed: a table for each benchmark, and how much of it the training data holds. Of several models also one
+      table of all: so one sees what each source of training data is worth, by training a model on each and scoring all
+      on everything (the paper's Table 4).
       With --score, artifacts/scores/<model>/<FILE> and nothing else.
 
 What is counted. A pair is two responses to one prompt of which one is ranked better; it is right if the better one
@@ -103,15 +104,15 @@ def score_comparisons(model, comparisons, device: torch.device, micro_tokens: in
     batches = training.plan([list(range(len(comparisons)))], tokens, patches, micro_tokens, rank, world)
     starts = np.cumsum([0, *comparisons.response_counts()])
     flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)
-    work = sum(sum(batch.costs) for batch in batches)  # of all ranks; a batch's tokens are what it takes time by
-    shown = {"desc": comparisons.info["name"], "unit": " tokens", "unit_scale": True, "mininterval": 1}
-    with tqdm(total=work, disable=rank > 0, **shown) as progress:
-        for batch in batches:
-            if batch.comparisons:
-                where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.comparisons])
-                scores = model.score_encoded([comparisons[i] for i in batch.comparisons], micro_tokens)
-                flat[torch.from_numpy(where).to(device)] = scores.double()
-            progress.update(sum(batch.costs))
+    work, name = sum(sum(batch.costs) for batch in batches), comparisons.info["name"]  # work of all ranks
+    progress = tqdm(total=work, desc=name, unit=" tokens", unit_scale=True, disable=rank > 0, mininterval=1)
+    for batch in batches:
+        if batch.comparisons:
+            where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.comparisons])
+            scores = model.score_encoded([comparisons[i] for i in batch.comparisons], micro_tokens)
+            flat[torch.from_numpy(where).to(device)] = scores.double()
+        progress.update(sum(batch.costs))
+    progress.close()
     dist.all_reduce(flat)  # every score was written by one rank and is zero on the others
     return np.split(flat.cpu().numpy(), starts[1:-1])
 
@@ -189,10 +190,10 @@ class Items:
 
     @classmethod
     def of(cls, comparisons) -> "Items":
-        read = [comparisons[i] for i in range(len(comparisons))]
-        records = [comparison.record for comparison in read]
+        read = [(comparison.ranks, comparison.record) for comparison in comparisons]  # not the images
+        records = [record for _, record in read]
         return cls(
-            ranks=[comparison.ranks for comparison in read],
+            ranks=[ranks for ranks, _ in read],
             categories=[record.get("category", "all") for record in records],
             groups=[f"group {r['group']}" if "group" in r else f"comparison {i}" for i, r in enumerate(records)],
             characters=[record["characters"] for record in records],
@@ -225,7 +226,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     return float(max(0, (centre - half) / (1 + z2 / n))), float(min(1, (centre + half) / (1 + z2 / n)))
 
 
-def row(share: float, items: int, independent: float) -> dict:
+def with_interval(share: float, items: int, independent: float) -> dict:
     """A share of so many items, with the interval of so many independent ones."""
     low, high = wilson(share, independent)
     return {"accuracy": share, "low": low, "high": high, "items": items}
@@ -240,26 +241,26 @@ def accuracy(right: np.ndarray, groups: np.ndarray) -> dict:
     n = p (1 - p) / v, within [G, pairs];  v = G / (G - 1) sum over groups (right in it - p pairs in it)^2 / pairs^2
     """
     if not len(right):
-        return row(float("nan"), 0, 0)
+        return with_interval(float("nan"), 0, 0)
     _, group = np.unique(groups, return_inverse=True)
     right_in, pairs_in = np.bincount(group, right), np.bincount(group)  # [groups]
     pairs, G, share = len(right), len(pairs_in), float(right.mean())
     v = ((right_in - share * pairs_in) ** 2).sum() / pairs**2 * G / max(1, G - 1)
-    return row(share, pairs, np.clip(share * (1 - share) / v, G, pairs) if v > 0 else G)
+    return with_interval(share, pairs, np.clip(share * (1 - share) / v, G, pairs) if v > 0 else G)
 
 
 def acc_plus(right: np.ndarray, groups: np.ndarray) -> dict:
     """The share of groups with every pair right, and its interval; both [pairs]."""
     _, group = np.unique(groups, return_inverse=True)
     all_right = np.bincount(group, ~right) == 0  # [groups]
-    return row(float(all_right.mean()) if len(all_right) else float("nan"), len(all_right), len(all_right))
+    return with_interval(float(all_right.mean()) if len(all_right) else float("nan"), len(all_right), len(all_right))
 
 
 def mean_of(rows: list[dict], weights: list[float] | None = None) -> dict:
     """The weighted mean m of accuracies a of different items; `items` is how many.
 
     Its interval, if all have one, is put together from theirs (Zou & Donner, Statistics in Medicine 2008), with weights
-    w that sum to 1: low = m - sqrt(sum (w (a - low))^2), and high likewise.
+    w that sum to 1: low = m - sqrt(sum of (w (a - low of a))^2), and high likewise.
     """
     accuracies = np.array([row["accuracy"] for row in rows])
     weights = np.ones(len(rows)) if weights is None else np.array(weights, float)
@@ -339,10 +340,10 @@ REWARDBENCH = {  # sections, their subsets and what those weigh: their pairs, bu
                "xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136},
     "Reasoning": {"math-prm": 984,  # as much as the code subsets together
                   "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164},
+    "Prior Sets": {"anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1},  # alike, and all of it half
 }
 # fmt: on
-XSTEST_IN_THE_CODE = {"xstest-should-refuse": 250, "xstest-should-respond": 154}
-PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
+SAFETY_IN_THE_CODE = REWARDBENCH["Safety"] | {"xstest-should-refuse": 250, "xstest-should-respond": 154}
 
 
 def rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
@@ -353,19 +354,16 @@ def rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
     subsets of Safety interchanged; what comes of that has its own rows, for comparing with numbers made by the code.
     """
     subsets = by_category(*right_pairs(scores, items))
-    prior = [subsets[name] for name in PRIOR_SETS if name in subsets]
 
     def sections(weights: dict[str, dict[str, int]]) -> dict[str, dict]:
         rows = {}
         for section, parts in weights.items():
             if there := [name for name in parts if name in subsets]:
                 rows[section] = mean_of([subsets[name] for name in there], [parts[name] for name in there])
-        if prior:
-            rows["Prior Sets"] = mean_of(prior)
         overall = mean_of([*rows.values()], [0.5 if name == "Prior Sets" else 1.0 for name in rows])
         return {"overall": overall, **rows}
 
-    code = sections(REWARDBENCH | {"Safety": REWARDBENCH["Safety"] | XSTEST_IN_THE_CODE})
+    code = sections(REWARDBENCH | {"Safety": SAFETY_IN_THE_CODE})
     as_code = {f"{name}, as the code weighs": code[name] for name in ("overall", "Safety") if name in code}
     return sections(REWARDBENCH) | as_code | subsets
 
@@ -409,7 +407,8 @@ def rewardbench_2(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
         if name == "Ties":
             rows[name] = {"accuracy": ties_score(chosen, ranks, [items.ids[i] for i in places]), "items": len(places)}
         else:
-            rows[name] = row(float(np.mean([best_of(*each) for each in zip(chosen, ranks)])), len(places), len(places))
+            share = float(np.mean([best_of(*each) for each in zip(chosen, ranks)]))
+            rows[name] = with_interval(share, len(places), len(places))
     return {"overall": mean_of([*rows.values()]), **rows}
 
 
@@ -514,8 +513,7 @@ def overlap(comparisons, training: list[str], distance: int = 2) -> dict[str, in
     seen = [data.Comparisons(folder) for folder in training]
     prompts, images, looks = (np.unique(np.concatenate([each.hashes(name) for each in seen])) for name in data.HASHES)
     found = {"prompt": 0, "picture": 0, "picture that looks alike": 0}
-    for i in range(len(comparisons)):
-        comparison = comparisons[i]
+    for comparison in comparisons:
         found["prompt"] += not comparison.images and data.prompt_hash(comparison.prompt, None) in prompts
         found["picture"] += any(data.hash_of(image) in images for image in comparison.images)
         alike = (np.bitwise_count(looks ^ np.uint64(data.look_of(image))) <= distance for image in comparison.images)
@@ -690,16 +688,15 @@ def article(comparison, scores: np.ndarray, margin: float, model, tokenizer) -> 
 def section(title: str, systems: dict, scores: list[np.ndarray], comparisons, model, tokenizer, worst: int = 12) -> str:
     """What the page shows of one benchmark. `model` is None where only scores are known."""
     margins, wrong = [], []
-    for i, score in enumerate(scores):
-        found = [score[a] - score[b] for a, b in training.ordered_pairs(comparisons[i].ranks)]
+    for i, (score, comparison) in enumerate(zip(scores, comparisons)):
+        found = [score[a] - score[b] for a, b in training.ordered_pairs(comparison.ranks)]
         margins += found
         if min(found) < 0:
             wrong.append((min(found), i))
     margins = np.array(margins)
     finite = margins[np.isfinite(margins)]
-    of = f"{len(margins):,} pairs" + (
-        f", {len(margins) - len(finite):,} not finite" if len(finite) < len(margins) else ""
-    )
+    lost = len(margins) - len(finite)
+    of = f"{len(margins):,} pairs" + (f", {lost:,} not finite" if lost else "")
     gallery = [article(comparisons[i], scores[i], margin, model, tokenizer) for margin, i in sorted(wrong)[:worst]]
     aid = "Words are shaded by how the score moves while they are read (green up, red down): an aid to look with."
     return f"""<h1>{escape(title)}</h1>
@@ -751,7 +748,6 @@ def evaluate(name: str, path: str, folders: list[str], settings: Settings, devic
         if model:
             data.write_file(out / "cost.json", json.dumps(costs, indent=1))
         data.write_file(out / "report.html", page(f"{name}: {', '.join(found)}", sections))
-        print(f"{out}: scores of {len(folders)} benchmark(s), summary.json and report.html", flush=True)
     return found
 
 
@@ -818,7 +814,10 @@ def score_file(settings: Settings) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     counts = torch.zeros(2, dtype=torch.long)  # lines, and those without scores
     with open(source, "rb") as lines, open(parts[rank], "w") as part:
-        mine = tqdm(islice(lines, rank, None, world), unit=" lines", disable=rank > 0, mininterval=1)
+        total = sum(1 for _ in lines)
+        lines.seek(0)
+        progress = tqdm(lines, source.name, total, unit=" lines", disable=rank > 0, mininterval=1)
+        mine = islice(progress, rank, None, world)
         for record in scored_lines(model, mine, source.parent, settings.micro_tokens):
             part.write(json.dumps(record) + "\n")
             counts += torch.tensor([1, "error" in record])
@@ -854,10 +853,15 @@ def main(settings: Settings) -> None:
     first = next(iter(found.values()))  # for the baselines, which are everyone's
     together = {title: {name: each[title][name] for name, each in found.items()} | first[title] for title in first}
     for title, columns in together.items():
-        print("\n" + table(title, columns))
+        print(f"\n{table(title, columns)}")
     if len(systems) > 1:
-        print("\n" + overall_table(together))
-    print("\nNext: torchrun --standalone --nproc_per_node=2 05_ensemble.py")
+        print(f"\n{overall_table(together)}")
+    print()
+    for name, path in systems.items():
+        cost = "cost.json, " if path else ""
+        files = f"scores of {len(folders)} benchmark(s), summary.json, {cost}and report.html to open in a browser"
+        print(f"{Path(settings.out, name)}: {files}")
+    print("Next: torchrun --standalone --nproc_per_node=2 05_ensemble.py")
 
 
 if __name__ == "__main__":
