@@ -847,6 +847,9 @@ def main(settings: Settings) -> None:
     else:
         systems = models_of(settings)
     folders = settings.benchmark or DEFAULT_BENCHMARKS
+    names = [data.Comparisons(folder).info["name"] for folder in folders]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"--benchmark: two are named {', '.join(twice)}; prepare one of them with another --name")
     found = {name: evaluate(name, path, folders, settings, device) for name, path in systems.items()}
     if rank > 0:
         return
