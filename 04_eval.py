@@ -622,10 +622,9 @@ def learning_curves(model: str) -> str:
         names = sorted({name for line in lines for name in line if re.match(rf"(validation_)?{what}", name)})
         marks, legend = [], ""
         for name, colour in zip(names, ('"#888"', '"var(--bar)"')):
-            points = [
-                (line["step"], line[name]) for line in lines if line.get(name) is not None
-            ]  # not at skipped steps
-            marks.append((points, f'stroke={colour} fill="none"', name))
+            there = [line for line in lines if all(type(line.get(key)) in (int, float) for key in ("step", name))]
+            points = [(line["step"], line[name]) for line in there]  # none at a step that was skipped
+            marks += [(points, f'stroke={colour} fill="none"', name)] if points else []
             dot = f'stroke={colour} stroke-width="7" stroke-linecap="round"'
             marks += [([each, each], dot, "step {}: {:.4f}".format(*each)) for each in points if len(points) < 100]
             legend += f'<tspan fill={colour} dx="8">{escape(name)}</tspan>'

@@ -246,7 +246,7 @@ def test_the_learning_curves_of_a_model_go_through_the_numbers_of_its_metrics(tm
             lines[-1] |= {"validation_loss": 0.4 + rng.random(), "validation_accuracy": rng.random()}
     lines[7] |= {"loss": None, "accuracy": None}  # its update was skipped
     assert evaluation.learning_curves(str(tmp_path)) == ""
-    write_jsonl(tmp_path / "metrics.jsonl", [*lines, '{"step": 131, "lo'])
+    write_jsonl(tmp_path / "metrics.jsonl", [*lines, {"loss": 9}, {"step": 9, "loss": "9"}, [9], '{"step": 131, "lo'])
     found = evaluation.learning_curves(str(tmp_path)).split("<svg")
     assert len(found) == 3
     for svg, what in zip(found[1:], ("loss", "accuracy")):
