@@ -38,7 +38,7 @@ import math
 import re
 import string
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -56,34 +56,20 @@ texts_of = model_stage.texts_of
 
 @dataclass
 class Settings:
-    backbone: str = option(
-        "tests/tiny", "the policy to start from, a checkpoint with its LM head (paper: Qwen2.5-VL-3B)"
-    )
+    backbone: str = option("tests/tiny", "the policy to start from, with its LM head (paper: Qwen2.5-VL-3B)")
     model: str = option("artifacts/reward", "the reward model")
-    text_model: str = option(
-        "", "text-only reward model for questions without images (the paper's advice); '' for none"
-    )
+    text_model: str = option("", "text-only reward model for what has no image (the paper's advice); '' for none")
     data: str = option("artifacts/data/questions", "prepared questions to train on")
-    benchmark: str = option(
-        "artifacts/data/new_questions", "prepared questions to evaluate on, before and after; '' for none"
-    )
-    out: str = option(
-        "artifacts/policy", "folder for the trained policy, metrics.jsonl, evaluation.json and samples.jsonl"
-    )
-    reward: Literal["rule", "model", "hybrid"] = option(
-        "hybrid", "what an answer is rewarded by (paper's best: hybrid)"
-    )
+    benchmark: str = option("artifacts/data/new_questions", "prepared questions to evaluate on; '' for none")
+    out: str = option("artifacts/policy", "folder for the trained policy, its metrics and its answers")
+    reward: Literal["rule", "model", "hybrid"] = option("hybrid", "of an answer, by what (paper's best: hybrid)")
     steps: int = option(60, "updates; each from fresh rollouts")
     batch_size: int = option(32, "prompts a step, over all ranks (paper: 256)")
     group_size: int = option(8, "rollouts a prompt (paper: 8)")
     max_new_tokens: int = option(96, "longest answer, in tokens")
-    rollout_batch: int = option(
-        64, "prompts that one rank answers at the same time; their answers' keys and values are what takes memory"
-    )
+    rollout_batch: int = option(64, "prompts that one rank answers at a time; their keys and values take memory")
     temperature: float = option(1.0, "of sampling; the loss uses the same")
-    learning_rate: float = option(
-        1e-4, "peak of AdamW, after 5 warm-up steps, then linear to 0 (for a 3B policy about 1e-6)"
-    )
+    learning_rate: float = option(1e-4, "peak of AdamW, after 5 warm-up steps, then linear to 0 (for 3B about 1e-6)")
     advantage: Literal["centred", "batch", "group"] = option(
         "centred", "reward - group mean; by its deviation in the batch, for raw scores; in the group, as published"
     )
@@ -126,23 +112,70 @@ def rollout(
 ) -> torch.Tensor:
     """Samples `group` answers to each prompt: token ids [prompts, group, max_new_tokens], -1 after the end-of-turn
     token; `noise` is as in `write`, None decodes greedily."""
-    bare = [Comparison(prompt.prompt, [], [], prompt.images, prompt.grids) for prompt in prompts]
+    bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
     row = model_stage.pack(bare, policy.processors).to(policy.forbidden.device)
     return model_stage.write(policy, row, group, max_new_tokens, noise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rewards.
+# GRPO, tensors in, tensors out: rewards, advantages, loss. These four need nothing but torch.
+
+
+def reward_of(
+    kind: str, match: torch.Tensor, closed: torch.Tensor, score: torch.Tensor | None, fallback_scale: float
+) -> torch.Tensor:
+    """Rewards [groups, G] of the paper's Table 11: `rule` 1 on a match, `model` the raw score, `hybrid` 1 on a match,
+    else sigmoid(score), of closed questions times `fallback_scale`.
+
+    From matches [groups, G], 0 or 1, which questions are closed [groups, 1], and raw scores [groups, G]."""
+    if kind == "rule":
+        return match
+    if kind == "model":
+        return score
+    return torch.where(match > 0, 1.0, torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0))
+
+
+def advantage_of(reward: torch.Tensor, scale: str) -> torch.Tensor:
+    """Advantages from rewards, [B, G] each: what a reward is above its group's mean, in units of --advantage."""
+    centred = reward - reward.mean(1, keepdim=True)
+    if scale == "group":
+        return centred / (reward.std(1, keepdim=True) + 1e-4)
+    return centred / (centred.std() + 1e-4) if scale == "batch" else centred
+
+
+def phantom_share(advantage: torch.Tensor, match: torch.Tensor, closed: torch.Tensor) -> float:
+    """How much of all |advantage| [B, G] is in groups of closed questions [B, 1] without a right answer, so is nothing
+    but the reward model's opinion on which wrong answer is better."""
+    size = advantage.abs().sum(1)  # [B]
+    return (size[closed[:, 0] & (match.sum(1) == 0)].sum() / size.sum().clamp(min=1e-9)).item()
+
+
+def grpo_loss(
+    log_p: torch.Tensor, start_log_p: torch.Tensor, advantage: torch.Tensor, kl_coefficient: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and of it the KL divergence to the start, both summed over sampled tokens, from [tokens] each: their
+    log-probability by the policy, with gradient, and by its start, and the advantage of the answer that each is of.
+
+    loss = sum over tokens of  beta (q / p - log(q / p) - 1)  -  A p / p',  p by the policy, q by its start
+
+    DeepSeekMath (arXiv 2402.03300), equations 3 and 4, where the answers are of this very policy: the ratio of p to p',
+    the same without gradient, is 1, and clipping it would do nothing. The KL term is Schulman's estimator k3 (2020,
+    joschu.net/blog/kl-approx.html), unbiased and never negative. Divide by the number of tokens in the whole step.
+    """
+    kl = (start_log_p - log_p).exp() - (start_log_p - log_p) - 1
+    ratio = (log_p - log_p.detach()).exp()
+    return (kl_coefficient * kl - advantage * ratio).sum(), kl.detach().sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: whether an answer is right. One is a function of the answer's text, the right answer and what the question's
+# rule says; 01 has the same names. What is not clear is wrong: a policy learns whatever a rule rewards.
 
 
 def normalise(text: str) -> str:
     """What an exact match compares: lower case, no leading article, no punctuation but in numbers, single spaces."""
     words = re.findall(r"[+-]?\d+(?:[.,]\d+)*|\w+", text.lower())
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
-
-
-# A rule is (text of the answer, the right answer, what the question's rule says) -> whether it is right. 01 has the
-# same names. Where it is not clear what an answer says it is wrong: a policy learns whatever a rule rewards.
 
 
 def is_text(text: str, answer: str, rule: dict) -> bool:
@@ -237,26 +270,86 @@ def is_right(text: str, record: dict) -> bool:
     return is_match(text, record.get("answer"), record.get("rule", "text"))
 
 
-def reward_of(
-    kind: str, match: torch.Tensor, closed: torch.Tensor, score: torch.Tensor | None, fallback_scale: float
-) -> torch.Tensor:
-    """Rewards [groups, G] from exact matches [groups, G], which prompts are closed [groups, 1], and raw scores [groups,
-    G]."""
-    if kind == "rule":
-        return match
-    if kind == "model":
-        return score
-    return torch.where(match > 0, 1.0, torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0))
+# ---------------------------------------------------------------------------------------------------------------------
+# One step: sample, reward, update. B prompts, G answers to each; what a function returns is the same on all ranks.
+
+
+def sample(actor: Policy, prompts, seeds: list | None, settings: Settings) -> torch.Tensor:
+    """Every rank answers its share of the prompts; all ranks get all answers, [B, G, max_new_tokens], -1 after the end.
+
+    `seeds` has one for each prompt, so that its answers do not depend on who else is asked, nor by which rank. Without
+    seeds there is one answer to each, the likeliest, and prompts are read when it is their turn."""
+    rank, world, device = data.start_distributed()
+    shape = (settings.group_size if seeds else 1, settings.max_new_tokens)
+    samples = torch.full((len(prompts), *shape), -1, device=device)
+    mine = list(range(rank, len(prompts), world))
+    if seeds:  # ranks are to take equally long in every step
+        mine = training.deal(list(range(len(prompts))), np.array([len(p.prompt) for p in prompts]), world)[rank]
+    parts = [mine[start : start + settings.rollout_batch] for start in range(0, len(mine), settings.rollout_batch)]
+    for part in tqdm(parts, desc="held-out questions", unit=" batch", disable=rank > 0 or seeds is not None):
+        noise = np.stack([np.random.default_rng(seeds[i]).random(shape) for i in part]) if seeds else None
+        samples[part] = rollout(actor, [prompts[i] for i in part], *shape, noise)
+    dist.all_reduce(samples, dist.ReduceOp.MAX)
+    return samples
 
 
 def score_groups(reward_model, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> torch.Tensor:
     """The reward model's scores [groups, G]. Answers are tokenized anew, as the reward model saw them in training."""
-    processors = reward_model.processors
-    groups = [
-        Comparison(p.prompt, [data.encode_response(text, processors) for text in group], [], p.images, p.grids)
-        for p, group in zip(prompts, texts)
-    ]
+    encoded = [[data.encode_response(text, reward_model.processors) for text in group] for group in texts]
+    groups = [replace(prompt, responses=answers, ranks=[]) for prompt, answers in zip(prompts, encoded)]
     return reward_model.score_encoded(groups, settings.micro_tokens).view(len(groups), -1)
+
+
+def judge(reward_model, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> tuple:
+    """Which prompts are closed [B, 1], exact matches, raw scores (0 without a reward model) and rewards, all [B, G]."""
+    rank, world, device = data.start_distributed()
+    closed = torch.tensor([["answer" in p.record] for p in prompts], device=device)
+    right = [[is_right(text, p.record) for text in group] for p, group in zip(prompts, texts)]
+    match = torch.tensor(right, dtype=torch.float32, device=device)
+    score = torch.zeros_like(match)
+    mine = list(range(rank, len(prompts), world))
+    if reward_model and mine:
+        score[mine] = score_groups(reward_model, [prompts[i] for i in mine], [texts[i] for i in mine], settings)
+    dist.all_reduce(score)
+    return closed, match, score, reward_of(settings.reward, match, closed, score, settings.fallback_scale)
+
+
+def update(policy, frozen, optimizer, prompts, samples, advantage, settings: Settings) -> dict[str, float]:
+    """One optimizer step on the groups, packed and dealt as in 03. `samples` [B, G, tokens], `advantage` [B, G]."""
+    rank, world, device = data.start_distributed()
+    lengths = (samples >= 0).sum(-1)  # [B, G]
+    answers = [[tokens[tokens >= 0].cpu().numpy().astype(np.int32) for tokens in group] for group in samples]
+    groups = [replace(prompt, responses=group, ranks=[]) for prompt, group in zip(prompts, answers)]
+    sizes = np.array([group.length for group in groups])
+    patches = np.array([group.grids.prod(1).sum() for group in groups], int)
+    total = int(lengths.sum())  # tokens of all answers on all ranks
+    sums = torch.zeros(2, device=device)
+    for batch in training.plan([list(range(len(groups)))], sizes, patches, settings.micro_tokens, rank, world):
+        row = training.pack_micro_batch(batch, groups, policy.processors)[1].to(device)
+        log_p, entropy = policy(row)  # [tokens of the answers]
+        with torch.no_grad():
+            start_log_p = frozen(row)[0]
+        of_tokens = [advantage[i].repeat_interleave(lengths[i]) for i in batch.comparisons]
+        of_tokens = torch.cat([log_p.new_zeros(0), *of_tokens])  # [tokens of the answers]
+        loss, kl = grpo_loss(log_p, start_log_p, of_tokens, settings.kl_coefficient)
+        (loss * world / total).backward()  # FSDP takes the mean over ranks
+        sums += torch.stack([kl, entropy.sum()])
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip).full_tensor().item()
+    if not math.isfinite(norm):  # on all ranks, which have summed their gradients
+        at = f"({norm}) at the questions {', '.join(map(str, prompts))}"
+        raise UserError(f"the gradient is not finite {at}; lower --learning_rate, or mend them")
+    optimizer.step()
+    optimizer.zero_grad()
+    dist.all_reduce(sums)
+    kl, entropy = (sums / total).tolist()
+    return {"kl": kl, "entropy": entropy, "grad_norm": norm}
+
+
+@torch.no_grad()
+def copy_weights(policy: Policy, actor: Policy) -> None:
+    """Gives the copy that samples the weights of the sharded policy."""
+    for target, source in zip(actor.parameters(), policy.parameters()):
+        target.copy_(source.full_tensor())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,6 +395,29 @@ def mme(outcomes: Outcomes) -> dict[str, float]:
 METRICS = {"accuracy": accuracy, "circular": circular, "mme": mme}  # of what has none: accuracy
 
 
+def evaluate(policy: Policy, questions, settings: Settings) -> tuple[dict[str, float], list[dict]]:
+    """Greedy answers to held-out questions: matches of closed ones, the world's grade of open ones.
+
+    Returns {"exact_match", "open_grade", "closed", "open", and what the benchmark's metric gives}, and the answers.
+    """
+    if not questions:
+        return {}, []
+    n = min(settings.evaluate_size or len(questions), len(questions))
+    tokens = sample(policy, torch.utils.data.Subset(questions, range(n)), None, settings)[:, 0]  # [n, max_new_tokens]
+    answers, outcomes, grades = [], [], []
+    for i, text in enumerate(texts_of(tokens, policy.processors)):
+        record = questions[i].record
+        answers.append({"id": record.get("id", i), "answer": text})
+        if "answer" in record:
+            outcomes.append((record.get("category", "closed"), record.get("group", i), is_right(text, record)))
+        elif "truth" in record:
+            grades.append(data.embedded_world().grade(text, record["truth"]))
+    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
+    closed = [right for _, _, right in outcomes]
+    result = {"exact_match": mean(closed), "open_grade": mean(grades), "closed": len(closed), "open": len(grades)}
+    return result | (METRICS.get(questions.info["metric"], accuracy)(outcomes) if outcomes else {}), answers
+
+
 def llava_line(record: dict, answer: str, model: str, tokens: int) -> dict:
     """As LLaVA's model_vqa.py writes it and eval_gpt_review_bench.py reads it, beside answers_gpt4.jsonl."""
     named = {"answer_id": f"{model}-{record['question_id']}", "model_id": model, "metadata": {}}
@@ -328,146 +444,39 @@ def write_for_judge(path: Path, questions, answers: list[dict], model: str, toke
     data.write_file(path, "".join(lines))
 
 
-def evaluate(
-    policy: Policy, questions, settings: Settings, device: torch.device
-) -> tuple[dict[str, float], list[dict]]:
-    """Greedy answers to held-out questions, shared among the ranks: matches of closed ones, the world's grade of open
-    ones.
-
-    Returns {"exact_match", "open_grade", "closed", "open", and what the benchmark's metric gives}, and the answers.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    n = min(settings.evaluate_size or len(questions), len(questions))
-    tokens = torch.full((n, settings.max_new_tokens), -1, device=device)
-    mine = list(range(rank, n, world))
-    for start in range(0, len(mine), settings.rollout_batch):
-        part = mine[start : start + settings.rollout_batch]
-        tokens[part] = rollout(policy, [questions[i] for i in part], 1, settings.max_new_tokens, None)[:, 0]
-    dist.all_reduce(tokens, dist.ReduceOp.MAX)
-    answers, outcomes, grades = [], [], []
-    for i, text in enumerate(texts_of(tokens, policy.processors)):
-        record = questions[i].record
-        answers.append({"id": record.get("id", i), "answer": text})
-        if "answer" in record:
-            outcomes.append((record.get("category", "closed"), record.get("group", i), is_right(text, record)))
-        elif "truth" in record:
-            grades.append(data.embedded_world().grade(text, record["truth"]))
-    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
-    closed = [right for _, _, right in outcomes]
-    result = {"exact_match": mean(closed), "open_grade": mean(grades), "closed": len(closed), "open": len(grades)}
-    return result | (METRICS.get(questions.info["metric"], accuracy)(outcomes) if outcomes else {}), answers
+def write_evaluation(settings: Settings, questions, before: tuple, after: tuple, tokenizer) -> None:
+    """What `evaluate` found before and after: evaluation.json, samples.jsonl, and answers for the benchmark's judge."""
+    out = Path(settings.out)
+    results = {"reward": settings.reward, "before": before[0], "after": after[0]}
+    data.write_file(out / "evaluation.json", json.dumps(results, indent=1))
+    both = [{"id": b["id"], "before": b["answer"], "after": a["answer"]} for b, a in zip(before[1], after[1])]
+    data.write_file(out / "samples.jsonl", "".join(json.dumps(answers) + "\n" for answers in both))
+    if questions and questions.info["metric"] in JUDGES:
+        write_for_judge(out / "answers_before.jsonl", questions, before[1], Path(settings.backbone).name, tokenizer)
+        write_for_judge(out / "answers_after.jsonl", questions, after[1], out.name, tokenizer)
+        of = f"{len(both)} of the {questions.info['read']} questions of {questions.info['metric']}"
+        print(f"{out}/answers_before.jsonl and answers_after.jsonl: {of}, for its judge model to score")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One step: sample, reward, update. B prompts, G answers to each; what a function returns is the same on all ranks.
-
-
-def sample(actor: Policy, prompts: list[Comparison], seeds: list, settings: Settings) -> torch.Tensor:
-    """Every rank answers its share of the prompts; all ranks get all answers, [B, G, max_new_tokens], -1 after the end.
-
-    `seeds` has one for each prompt, so that its answers do not depend on who else is asked, nor by which rank."""
-    rank, world, device = data.start_distributed()
-    shape = (settings.group_size, settings.max_new_tokens)
-    samples = torch.full((len(prompts), *shape), -1, device=device)
-    mine = training.deal(list(range(len(prompts))), np.array([len(p.prompt) for p in prompts]), world)[rank]
-    for start in range(0, len(mine), settings.rollout_batch):
-        part = mine[start : start + settings.rollout_batch]
-        noise = np.stack([np.random.default_rng(seeds[i]).random(shape) for i in part])
-        samples[part] = rollout(actor, [prompts[i] for i in part], *shape, noise)
-    dist.all_reduce(samples, dist.ReduceOp.MAX)
-    return samples
-
-
-def judge(reward_model, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> tuple:
-    """Which prompts are closed [B, 1], exact matches, raw scores (0 without a reward model) and rewards, all [B, G]."""
-    rank, world, device = data.start_distributed()
-    closed = torch.tensor([["answer" in p.record] for p in prompts], device=device)
-    right = [[is_right(text, p.record) for text in group] for p, group in zip(prompts, texts)]
-    match = torch.tensor(right, dtype=torch.float32, device=device)
-    score = torch.zeros_like(match)
-    mine = list(range(rank, len(prompts), world))
-    if reward_model and mine:
-        score[mine] = score_groups(reward_model, [prompts[i] for i in mine], [texts[i] for i in mine], settings)
-    dist.all_reduce(score)
-    return closed, match, score, reward_of(settings.reward, match, closed, score, settings.fallback_scale)
-
-
-def advantage_of(reward: torch.Tensor, scale: str) -> torch.Tensor:
-    """Advantages from rewards, [B, G] each: what a reward is above its group's mean, in units of --advantage."""
-    centred = reward - reward.mean(1, keepdim=True)
-    if scale == "group":
-        return centred / (reward.std(1, keepdim=True) + 1e-4)
-    return centred / (centred.std() + 1e-4) if scale == "batch" else centred
-
-
-def phantom_share(advantage: torch.Tensor, match: torch.Tensor, closed: torch.Tensor) -> float:
-    """How much of all |advantage| [B, G] is in groups of closed questions [B, 1] without a right answer, so is nothing
-    but the reward model's opinion on which wrong answer is better."""
-    size = advantage.abs().sum(1)  # [B]
-    return (size[closed[:, 0] & (match.sum(1) == 0)].sum() / size.sum().clamp(min=1e-9)).item()
-
-
-def update(policy, frozen, optimizer, prompts, samples, advantage, settings: Settings) -> dict[str, float]:
-    """One optimizer step on the groups, packed and dealt as in 03. `samples` [B, G, tokens], `advantage` [B, G]."""
-    rank, world, device = data.start_distributed()
-    lengths = (samples >= 0).sum(-1)  # [B, G]
-    answers = [[tokens[tokens >= 0].cpu().numpy().astype(np.int32) for tokens in group] for group in samples]
-    groups = [Comparison(p.prompt, answer, [], p.images, p.grids) for p, answer in zip(prompts, answers)]
-    sizes = np.array([group.length for group in groups])
-    patches = np.array([group.grids.prod(1).sum() for group in groups], int)
-    total = int(lengths.sum())  # tokens of all answers on all ranks
-    sums = torch.zeros(2, device=device)
-    for batch in training.plan([list(range(len(groups)))], sizes, patches, settings.micro_tokens, rank, world):
-        row = training.pack_micro_batch(batch, groups, policy.processors)[1].to(device)
-        log_p, entropy = policy(row)  # [tokens of the answers]
-        with torch.no_grad():
-            start_log_p = frozen(row)[0]
-        weight = [advantage[i].repeat_interleave(lengths[i]) for i in batch.comparisons]
-        weight = torch.cat(weight or [log_p.new_zeros(0)])  # [tokens of the answers]
-        kl = (start_log_p - log_p).exp() - (start_log_p - log_p) - 1  # k3 estimator: unbiased, never negative
-        ratio = (log_p - log_p.detach()).exp()  # 1, since these answers were sampled from this very policy
-        (((settings.kl_coefficient * kl - weight * ratio).sum()) * world / total).backward()
-        sums += torch.stack([kl.detach().sum(), entropy.sum()])
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip).full_tensor().item()
-    if not math.isfinite(norm):  # on all ranks, which have summed their gradients
-        named = ", ".join(map(str, prompts))
-        raise UserError(
-            f"the gradient is not finite ({norm}) at the questions {named}; lower --learning_rate, or mend them"
-        )
-    optimizer.step()
-    optimizer.zero_grad()
-    dist.all_reduce(sums)
-    kl, entropy = (sums / total).tolist()
-    return {"kl": kl, "entropy": entropy, "grad_norm": norm}
-
-
-@torch.no_grad()
-def copy_weights(policy: Policy, actor: Policy) -> None:
-    """Gives the copy that samples the weights of the sharded policy."""
-    for target, source in zip(actor.parameters(), policy.parameters()):
-        target.copy_(source.full_tensor())
+# All that this stage does.
 
 
 def train(settings: Settings) -> dict:
     """Trains the policy; returns {"before": ..., "after": ...} of the evaluation."""
     rank, _, device = data.start_distributed()
     policy = Policy(settings.backbone, settings.temperature, empty=True)  # trained and sharded
-    actor = Policy(
-        settings.backbone, settings.temperature
-    )  # a whole copy that samples: FSDP would gather every token anew
-    frozen = Policy(settings.backbone, settings.temperature)  # the start
-    for copy in (actor, frozen):
-        model_stage.place(copy, device)
-    fingerprint = policy.processors.fingerprint
-    reward_model = None
+    frozen = model_stage.place(Policy(settings.backbone, settings.temperature), device)  # the start
+    # A whole copy samples: a sharded one would gather its weights anew for every token.
+    actor = model_stage.place(Policy(settings.backbone, settings.temperature), device)
+    processors, reward_model = policy.processors, None
     if settings.reward != "rule":
         reward_model = model_stage.place(model_stage.load_reward(settings.model, settings.text_model), device)
-        if reward_model.fingerprint != fingerprint:
-            raise UserError(
-                f"{settings.model} has another tokenizer or chat template than the policy, {settings.backbone}"
-            )
-    questions = data.Comparisons(settings.data, fingerprint)
-    held_out = data.Comparisons(settings.benchmark, fingerprint) if settings.benchmark else None
+        if reward_model.fingerprint != processors.fingerprint:
+            other = "has another tokenizer or chat template than the policy"
+            raise UserError(f"{settings.model} {other}, {settings.backbone}")
+    questions = data.Comparisons(settings.data, processors.fingerprint)
+    held_out = data.Comparisons(settings.benchmark, processors.fingerprint) if settings.benchmark else None
     if not len(questions):
         raise UserError(f"{settings.data}: no questions to train on")
     for model in (policy, actor, frozen, reward_model):
@@ -477,16 +486,16 @@ def train(settings: Settings) -> dict:
     training.load_weights(policy.lm, settings.backbone, device)
     adam = {"lr": settings.learning_rate, "weight_decay": 0.0, "betas": (0.9, 0.99), "fused": True}
     optimizer = torch.optim.AdamW(policy.parameters(), **adam)
-    before, answers_before = evaluate(actor, held_out, settings, device) if held_out else ({}, [])
-    out, tokenizer = Path(settings.out), policy.processors.tokenizer
+    before = evaluate(actor, held_out, settings)
+    log = Path(settings.out, "metrics.jsonl")
     if rank == 0:
-        data.write_file(out / "metrics.jsonl", "")
-        if before.get("closed") or before.get("open"):
-            print(f"before: exact match {before['exact_match']:.3f} of {before['closed']} closed questions, ", end="")
-            print(f"grade {before['open_grade']:.3f} of {before['open']} open ones", flush=True)
+        data.write_file(log, "")
+        if before[0].get("closed") or before[0].get("open"):
+            closed = "before: exact match {exact_match:.3f} of {closed} closed questions"
+            print(f"{closed}, grade {{open_grade:.3f}} of {{open}} open ones".format(**before[0]), flush=True)
 
     B, G = settings.batch_size, settings.group_size
-    epochs = -(-settings.steps * B // len(questions))
+    epochs = math.ceil(settings.steps * B / len(questions))
     shuffles = [np.random.default_rng([settings.seed, epoch]).permutation(len(questions)) for epoch in range(epochs)]
     order = np.concatenate([*shuffles, []]).astype(int)
     progress = tqdm(range(settings.steps), desc="grpo", unit=" step", disable=rank > 0, mininterval=1)
@@ -495,7 +504,7 @@ def train(settings: Settings) -> dict:
         chosen = order[step * B : (step + 1) * B].tolist()
         prompts = [questions[i] for i in chosen]
         samples = sample(actor, prompts, [[settings.seed, step, i] for i in chosen], settings)  # [B, G, max_new_tokens]
-        texts = texts_of(samples.flatten(0, 1), policy.processors)
+        texts = texts_of(samples.flatten(0, 1), processors)
         texts = [texts[i : i + G] for i in range(0, B * G, G)]
         times.append(time.perf_counter())
 
@@ -509,10 +518,8 @@ def train(settings: Settings) -> dict:
         copy_weights(policy, actor)
         times.append(time.perf_counter())
 
-        cut = (samples[..., -1] >= 0) & (samples[..., -1] != policy.processors.end_token)
-        truths = [
-            (text, p.record["truth"]) for p, group in zip(prompts, texts) if "truth" in p.record for text in group
-        ]
+        cut = (samples[..., -1] >= 0) & (samples[..., -1] != processors.end_token)  # [B, G]
+        equal = reward.amax(1) - reward.amin(1) < 1e-6  # [B]
         line = {
             "step": step + 1,
             "reward": reward.mean().item(),
@@ -521,62 +528,44 @@ def train(settings: Settings) -> dict:
             "phantom": phantom_share(advantage, match, closed),  # of all advantage, what is between wrong answers
             "score": score.mean().item(),  # the reward model's, raw
             "score_std": score.std().item(),
-            "zero_variance": (reward.amax(1) - reward.amin(1) < 1e-6)
-            .float()
-            .mean()
-            .item(),  # groups that teach nothing
+            "zero_variance": equal.float().mean().item(),  # groups that teach nothing
             "cut": cut.float().mean().item(),  # answers that reached the length limit
             "length": (samples >= 0).float().sum(-1).mean().item(),  # mean tokens of an answer
             **updated,  # KL to the start and entropy, both per token; norm of the gradient before clipping
-            "seconds_sample": times[1] - times[0],
-            "seconds_judge": times[2] - times[1],
-            "seconds_update": times[3] - times[2],
+            **dict(zip(("seconds_sample", "seconds_judge", "seconds_update"), np.diff(times).tolist())),
         }
         for part, rewards in (("closed", reward[closed[:, 0]]), ("open", reward[~closed[:, 0]])):
             if len(rewards):  # by the rule (with hybrid, where it matches), by the reward model
                 line |= {f"reward_{part}": rewards.mean().item(), f"reward_std_{part}": rewards.std().item()}
-        if truths:
-            line["open_grade"] = float(np.mean([data.embedded_world().grade(*pair) for pair in truths]))
+        truths = [(p.record["truth"], group) for p, group in zip(prompts, texts) if "truth" in p.record]
+        if grades := [data.embedded_world().grade(text, truth) for truth, group in truths for text in group]:
+            line["open_grade"] = float(np.mean(grades))
         if rank == 0:
-            with data.writing(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a") as file:
+            with data.writing(log), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
         progress.set_postfix(reward=f"{line['reward']:.3f}", match=f"{line['match']:.2f}", refresh=False)
 
-    after, answers_after = evaluate(actor, held_out, settings, device) if held_out else ({}, [])
-    dtype = model_stage.DTYPES[settings.export_dtype]
-    with data.writing(out):
-        model_stage.export(policy.lm, policy.processors, settings.out, dtype, settings.export_file_size)
+    after = evaluate(actor, held_out, settings)
+    with data.writing(settings.out):
+        dtype = model_stage.DTYPES[settings.export_dtype]
+        model_stage.export(policy.lm, processors, settings.out, dtype, settings.export_file_size)
     if rank == 0:
-        evaluation = {"reward": settings.reward, "before": before, "after": after}
-        data.write_file(out / "evaluation.json", json.dumps(evaluation, indent=1))
-        both = [
-            {"id": b["id"], "before": b["answer"], "after": a["answer"]} for b, a in zip(answers_before, answers_after)
-        ]
-        data.write_file(out / "samples.jsonl", "".join(json.dumps(answers) + "\n" for answers in both))
-        if held_out and held_out.info["metric"] in JUDGES:
-            start = Path(settings.backbone).name
-            write_for_judge(out / "answers_before.jsonl", held_out, answers_before, start, tokenizer)
-            write_for_judge(out / "answers_after.jsonl", held_out, answers_after, out.name, tokenizer)
-            print(f"{out}/answers_before.jsonl and answers_after.jsonl: {len(answers_after)} of the ", end="")
-            print(
-                f"{held_out.info['read']} questions of {held_out.info.get('metric', '')}, for its judge model to score"
-            )
+        write_evaluation(settings, held_out, before, after, processors.tokenizer)
     dist.barrier()
-    return {"before": before, "after": after}
+    return {"before": before[0], "after": after[0]}
 
 
 def main(settings: Settings) -> None:
     result = train(settings)
-    rows = {name: value for name, value in result["before"].items() if name not in ("closed", "open")}
-    rows = {name: value for name, value in rows.items() if not math.isnan(value)}  # there are no such questions
-    if dist.get_rank() == 0 and rows:
+    if dist.get_rank() > 0:
+        return
+    before, after = result["before"], result["after"]
+    rows = [name for name in before if name not in ("closed", "open") and not math.isnan(before[name])]
+    if rows:
         print(f"\n| held-out questions | {'before':>6} | {'after':>6} |\n|--------------------|--------|--------|")
-        for name, value in rows.items():
-            print(f"| {name:<18} | {100 * value:6.1f} | {100 * result['after'][name]:6.1f} |")
-    if dist.get_rank() == 0 and result["before"]:
-        print(
-            f"\n{settings.out}: the trained policy, metrics.jsonl, evaluation.json, samples.jsonl. All six stages done."
-        )
+    for name in rows:
+        print(f"| {name:<18} | {100 * before[name]:6.1f} | {100 * after[name]:6.1f} |")
+    print(f"\n{settings.out}: the trained policy, metrics.jsonl, evaluation.json, samples.jsonl. All six stages done.")
 
 
 if __name__ == "__main__":

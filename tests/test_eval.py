@@ -2,14 +2,17 @@
 
 import io
 import json
+import re
 from html.parser import HTMLParser
 
+import families
 import numpy as np
 import pytest
 import torch
 from conftest import assistant, picture, stages, torchrun, write_jsonl
 from PIL import Image
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 evaluation, data = stages.eval, stages.data
 Items = evaluation.Items
@@ -100,6 +103,7 @@ def test_longer_wins_compares_characters_of_the_text(tmp_path):
 
 def test_scores_are_those_of_the_model_whatever_the_ranks_and_are_saved_unrounded(world, reward, tmp_path):
     reward.save_pretrained(str(tmp_path / "model"))
+    write_jsonl(tmp_path / "model/metrics.jsonl", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}])
     for ranks in (1, 2):
         torchrun(
             "04_eval.py",
@@ -123,6 +127,7 @@ def test_scores_are_those_of_the_model_whatever_the_ranks_and_are_saved_unrounde
     assert one["scores"].dtype == np.float32 and len(np.unique(one["scores"])) > 0.9 * len(
         one["scores"]
     )  # rounding would make ties
+    assert "<title>step 2: 0.6000</title>" in (tmp_path / "1/model/report.html").read_text()
     summary = json.loads((tmp_path / "1/model/summary.json").read_text())["new_scenes"]
     assert set(summary) == {"model", "longer wins", "random"} and summary["model"]["overall"]["items"] > 30
 
@@ -159,6 +164,14 @@ def test_another_systems_scores_are_read_in_the_benchmarks_order(world, tmp_path
     )
     result = json.loads((tmp_path / "perfect/summary.json").read_text())["new_scenes"]["perfect"]
     assert result["overall"]["accuracy"] == result["macro"]["accuracy"] == result["Acc+"]["accuracy"] == 1
+
+
+def test_two_benchmarks_of_one_name_are_refused_before_one_replaces_the_other(world, tmp_path):
+    given = [str(world / "data/new_text"), str(world / "data/new_scenes"), str(world / "data/new_text")]
+    settings = evaluation.Settings(model=["none"], benchmark=given, out=str(tmp_path / "out"))
+    with pytest.raises(data.UserError, match="two are named new_text"):
+        evaluation.main(settings)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -206,6 +219,52 @@ def test_the_report_shows_what_came_from_data_as_text_and_needs_nothing_from_els
     assert all(value.startswith("data:image/") for name, value in found.attributes if name in ("src", "href"))
     assert found.text.count("<script>alert('x')</script>") >= 6  # title, heading, bar, prompt, both responses
     assert "h\u00e9llo \U0001f600" in found.text
+
+
+def test_a_score_that_is_no_number_does_not_cost_the_report(processors, comparisons):
+    scores = [np.array([1.0, np.nan, 0.5]), np.full(3, np.nan), np.array([0.0, 1.0, 2.0]), np.array([2.0, 1.0, 0.0])]
+    for given, says in ((scores, "of 12 pairs, 5 not finite;"), (scores[1:2] * 4, "of 12 pairs, 12 not finite;")):
+        systems = {"model": evaluation.metrics(given, items([[1, 2, 3]] * 4))}
+        made = evaluation.section("benchmark", systems, given, comparisons, None, processors.tokenizer)
+        assert says in made and made.count("<article>") == (given is scores)
+
+
+@pytest.mark.parametrize("family, token", [("qwen2_5_vl", "<|image_pad|>"), ("internvl", "<IMG_CONTEXT>")])
+def test_the_report_says_where_in_a_prompt_a_picture_stands(family, token, tmp_path):
+    families.write_tokenizer(family, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode(f"<|im_start|>Is {token * 4} it?", add_special_tokens=False)
+    comparison = data.Comparison(np.array(ids), [np.array(ids)] * 2, [1, 2])
+    assert "<div class=text>Is [picture] it?</div>" in evaluation.article(comparison, [0.0, 1.0], -1.0, None, tokenizer)
+
+
+def test_the_learning_curves_of_a_model_go_through_the_numbers_of_its_metrics(tmp_path):
+    rng, lines = np.random.default_rng(0), []
+    for step in range(1, 131):
+        lines.append({"step": step, "loss": 0.7 * rng.random(), "accuracy": rng.integers(17) / 16, "margin": 1.0})
+        if step % 50 == 0:
+            lines[-1] |= {"validation_loss": 0.4 + rng.random(), "validation_accuracy": rng.random()}
+    lines[7] |= {"loss": None, "accuracy": None}  # its update was skipped
+    assert evaluation.learning_curves(str(tmp_path)) == ""
+    write_jsonl(tmp_path / "metrics.jsonl", [*lines, {"loss": 9}, {"step": 9, "loss": "9"}, [9], '{"step": 131, "lo'])
+    found = evaluation.learning_curves(str(tmp_path)).split("<svg")
+    assert len(found) == 3
+    for svg, what in zip(found[1:], ("loss", "accuracy")):
+        drawn = {}  # {curve: [(step, value)]} by the numbers that stand at the axes
+        to_step, to_value = (np.polyfit(*axis(svg, name), 1) for name in "xy")
+        for points, title in re.findall(r'<polyline points="([^"]*)"[^>]*><title>([^<]*)', svg):
+            places = np.array([place.split(",") for place in points.split()], float)
+            drawn[title] = np.stack([np.polyval(to_step, places[:, 0]), np.polyval(to_value, places[:, 1])], 1)
+        for name in (what, f"validation_{what}"):
+            expected = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            assert (np.abs(drawn.pop(name) - expected) < [0.01, 0.001]).all(), name
+        assert sorted(drawn) == sorted(f"step {s}: {lines[s - 1][f'validation_{what}']:.4f}" for s in (50, 100))
+
+
+def axis(svg: str, name: str) -> tuple[list[float], list[float]]:
+    """Where the numbers of an axis stand, and the numbers."""
+    found = re.findall(rf'<text class={name} x="([\d.]*)" y="([\d.]*)"[^>]*>([-\d.,]*)<', svg)
+    return [float(each[name == "y"]) for each in found], [float(each[2].replace(",", "")) for each in found]
 
 
 class Tags(HTMLParser):

@@ -1,6 +1,8 @@
 """Stage 6: rollouts from a shared prompt cache are those of plain decoding; rewards and updates are what they say."""
 
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +120,30 @@ def test_advantages_are_in_the_units_that_they_say():
     assert not by_group[1].any(), "a group without variance teaches nothing"
     scaled = lambda scale, by: grpo.advantage_of(reward * scale, by)
     torch.testing.assert_close(scaled(50, "batch"), scaled(1, "batch"), atol=2e-3, rtol=0)
+
+
+def test_the_loss_is_that_of_grpo_by_hand():
+    p, q, advantage = torch.tensor([0.5, 0.25, 0.1]), torch.tensor([0.25, 0.25, 0.2]), torch.tensor([1.0, -2.0, 0.5])
+    log_p = p.log().requires_grad_()
+    loss, kl = grpo.grpo_loss(log_p, q.log(), advantage, 0.1)
+    ratio = [0.5, 1.0, 2.0]  # q / p
+    assert kl.item() == pytest.approx(sum(r - math.log(r) - 1 for r in ratio)) and not kl.requires_grad
+    assert loss.item() == pytest.approx(0.1 * kl.item() - (1.0 - 2.0 + 0.5))
+    loss.backward()  # what it is for: A times the gradient of log p, and beta (1 - q / p) towards the start
+    torch.testing.assert_close(log_p.grad, 0.1 * (1 - torch.tensor(ratio)) - advantage)
+
+
+def test_rewards_advantages_and_loss_can_be_copied_and_need_nothing_but_torch():
+    source, copied = Path(grpo.__file__).read_text(), {}
+    exec("import torch\n" + source[source.index("def reward_of(") : source.index("# Rules: ")], copied)
+    match, closed = (torch.rand(4, 8) > 0.5).float(), torch.tensor([[True], [False]] * 2)
+    found = []
+    for of in (copied.get, vars(grpo).get):
+        reward = of("reward_of")("hybrid", match, closed, match - 0.5, 0.5)
+        advantage = of("advantage_of")(reward, "batch")
+        loss, kl = of("grpo_loss")(match, reward, advantage, 0.1)
+        found.append([loss.item(), kl.item(), of("phantom_share")(advantage, match, closed)])
+    assert found[0] == found[1]
 
 
 def hybrid_advantages(scale: str, closed_right: int):
