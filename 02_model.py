@@ -103,98 +103,8 @@ class Settings(HeadSettings):
     seed: int = option(0, "seed of the head's initial weights")
 
 
-def change_tensors(value, change):
-    """The same dataclass with `change` applied to its tensors. What is read on the CPU stays there."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if not dataclasses.is_dataclass(value):
-        return value
-    kept = ("grid_thw",)
-    changed = {name: change_tensors(part, change) for name, part in vars(value).items() if name not in kept}
-    return dataclasses.replace(value, **changed)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The packed row: what a batch of comparisons looks like to the model.
-
-
-@dataclass
-class Segments:
-    """Stretches of a row that attend within themselves, or with keys from elsewhere in the row before their own."""
-
-    lengths: list[int]
-    starts: torch.Tensor  # [segments + 1] int32, in the row
-    keys: torch.Tensor | None  # [all keys] where each segment's keys stand in the row; None: the segment itself
-    key_starts: torch.Tensor  # [segments + 1] int32, in `keys`
-    longest_keys: int
-
-    @classmethod
-    def of(cls, lengths: list[int], keys: list[np.ndarray] | None = None) -> "Segments":
-        key_lengths = lengths if keys is None else list(map(len, keys))
-        starts, key_starts = (
-            torch.from_numpy(np.cumsum([0, *each], dtype=np.int32)) for each in (lengths, key_lengths)
-        )
-        places = None if keys is None else torch.from_numpy(np.concatenate(keys))
-        return cls(lengths, starts, places, key_starts, max(key_lengths))
-
-    @classmethod
-    def of_comparisons(cls, lengths: list[tuple[int, list[int]]]) -> "Segments":
-        """Of comparisons with P tokens of prompt and R_1 ... R_N of responses, which see prompt and themselves."""
-        segments, keys, end = [], [], 0
-        for P, Rs in lengths:
-            prompt = np.arange(end, end + P)
-            keys.append(prompt)
-            end += P
-            for R in Rs:
-                keys.append(np.concatenate([prompt, np.arange(end, end + R)]))
-                end += R
-            segments += [P, *Rs]
-        return cls.of(segments, keys)
-
-    def attend(self, query, key, value, scale: float, causal: bool) -> torch.Tensor:
-        """All segments in one variable-length call, [1, heads, T, d] each -> [1, heads, T, d]; for a GPU.
-
-        `causal` is aligned at the bottom right: a response's first token sees all of its prompt and itself."""
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, d]
-        if self.keys is not None:
-            k, v = k[self.keys], v[self.keys]  # [all keys, kv heads, d]
-        ends = (self.starts, self.key_starts, max(self.lengths), self.longest_keys)
-        more = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1), "enable_gqa": q.shape[1] != k.shape[1]}
-        return varlen_attn(q, k, v, *ends, **more).transpose(0, 1)[None]
-
-
-@dataclass
-class Images:
-    """The images of a row, their patches one behind the other, and which patches see each other in the vision tower.
-
-    Qwen2.5-VL's tower attends within windows of 8 x 8 patches in most layers, within whole images in the others. It
-    reorders the patches so that a window's stand together. Qwen3-VL's has a table of learned positions, of which each
-    patch takes the four nearest, weighted. InternVL's gets tiles of one size, a batch like any other.
-    """
-
-    pixel_values: torch.Tensor  # [patches, 3 * 2 * 14 * 14]; of tiles [tiles, 3, 448, 448]
-    grid_thw: torch.Tensor  # [images, 3] in patches; stays on the CPU, where it is read
-    positions: torch.Tensor | None = None  # [patches, 2] row and column; None, like all below: tiles
-    whole: Segments | None = None
-    window_order: torch.Tensor | None = None  # [patches / merge**2]; None: a tower without windows
-    windows: Segments | None = None
-    table: torch.Tensor | None = None  # [patches, 4] places in the table of positions; None: a tower without one
-    table_weights: torch.Tensor | None = None  # [patches, 4]
-
-    def arguments(self) -> dict:
-        """For `forward` of a transformers backbone. The tower is told that all patches are one segment, which it hands
-        to `image_attention` in one call, instead of looping over windows and waiting for the GPU to learn where they
-        end."""
-        if self.positions is None:
-            return {"pixel_values": self.pixel_values}
-        everything = torch.tensor([0, len(self.pixel_values)], dtype=torch.int32)
-        given = {"pixel_values": self.pixel_values, "image_grid_thw": self.grid_thw, "images": self}
-        given |= {"image_position_ids": self.positions, "image_cu_seqlens": everything}
-        if self.window_order is not None:
-            given |= {"image_window_index": self.window_order, "image_cu_window_seqlens": everything}
-        if self.table is not None:
-            given |= {"image_interp_indices": self.table, "image_interp_weights": self.table_weights}
-        return given
 
 
 @dataclass
@@ -205,9 +115,8 @@ class PackedRow:
     input_ids: torch.Tensor  # [1, T]
     position_ids: torch.Tensor  # [3, 1, T]: time, height, width of M-RoPE; equal for text, and where there is none
     last: torch.Tensor  # [N] where each response's last token stands in the row
-    segments: Segments
-    images: Images | None = None
-    masks: list = field(default_factory=list)  # [R, P + R] of each response; made by the first layer for all
+    segments: "Segments"  # which of its tokens attend to which
+    images: "Images | None" = None
 
     def to(self, device: torch.device) -> "PackedRow":
         return change_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -216,49 +125,121 @@ class PackedRow:
         """For the loader: only from pinned memory is a copy to the GPU made while it computes."""
         return change_tensors(self, torch.Tensor.pin_memory)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Attention over the row: query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d].
-
-        On a GPU all is one variable-length call, for which the prompts' keys are copied to stand before each
-        response's. On a CPU it is one call for each prompt, causal, and one for each response against [its prompt's
-        keys | its own]. `split` rather than slices: the backward of a slice fills a whole row with zeros, that of
-        `split` is one concatenation.
-        """
-        if has_varlen(query):
-            return self.segments.attend(query, key, value, scale, causal=True)
-        if not self.masks:  # True where a response's token (row) sees a key: all of the prompt, then causal
-            ones = partial(torch.ones, dtype=torch.bool, device=query.device)
-            self.masks = [ones(R, P + R).tril(P) for P, Rs in self.lengths for R in Rs]
-        attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-        queries, keys, values = (iter(tensor.split(self.segments.lengths, dim=2)) for tensor in (query, key, value))
-        masks, outputs = iter(self.masks), []
-        for _, responses in self.lengths:
-            k, v = next(keys), next(values)  # the prompt's, [1, kv heads, P, d]
-            outputs.append(attention(next(queries), k, v, is_causal=True))
-            for _ in responses:
-                k_r = torch.cat([k, next(keys)], dim=2)  # [1, kv heads, P + R, d]
-                v_r = torch.cat([v, next(values)], dim=2)
-                outputs.append(attention(next(queries), k_r, v_r, attn_mask=next(masks)))
-        return torch.cat(outputs, dim=2)
+    def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        """What the attention of decoder layer `layer` computes over the row, as `Segments.attend`."""
+        return self.segments.attend(query, key, value, scale, causal=True)
 
     def response_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """For language modelling, two index tensors [all response tokens]: where each response token stands in the row,
         and where the token stands that predicts it (the prompt's last for a response's first, else the one before
         it)."""
-        places, predictors, start = [], [], 0
-        for prompt, responses in self.lengths:
-            end = start + prompt
-            for response in responses:
-                places.append(torch.arange(end, end + response))
-                predictors.append(torch.cat([torch.tensor([start + prompt - 1]), places[-1][:-1]]))
-                end += response
-            start = end
-        return tuple(
-            torch.cat(parts or [torch.zeros(0, dtype=torch.long)]).to(self.input_ids.device)
-            for parts in (places, predictors)
-        )
+        places, predictors, end = [], [], 0
+        for P, Rs in self.lengths:
+            end += P
+            prompt_last = end - 1
+            for R in Rs:
+                places += range(end, end + R)
+                predictors += [prompt_last, *range(end, end + R - 1)]
+                end += R
+        as_index = partial(torch.tensor, dtype=torch.long, device=self.input_ids.device)
+        return as_index(places), as_index(predictors)
+
+
+READ_ON_CPU = ("grid_thw", "image_cu_seqlens", "image_cu_window_seqlens")  # by us or by transformers: they stay there
+
+
+def change_tensors(value, change):
+    """The same dataclass with `change` applied to its tensors, and to those of dataclasses and dicts in it."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: part if name in READ_ON_CPU else change_tensors(part, change) for name, part in value.items()}
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **change_tensors(vars(value), change))
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention without padding.
+
+
+@dataclass
+class Segments:
+    """Stretches of a row, one behind the other. Each attends to itself; one with a prefix, which is an earlier segment,
+    to all of that as well: a response to its prompt."""
+
+    lengths: list[int]
+    prefixes: list[int | None]  # of each the segment whose keys stand before its own; empty: no segment has one
+    starts: torch.Tensor  # [segments + 1] int32, in the row
+    keys: torch.Tensor | None  # [all keys] where each segment's keys stand in the row; None: the segments themselves
+    key_starts: torch.Tensor  # [segments + 1] int32, in `keys`
+    longest_keys: int
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)  # [R, P + R] of those with a prefix, for a CPU
+
+    @classmethod
+    def of(cls, lengths: list[int], prefixes: list[int | None] = ()) -> "Segments":
+        starts = np.cumsum([0, *lengths], dtype=np.int32)
+        if not prefixes:
+            return cls(lengths, [], torch.from_numpy(starts), None, torch.from_numpy(starts), max(lengths))
+        own = np.split(np.arange(sum(lengths)), starts[1:-1])
+        keys = [own[i] if p is None else np.concatenate([own[p], own[i]]) for i, p in enumerate(prefixes)]
+        key_starts = np.cumsum([0, *map(len, keys)], dtype=np.int32)
+        starts, keys, key_starts = map(torch.from_numpy, (starts, np.concatenate(keys), key_starts))
+        return cls(lengths, prefixes, starts, keys, key_starts, int(key_starts.diff().max()))
+
+    @classmethod
+    def of_comparisons(cls, lengths: list[tuple[int, list[int]]]) -> "Segments":
+        """Of comparisons with P tokens of prompt and R_1 ... R_N of responses, which see prompt and themselves."""
+        segments, prefixes = [], []
+        for P, Rs in lengths:
+            prefixes += [None, *[len(segments)] * len(Rs)]
+            segments += [P, *Rs]
+        return cls.of(segments, prefixes)
+
+    def attend(self, query, key, value, scale: float, causal: bool) -> torch.Tensor:
+        """Query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d]. `causal` is aligned at the
+        bottom right: a response's first token sees all of its prompt and itself. Only without it are there no prefixes.
+        """
+        if has_varlen(query):
+            return self.in_one_call(query, key, value, scale, causal)
+        return self.one_by_one(query, key, value, scale) if causal else self.in_batches(query, key, value, scale)
+
+    def in_one_call(self, query, key, value, scale: float, causal: bool) -> torch.Tensor:
+        """For a GPU: a variable-length call, for which the prompts' keys are copied to stand before each response's."""
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, d]
+        if self.keys is not None:
+            k, v = k[self.keys], v[self.keys]  # [all keys, kv heads, d]
+        ends = (self.starts, self.key_starts, max(self.lengths), self.longest_keys)
+        more = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1), "enable_gqa": q.shape[1] != k.shape[1]}
+        return varlen_attn(q, k, v, *ends, **more).transpose(0, 1)[None]
+
+    def one_by_one(self, query, key, value, scale: float) -> torch.Tensor:
+        """For a CPU, causal: a call for each segment against [its prefix's keys | its own]. `split` rather than slices:
+        the backward of a slice fills a whole row with zeros, that of `split` is one concatenation."""
+        attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+        q, k, v = (tensor.split(self.lengths, dim=2) for tensor in (query, key, value))
+        outputs = []
+        for i, prefix in enumerate(self.prefixes):
+            if prefix is None:
+                outputs.append(attention(q[i], k[i], v[i], is_causal=True))
+                continue
+            if i not in self.masks:  # the first layer makes it for all: True for all of the prompt, then causal
+                P, R = self.lengths[prefix], self.lengths[i]
+                self.masks[i] = torch.ones(R, P + R, dtype=torch.bool, device=query.device).tril(P)
+            keys = torch.cat([k[prefix], k[i]], dim=2)  # [1, kv heads, P + R, d]
+            values = torch.cat([v[prefix], v[i]], dim=2)
+            outputs.append(attention(q[i], keys, values, attn_mask=self.masks[i]))
+        return torch.cat(outputs, dim=2)
+
+    def in_batches(self, query, key, value, scale: float) -> torch.Tensor:
+        """For a CPU, not causal and without prefixes: neighbours of equal length are one batch."""
+        runs = [(length, len(list(run))) for length, run in itertools.groupby(self.lengths)]
+        parts = (tensor[0].split([length * count for length, count in runs], dim=1) for tensor in (query, key, value))
+        outputs = []
+        for (length, count), *qkv in zip(runs, *parts):
+            q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in qkv)  # [count, heads, length, d]
+            outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).transpose(0, 1)[None]
 
 
 def has_varlen(query: torch.Tensor) -> bool:
@@ -266,52 +247,45 @@ def has_varlen(query: torch.Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
-# Lengths differ from row to row. Kept out of the graphs of torch.compile, they are no reason to compile again.
+# What transformers calls in every layer, of the decoder with the `row` and of the vision tower with the `images` that
+# we pass to `forward`. Kept out of the graphs of torch.compile, lengths that differ from row to row are no reason to
+# compile again.
+
+
 @torch.compiler.disable
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, row=None, **_):
-    """The attention function that transformers calls in every decoder layer; `row` is what we passed to `forward`."""
     return row.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None  # [1, T, heads, d]
 
 
 @torch.compiler.disable
 def image_attention(module, query, key, value, attention_mask, scaling, images=None, **_):
-    """The same for the vision tower: query, key and value [1, heads, patches, d], all images in one call."""
     segments = images.whole if module.attends_to_whole_images else images.windows
-    if has_varlen(query):
-        return segments.attend(query, key, value, scaling, causal=False).transpose(1, 2), None
-    outputs = []
-    runs = [(length, len(list(run))) for length, run in itertools.groupby(segments.lengths)]  # of equal segments
-    parts = (tensor[0].split([length * count for length, count in runs], dim=1) for tensor in (query, key, value))
-    for (length, count), *qkv in zip(runs, *parts):
-        q, k, v = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in qkv)  # [count, heads, length, d]
-        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None], None  # [1, patches, heads, d]
+    return segments.attend(query, key, value, scaling, causal=False).transpose(1, 2), None  # [1, patches, heads, d]
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
 AttentionInterface.register("packed_images", image_attention)
 
 
-def prompt_positions(prompt: np.ndarray, grids: np.ndarray, processors: Processors) -> np.ndarray:
-    """Position ids [3, P] of a prompt: they count up, but for the images of a backbone with M-RoPE (Qwen2-VL, arXiv
-    2409.12191).
+# ---------------------------------------------------------------------------------------------------------------------
+# From comparisons to a row.
+
+
+def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | None) -> np.ndarray:
+    """Position ids [3, P] of a prompt [P] with M-RoPE (Qwen2-VL, arXiv 2409.12191), from its images' grids in tokens
+    [images, 3]; without grids they count up.
 
     Text counts up on all three axes. The tokens of an image share one time, count rows and columns from there, and the
     text after it continues after the largest of them.
     """
-    image_token, merge = processors.image_token, processors.vision.merge if processors.vision else 1
     positions, start, next_position = [], 0, 0
-    for time, height, width in grids if processors.family.mrope else []:
-        t, h, w = int(time), int(height) // merge, int(width) // merge
-        at = start + int(np.argmax(prompt[start:] == image_token))  # where this image's tokens begin
-        positions.append(np.tile(np.arange(at - start) + next_position, (3, 1)))
-        next_position += at - start
-        positions.append(
-            np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij")).reshape(3, -1)
-            + next_position
-        )
+    for t, h, w in grids:
+        text = int(np.argmax(prompt[start:] == image_token))  # tokens before this image's
+        positions.append(np.tile(np.arange(text) + next_position, (3, 1)))
+        next_position += text
+        positions.append(np.indices((t, h, w)).reshape(3, -1) + next_position)
         next_position += max(h, w)
-        start = at + t * h * w
+        start += text + t * h * w
     positions.append(np.tile(np.arange(len(prompt) - start) + next_position, (3, 1)))
     return np.concatenate(positions, axis=1)
 
@@ -325,24 +299,23 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
     """
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
-    ids, positions, lengths, last, end = [], [], [], [], 0
+    ids, positions, lengths = [], [], []
     for comparison in comparisons:
         P, Rs = len(comparison.prompt), [len(response) for response in comparison.responses]
-        at = prompt_positions(comparison.prompt, comparison.grids, processors)  # [3, P]
+        grids = comparison.grids // [1, *[processors.vision.merge] * 2] if processors.family.mrope else []
+        at = prompt_positions(comparison.prompt, grids, processors.image_token)  # [3, P]
+        after = [np.tile(at.max() + 1 + np.arange(R), (3, 1)) for R in Rs]  # each goes on where the prompt ends
         ids += [comparison.prompt, *comparison.responses]
-        positions += [
-            at,
-            *(np.tile(at.max() + 1 + np.arange(R), (3, 1)) for R in Rs),
-        ]  # each goes on where the prompt ends
-        last += (end + P + np.cumsum(Rs, dtype=int) - 1).tolist()
+        positions += [at, *after]
         lengths.append((P, Rs))
-        end += P + sum(Rs)
+    segments = Segments.of_comparisons(lengths)
+    ends = [end for end, prefix in zip(segments.starts[1:].tolist(), segments.prefixes) if prefix is not None]
     row = PackedRow(
         lengths,
         torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
         torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None],
-        torch.tensor(last, dtype=torch.long),
-        Segments.of_comparisons(lengths),
+        torch.tensor(ends, dtype=torch.long) - 1,
+        segments,
     )
     images = [image for comparison in comparisons for image in data.open_images(comparison, processors)]
     if images:
@@ -355,6 +328,29 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
         pixels, grids = processors.image(images, return_tensors="pt")["pixel_values"], torch.from_numpy(grids)
         row.images = Images(pixels, grids) if processors.family.tiles else pack_images(pixels, grids, processors.vision)
     return row
+
+
+@dataclass
+class Images:
+    """The images of a row, their patches one behind the other, and which patches see each other in the vision tower.
+
+    Qwen2.5-VL's tower attends within windows of 8 x 8 patches in most layers, within whole images in the others. It
+    reorders the patches so that a window's stand together. Qwen3-VL's has a table of learned positions, of which each
+    patch takes the four nearest, weighted. InternVL's gets tiles of one size, a batch like any other.
+    """
+
+    pixel_values: torch.Tensor  # [patches, 3 * 2 * 14 * 14]; of tiles [tiles, 3, 448, 448]
+    grid_thw: torch.Tensor  # [images, 3] in patches
+    layout: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # by `forward`'s names, what more it takes; tiles: none
+    whole: Segments | None = None  # the images; None: tiles
+    windows: Segments | None = None  # None: a tower without windows
+
+    def arguments(self) -> dict:
+        """For `forward` of a transformers backbone."""
+        more = {"image_grid_thw": self.grid_thw, "images": self} if self.layout else {}
+        return {"pixel_values": self.pixel_values, **self.layout, **more}
 
 
 @lru_cache(4096)
@@ -371,17 +367,23 @@ def image_layout(height: int, width: int, shape: data.VisionShape) -> tuple:
 
 
 def pack_images(pixel_values: torch.Tensor, grids: torch.Tensor, shape: data.VisionShape) -> Images:
+    """The tower is told that all patches are one segment, which it hands to `image_attention` in one call, instead of
+    looping over windows and waiting for the GPU to learn where they end."""
     layouts = [image_layout(height, width, shape) for _, height, width in grids.tolist()]
     positions, orders, windows = zip(*layouts)
     patches = [len(position) for position in positions]
-    images = Images(pixel_values, grids, torch.cat(positions), Segments.of(patches))
+    everything = torch.tensor([0, sum(patches)], dtype=torch.int32)
+    layout = {"image_position_ids": torch.cat(positions), "image_cu_seqlens": everything}  # [patches, 2] row and column
+    images = Images(pixel_values, grids, layout, Segments.of(patches))
     if shape.window:
         before = np.cumsum([0, *patches]) // shape.merge**2  # merged patches of the images before
-        images.window_order = torch.cat([order + int(start) for order, start in zip(orders, before)])
+        order = torch.cat([order + int(start) for order, start in zip(orders, before)])  # [patches / merge**2]
+        layout |= {"image_window_index": order, "image_cu_window_seqlens": everything}
         images.windows = Segments.of([length * shape.merge**2 for sizes in windows for length in sizes])
     if shape.table:
         how = {"align_corners": True, "spatial_merge_size": shape.merge}  # as Qwen3VLVisionModel does it
-        images.table, images.table_weights = get_vision_interpolation_indices_and_weights(grids, shape.table, **how)
+        nearest, weights = get_vision_interpolation_indices_and_weights(grids, shape.table, **how)  # [patches, 4] each
+        layout |= {"image_interp_indices": nearest, "image_interp_weights": weights}
     return images
 
 
