@@ -399,7 +399,20 @@ def blank_comparison(processors: Processors) -> Comparison:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model.
+# From a row to scores.
+
+
+def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
+    """One forward of a transformers backbone, with or without an LM head, over a packed row -> last hidden states [T,
+    hidden].
+
+    Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
+    """
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False, "row": row}
+    if not data.FAMILIES[backbone.config.model_type].mrope:
+        inputs["position_ids"] = row.position_ids[0]  # the same on all axes
+    inputs |= row.images.arguments() if row.images else {}
+    return getattr(backbone, "model", backbone)(**inputs).last_hidden_state[0]
 
 
 class RewardHead(nn.Module):
@@ -440,68 +453,12 @@ class RewardModel(nn.Module):
     kind = "naive"
     reader = None  # how a critic and a judge read a comparison in training: a function Comparison -> Asked
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        head: RewardHead | None,
-        processors: Processors,
-        trained_with: dict | None = None,
-        asks: dict | None = None,
-    ):
+    def __init__(self, backbone, head: RewardHead | None, processors, trained_with: dict | None = None, asks=None):
         super().__init__()
         self.backbone, self.head, self.processors = backbone, head, processors
         self.trained_with = trained_with or {}  # what the head was trained with; empty: not at all
         self.asks = asks or {}  # of a critic or a judge: its request and how long a critique may be
         self.cost = Counter()  # of all that it has scored: tokens read and written, image patches
-
-    @classmethod
-    def from_backbone(cls, path: str, settings: HeadSettings, max_pixels: int = 0) -> "RewardModel":
-        """A backbone from a Hugging Face checkpoint with a new head, as the kind that the settings name."""
-        kind, head, asks = settings.kind, None, None
-        backbone = load_backbone(path, kind != "naive")
-        if kind != "generative":
-            hidden = backbone.config.get_text_config().hidden_size
-            head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
-        if kind != "naive":
-            asks = {"request": settings.request or REQUESTS[kind], "critique_tokens": settings.critique_tokens}
-        return KINDS[kind](backbone, head, data.load_processors(path, max_pixels), asks=asks)
-
-    @classmethod
-    def from_pretrained(cls, folder: str, empty: bool = False) -> "RewardModel":
-        """A reward model that `save_pretrained` wrote, of the kind that it was; `empty` leaves the backbone's weights
-        to be filled in, as in `load_backbone`. Raises UserError where there is none."""
-        path = Path(folder, HEAD_FILE)
-        if not path.is_file():
-            raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
-        with data.reading(path, "run 02_model.py or 03_train.py again"), safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["reward_head"])
-            if about.setdefault("kind", "naive") not in KINDS:
-                raise data.Unusable(f"its kind is {about['kind']!r}, none of {', '.join(KINDS)}")
-            kind = KINDS[about["kind"]]
-            with torch.device("meta"):  # takes no memory before the shapes are compared
-                head = RewardHead(**about["head"]) if kind is not Judge else None
-            shapes = {name: list(tensor.shape) for name, tensor in head.state_dict().items()} if head else {}
-            if shapes != {name: file.get_slice(name).get_shape() for name in file.keys()}:
-                raise data.Unusable(f"its tensors are not those of the head that it describes, {about['head']}")
-            if head:
-                head.load_state_dict({name: file.get_tensor(name).float() for name in shapes}, assign=True)
-                check_finite(head)
-            trained_with, asks = about["trained_with"], None
-            if kind is not RewardModel:
-                asks = {name: cast(about["asks"][name]) for name, cast in (("request", str), ("critique_tokens", int))}
-        backbone = load_backbone(folder, kind is not RewardModel, empty)
-        hidden = backbone.config.get_text_config().hidden_size
-        if head and head.settings["hidden"] != hidden:
-            raise UserError(f"{path}: a head for hidden states of {head.settings['hidden']}, the backbone has {hidden}")
-        return kind(backbone, head, data.load_processors(folder), trained_with, asks)
-
-    def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32, file_size: str = "5GB") -> None:
-        """Writes the Hugging Face layout (`export`) plus reward_head.safetensors, which is float32 whatever `dtype`
-        the backbone gets; a judge's has no tensors. Where the model is sharded all ranks call it."""
-        head = {name: whole(tensor).cpu() for name, tensor in self.head.state_dict().items()} if self.head else {}
-        about = {"kind": self.kind, "head": self.head.settings if self.head else None, "asks": self.asks}
-        head_file = save(head, metadata={"reward_head": json.dumps(about | {"trained_with": self.trained_with})})
-        export(self.backbone, self.processors, folder, dtype, file_size, head_file)
 
     def hidden_states(self, row: PackedRow) -> torch.Tensor:
         """The backbone's last hidden states, [T, hidden]."""
@@ -558,172 +515,126 @@ class RewardModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @classmethod
+    def from_backbone(cls, path: str, settings: HeadSettings, max_pixels: int = 0) -> "RewardModel":
+        """A backbone from a Hugging Face checkpoint with a new head, as the kind that the settings name."""
+        kind, head, asks = settings.kind, None, None
+        backbone = load_backbone(path, kind != "naive")
+        if kind != "generative":
+            hidden = backbone.config.get_text_config().hidden_size
+            head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
+        if kind != "naive":
+            asks = {"request": settings.request or REQUESTS[kind], "critique_tokens": settings.critique_tokens}
+        return KINDS[kind](backbone, head, data.load_processors(path, max_pixels), asks=asks)
+
+    @classmethod
+    def from_pretrained(cls, folder: str, empty: bool = False) -> "RewardModel":
+        """A reward model that `save_pretrained` wrote, of the kind that it was; `empty` leaves the backbone's weights
+        to be filled in, as in `load_backbone`. Raises UserError where there is none."""
+        path = Path(folder, HEAD_FILE)
+        if not path.is_file():
+            raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
+        with data.reading(path, "run 02_model.py or 03_train.py again"), safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["reward_head"])
+            if about.setdefault("kind", "naive") not in KINDS:
+                raise data.Unusable(f"its kind is {about['kind']!r}, none of {', '.join(KINDS)}")
+            kind = KINDS[about["kind"]]
+            with torch.device("meta"):  # takes no memory before the shapes are compared
+                head = RewardHead(**about["head"]) if kind is not Judge else None
+            shapes = {name: list(tensor.shape) for name, tensor in head.state_dict().items()} if head else {}
+            if shapes != {name: file.get_slice(name).get_shape() for name in file.keys()}:
+                raise data.Unusable(f"its tensors are not those of the head that it describes, {about['head']}")
+            if head:
+                head.load_state_dict({name: file.get_tensor(name).float() for name in shapes}, assign=True)
+                check_finite(head)
+            trained_with, asks = about["trained_with"], None
+            if kind is not RewardModel:
+                asks = {name: cast(about["asks"][name]) for name, cast in (("request", str), ("critique_tokens", int))}
+        backbone = load_backbone(folder, kind is not RewardModel, empty)
+        hidden = backbone.config.get_text_config().hidden_size
+        if head and head.settings["hidden"] != hidden:
+            raise UserError(f"{path}: a head for hidden states of {head.settings['hidden']}, the backbone has {hidden}")
+        return kind(backbone, head, data.load_processors(folder), trained_with, asks)
+
+    def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32, file_size: str = "5GB") -> None:
+        """Writes the Hugging Face layout (`export`) plus reward_head.safetensors, which is float32 whatever `dtype`
+        the backbone gets; a judge's has no tensors. Where the model is sharded all ranks call it."""
+        head = {name: whole(tensor).cpu() for name, tensor in self.head.state_dict().items()} if self.head else {}
+        about = {"kind": self.kind, "head": self.head.settings if self.head else None, "asks": self.asks}
+        head_file = save(head, metadata={"reward_head": json.dumps(about | {"trained_with": self.trained_with})})
+        export(self.backbone, self.processors, folder, dtype, file_size, head_file)
+
 
 def rows_of(comparisons: list[Comparison], micro_tokens: int) -> Iterator[list[Comparison]]:
     """Deals comparisons, in order, into rows of at most `micro_tokens` tokens (an image patch counts a quarter). One
     that is longer is cut between its responses and its prompt stands in each part; a single response is never cut."""
     row, size = [], 0
     for comparison in comparisons:
-        prompt = len(comparison.prompt) + int(comparison.grids.prod(1).sum()) // 4
-        rest, part = sum(map(len, comparison.responses)), None
+        patches, part = int(comparison.grids.prod(1).sum()) // 4, None
         for response in comparison.responses:
-            if row and size + (len(response) if part else prompt + rest) > micro_tokens:
+            if row and size + (len(response) if part else comparison.length + patches) > micro_tokens:
                 yield row
                 row, size, part = [], 0, None
             if part is None:
                 part = dataclasses.replace(comparison, responses=[])
                 row.append(part)
-                size += prompt
+                size += len(comparison.prompt) + patches
             part.responses.append(response)
             size += len(response)
     if row:
         yield row
 
 
-class RewardRouter(nn.Module):
-    """A multimodal and a text-only reward model that are used as one: a comparison with an image goes to the first, one
-    without to the second, which the paper finds better for text than any multimodal one.
-
-    Their scores live on different scales, so compare those of one prompt only. Each model encodes text with its own
-    tokenizer; comparisons that were encoded before, in shards, need two models that have the same.
-    """
-
-    def __init__(self, multimodal: RewardModel, text: RewardModel):
-        super().__init__()
-        if multimodal.processors.image is None:
-            raise UserError("the multimodal reward model of the two is text-only")
-        self.multimodal, self.text = multimodal, text
-
-    @classmethod
-    def from_pretrained(cls, multimodal: str, text: str) -> "RewardRouter":
-        return cls(RewardModel.from_pretrained(multimodal), RewardModel.from_pretrained(text))
-
-    def model_for(self, has_image: bool) -> RewardModel:
-        return self.multimodal if has_image else self.text
-
-    def score(self, messages: list[dict], responses: list[str], images: list = ()) -> torch.Tensor:
-        """As `RewardModel.score`."""
-        return self.model_for(has_image(messages, images)).score(messages, responses, images)
-
-    def encode(self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()) -> Comparison:
-        """As `RewardModel.encode`, with the tokenizer of the model that will score it."""
-        return self.model_for(has_image(messages, images)).encode(messages, texts, images, folder)
-
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
-        """As `RewardModel.score_encoded`."""
-        scores = {}
-        for images in (True, False):
-            part = [i for i, comparison in enumerate(comparisons) if bool(comparison.images) == images]
-            found = self.model_for(images).score_encoded([comparisons[i] for i in part], micro_tokens)
-            scores |= zip(part, found.split([len(comparisons[i].responses) for i in part])) if part else ()
-        return torch.cat([torch.zeros(0, device=self.multimodal.device), *(scores[i] for i in sorted(scores))])
-
-    @property
-    def fingerprint(self) -> str:
-        """As `RewardModel.fingerprint`. Raises UserError where the two models have different tokenizers."""
-        if self.multimodal.fingerprint != self.text.fingerprint:
-            raise UserError(
-                "the two reward models have different tokenizers or chat templates, and prepared data has one; "
-                "from text, both can score together: 04_eval.py --score, or `score` in Python"
-            )
-        return self.multimodal.fingerprint
-
-    @property
-    def processors(self) -> Processors:
-        return self.multimodal.processors
-
-    @property
-    def trained_with(self) -> dict:
-        sets = [model.trained_with.get("data", []) for model in (self.multimodal, self.text)]
-        return {"data": [*dict.fromkeys(itertools.chain(*sets))]}
-
-
-def has_image(messages: list[dict], images: list) -> bool:
-    """Whether a prompt, as `score` takes it, has an image. Raises ValueError where it is none."""
-    parts = [
-        part for turn in data.check_messages(messages) if isinstance(turn["content"], list) for part in turn["content"]
-    ]
-    return bool(images) or any(part["type"] == "image" for part in parts)
-
-
-def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """Readies a model for inference on a device, in place, and returns it. Without `dtype` it computes in bfloat16 on a
-    GPU and in float32 elsewhere. As in training that is for parameters only: a reward head stays float32, and so do
-    rotary frequencies, which `model.to(dtype)` would round as well, and so be off by radians at position 1000."""
-    device = torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model.eval().requires_grad_(False).to(device)
-    heads = [module for module in model.modules() if isinstance(module, RewardHead)]
-    exact = {parameter for head in heads for parameter in head.parameters()}
-    for parameter in model.parameters():
-        if parameter not in exact:
-            parameter.data = parameter.to(dtype)
-    return model
-
-
-def load_reward(model: str, text_model: str = "") -> RewardModel | RewardRouter:
-    """The reward model of the command line's --model, or the router of --model and --text_model."""
-    return RewardRouter.from_pretrained(model, text_model) if text_model else RewardModel.from_pretrained(model)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# As the reward of other people's training.
+# Checkpoints in the Hugging Face layout, in and out.
 
 
-def trl_reward(
-    reward: RewardModel | RewardRouter,
-    prompts: list,
-    completions: list,
-    images: list | None = None,
-    image: list | None = None,
-    log_metric: Callable[[str, float], None] | None = None,
-    **_,
-) -> list[float]:
-    """A reward function of TRL's GRPOTrainer: GRPOTrainer(..., reward_funcs=partial(trl_reward, reward)).
-
-    TRL gives a prompt anew with each of its completions. Prompts that are equal, images included, become one comparison
-    here, which is encoded once; TRL logs how many completions that makes for each as "completions_per_prompt".
-
-    Args: prompts and completions [n], texts or lists of messages; images, the data set's column of that name, a list
-        for each prompt, or `image`, one or None for each; what else TRL passes is not used.
-    Returns the raw scores [n]. Raises ValueError where a completion is more than one text, or a prompt is unusable.
-    """
-    given = images or [[] if each is None else [each] for each in image or [None] * len(prompts)]
-    groups: dict[tuple, list[int]] = {}
-    for i, prompt in enumerate(zip(prompts, given, strict=True)):
-        groups.setdefault(hashable(prompt), []).append(i)
-    comparisons = []
-    for places in groups.values():
-        texts = [completion_text(completions[i]) for i in places]
-        comparisons.append(reward.encode(prompts[places[0]], texts, given[places[0]] or []))
-    if log_metric is not None:
-        log_metric("completions_per_prompt", len(prompts) / len(groups))
-    scores = dict(zip(itertools.chain(*groups.values()), reward.score_encoded(comparisons).tolist()))
-    return [scores[i] for i in range(len(prompts))]
+def attention_of(config) -> str | dict[str, str]:
+    """The names under which a model's attention layers find our functions, for `attn_implementation`. Tiles of one size
+    need none of ours."""
+    family = data.FAMILIES[config.model_type]
+    if not family.vision:
+        return "shared_prefix"
+    return {"text_config": "shared_prefix", "vision_config": "sdpa" if family.tiles else "packed_images"}
 
 
-def hashable(value):
-    """A prompt as something that is equal, and has the same hash, where two prompts are the same."""
-    if isinstance(value, dict):
-        return tuple((key, hashable(part)) for key, part in sorted(value.items()))
-    if isinstance(value, (list, tuple)):
-        return tuple(map(hashable, value))
-    if isinstance(value, data.Image.Image):
-        return value.mode, value.size, value.tobytes()
-    return value
+@dataclass
+class Parts:
+    """Where a transformers model has its parts, whatever its family calls them."""
+
+    language: nn.Module  # has `layers`
+    vision: nn.Module | None
+    blocks: list[nn.Module]  # the vision tower's layers
 
 
-def completion_text(completion: str | list[dict]) -> str:
-    """The text of what a policy wrote; it may be empty."""
-    if isinstance(completion, list) and len(completion) == 1:
-        completion = completion[0]["content"]
-    if not isinstance(completion, str):
-        raise data.Unusable("completions: neither a text nor one assistant message with a text")
-    return completion
+def parts_of(backbone: nn.Module) -> Parts:
+    """The parts of a backbone, with or without its LM head."""
+    family = data.FAMILIES[backbone.config.model_type]
+    base = getattr(backbone, "model", backbone)
+    if not family.vision:
+        return Parts(base, None, [])
+    vision = base.get_submodule(family.vision)
+    return Parts(base.get_submodule(family.language), vision, list(vision.get_submodule(family.blocks)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and writing checkpoints.
+class PatchProjection(nn.Conv3d):
+    """The vision tower's first layer. Its kernel is as large as a patch, so it is one matrix product, for which
+    PyTorch's 3-D convolution takes several times as long."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:  # [patches, channels, time, height, width]
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)  # [patches, hidden]
+
+
+def prepare_vision(backbone: nn.Module) -> None:
+    """Tells each attention layer of the vision tower whether it attends to whole images or to windows, for
+    `image_attention`, and makes its patch embedding a matrix product. Weights and their names stay as they are."""
+    parts = parts_of(backbone)
+    if parts.vision is None or data.FAMILIES[backbone.config.model_type].tiles:
+        return
+    parts.vision.patch_embed.proj.__class__ = PatchProjection
+    whole = getattr(parts.vision.config, "fullatt_block_indexes", None)
+    for i, block in enumerate(parts.blocks):
+        block.attn.attends_to_whole_images = whole is None or i in whole
 
 
 def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.Module:
@@ -833,65 +744,146 @@ def export(
     writing.rmdir()
 
 
-def attention_of(config) -> str | dict[str, str]:
-    """The names under which a model's attention layers find our functions, for `attn_implementation`. Tiles of one size
-    need none of ours."""
-    family = data.FAMILIES[config.model_type]
-    if not family.vision:
-        return "shared_prefix"
-    return {"text_config": "shared_prefix", "vision_config": "sdpa" if family.tiles else "packed_images"}
+# ---------------------------------------------------------------------------------------------------------------------
+# In use: on a device, two models as one, and as the reward of other people's training.
 
 
-@dataclass
-class Parts:
-    """Where a transformers model has its parts, whatever its family calls them."""
+class RewardRouter(nn.Module):
+    """A multimodal and a text-only reward model that are used as one: a comparison with an image goes to the first, one
+    without to the second, which the paper finds better for text than any multimodal one.
 
-    language: nn.Module  # has `layers`
-    vision: nn.Module | None
-    blocks: list[nn.Module]  # the vision tower's layers
-
-
-def parts_of(backbone: nn.Module) -> Parts:
-    """The parts of a backbone, with or without its LM head."""
-    family = data.FAMILIES[backbone.config.model_type]
-    base = getattr(backbone, "model", backbone)
-    if not family.vision:
-        return Parts(base, None, [])
-    vision = base.get_submodule(family.vision)
-    return Parts(base.get_submodule(family.language), vision, list(vision.get_submodule(family.blocks)))
-
-
-class PatchProjection(nn.Conv3d):
-    """The vision tower's first layer. Its kernel is as large as a patch, so it is one matrix product, for which
-    PyTorch's 3-D convolution takes several times as long."""
-
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:  # [patches, channels, time, height, width]
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)  # [patches, hidden]
-
-
-def prepare_vision(backbone: nn.Module) -> None:
-    """Tells each attention layer of the vision tower whether it attends to whole images or to windows, for
-    `image_attention`, and makes its patch embedding a matrix product. Weights and their names stay as they are."""
-    parts = parts_of(backbone)
-    if parts.vision is None or data.FAMILIES[backbone.config.model_type].tiles:
-        return
-    parts.vision.patch_embed.proj.__class__ = PatchProjection
-    whole = getattr(parts.vision.config, "fullatt_block_indexes", None)
-    for i, block in enumerate(parts.blocks):
-        block.attn.attends_to_whole_images = whole is None or i in whole
-
-
-def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
-    """One forward of a transformers backbone, with or without an LM head, over a packed row -> last hidden states [T,
-    hidden].
-
-    Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
+    Their scores live on different scales, so compare those of one prompt only. Each model encodes text with its own
+    tokenizer; comparisons that were encoded before, in shards, need two models that have the same.
     """
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False, "row": row}
-    if not data.FAMILIES[backbone.config.model_type].mrope:
-        inputs["position_ids"] = row.position_ids[0]  # the same on all axes
-    inputs |= row.images.arguments() if row.images else {}
-    return getattr(backbone, "model", backbone)(**inputs).last_hidden_state[0]
+
+    def __init__(self, multimodal: RewardModel, text: RewardModel):
+        super().__init__()
+        if multimodal.processors.image is None:
+            raise UserError("the multimodal reward model of the two is text-only")
+        self.multimodal, self.text = multimodal, text
+
+    @classmethod
+    def from_pretrained(cls, multimodal: str, text: str) -> "RewardRouter":
+        return cls(RewardModel.from_pretrained(multimodal), RewardModel.from_pretrained(text))
+
+    def model_for(self, has_image: bool) -> RewardModel:
+        return self.multimodal if has_image else self.text
+
+    def score(self, messages: list[dict], responses: list[str], images: list = ()) -> torch.Tensor:
+        """As `RewardModel.score`."""
+        return self.model_for(has_image(messages, images)).score(messages, responses, images)
+
+    def encode(self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()) -> Comparison:
+        """As `RewardModel.encode`, with the tokenizer of the model that will score it."""
+        return self.model_for(has_image(messages, images)).encode(messages, texts, images, folder)
+
+    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
+        """As `RewardModel.score_encoded`."""
+        scores = {}
+        for images in (True, False):
+            part = [i for i, comparison in enumerate(comparisons) if bool(comparison.images) == images]
+            found = self.model_for(images).score_encoded([comparisons[i] for i in part], micro_tokens)
+            scores |= zip(part, found.split([len(comparisons[i].responses) for i in part])) if part else ()
+        return torch.cat([torch.zeros(0, device=self.multimodal.device), *(scores[i] for i in sorted(scores))])
+
+    @property
+    def fingerprint(self) -> str:
+        """As `RewardModel.fingerprint`. Raises UserError where the two models have different tokenizers."""
+        if self.multimodal.fingerprint != self.text.fingerprint:
+            raise UserError(
+                "the two reward models have different tokenizers or chat templates, and prepared data has one; "
+                "from text, both can score together: 04_eval.py --score, or `score` in Python"
+            )
+        return self.multimodal.fingerprint
+
+    @property
+    def processors(self) -> Processors:
+        return self.multimodal.processors
+
+    @property
+    def trained_with(self) -> dict:
+        sets = [model.trained_with.get("data", []) for model in (self.multimodal, self.text)]
+        return {"data": [*dict.fromkeys(itertools.chain(*sets))]}
+
+
+def has_image(messages: list[dict], images: list) -> bool:
+    """Whether a prompt, as `score` takes it, has an image. Raises ValueError where it is none."""
+    parts = [
+        part for turn in data.check_messages(messages) if isinstance(turn["content"], list) for part in turn["content"]
+    ]
+    return bool(images) or any(part["type"] == "image" for part in parts)
+
+
+def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Readies a model for inference on a device, in place, and returns it. Without `dtype` it computes in bfloat16 on a
+    GPU and in float32 elsewhere. As in training that is for parameters only: a reward head stays float32, and so do
+    rotary frequencies, which `model.to(dtype)` would round as well, and so be off by radians at position 1000."""
+    device = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.eval().requires_grad_(False).to(device)
+    heads = [module for module in model.modules() if isinstance(module, RewardHead)]
+    exact = {parameter for head in heads for parameter in head.parameters()}
+    for parameter in model.parameters():
+        if parameter not in exact:
+            parameter.data = parameter.to(dtype)
+    return model
+
+
+def load_reward(model: str, text_model: str = "") -> RewardModel | RewardRouter:
+    """The reward model of the command line's --model, or the router of --model and --text_model."""
+    return RewardRouter.from_pretrained(model, text_model) if text_model else RewardModel.from_pretrained(model)
+
+
+def trl_reward(
+    reward: RewardModel | RewardRouter,
+    prompts: list,
+    completions: list,
+    images: list | None = None,
+    image: list | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **_,
+) -> list[float]:
+    """A reward function of TRL's GRPOTrainer: GRPOTrainer(..., reward_funcs=partial(trl_reward, reward)).
+
+    TRL gives a prompt anew with each of its completions. Prompts that are equal, images included, become one comparison
+    here, which is encoded once; TRL logs how many completions that makes for each as "completions_per_prompt".
+
+    Args: prompts and completions [n], texts or lists of messages; images, the data set's column of that name, a list
+        for each prompt, or `image`, one or None for each; what else TRL passes is not used.
+    Returns the raw scores [n]. Raises ValueError where a completion is more than one text, or a prompt is unusable.
+    """
+    given = images or [[] if each is None else [each] for each in image or [None] * len(prompts)]
+    groups: dict[tuple, list[int]] = {}
+    for i, prompt in enumerate(zip(prompts, given, strict=True)):
+        groups.setdefault(hashable(prompt), []).append(i)
+    comparisons = []
+    for places in groups.values():
+        texts = [completion_text(completions[i]) for i in places]
+        comparisons.append(reward.encode(prompts[places[0]], texts, given[places[0]] or []))
+    if log_metric is not None:
+        log_metric("completions_per_prompt", len(prompts) / len(groups))
+    scores = dict(zip(itertools.chain(*groups.values()), reward.score_encoded(comparisons).tolist()))
+    return [scores[i] for i in range(len(prompts))]
+
+
+def hashable(value):
+    """A prompt as something that is equal, and has the same hash, where two prompts are the same."""
+    if isinstance(value, dict):
+        return tuple((key, hashable(part)) for key, part in sorted(value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(hashable, value))
+    if isinstance(value, data.Image.Image):
+        return value.mode, value.size, value.tobytes()
+    return value
+
+
+def completion_text(completion: str | list[dict]) -> str:
+    """The text of what a policy wrote; it may be empty."""
+    if isinstance(completion, list) and len(completion) == 1:
+        completion = completion[0]["content"]
+    if not isinstance(completion, str):
+        raise data.Unusable("completions: neither a text nor one assistant message with a text")
+    return completion
 
 
 # ---------------------------------------------------------------------------------------------------------------------
