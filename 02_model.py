@@ -535,8 +535,8 @@ class RewardModel(nn.Module):
         if not path.is_file():
             raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
         with data.reading(path, "run 02_model.py or 03_train.py again"), safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["reward_head"])
-            if about.setdefault("kind", "naive") not in KINDS:
+            about = {"kind": "naive"} | json.loads(file.metadata()["reward_head"])  # older ones do not name their kind
+            if about["kind"] not in KINDS:
                 raise data.Unusable(f"its kind is {about['kind']!r}, none of {', '.join(KINDS)}")
             kind = KINDS[about["kind"]]
             with torch.device("meta"):  # takes no memory before the shapes are compared
