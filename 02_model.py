@@ -678,14 +678,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def export(
-    model: nn.Module,
-    processors: Processors,
-    folder: str,
-    dtype: torch.dtype = torch.float32,
-    file_size: str = "5GB",
-    head_file: bytes = b"",
-) -> None:
+def export(model, processors: Processors, folder: str, dtype=torch.float32, file_size="5GB", head_file=b"") -> None:
     """Writes a transformers model and its processors as `from_pretrained` reads them: weights under their published
     names, tied ones once, in several files with an index where they are more than `file_size`.
 
@@ -701,27 +694,23 @@ def export(
     for tied in model.all_tied_weights_keys:
         state.pop(tied, None)
     state = revert_weight_conversion(model, state)
-    sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
-    writes = not sharded or dist.get_rank() == 0
     shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
     try:
         files = split_torch_state_dict_into_shards(shapes, max_shard_size=file_size)
     except ValueError as error:
         raise UserError(f"--export_file_size {file_size}: {error}") from None
-    out, writing = Path(folder), Path(folder, ".writing")
-    if writes:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    for file, names in files.filename_to_tensors.items():
-        tensors = {}
-        for name in names:
-            tensor = whole(state[name].to(dtype))
-            if writes:
-                tensors[name] = tensor.cpu().contiguous()
-        if writes:
-            save_file(tensors, writing / file, metadata={"format": "pt"})
-    if not writes:
+    contents = files.filename_to_tensors  # {file: [name, ...]}
+    gathered = (whole(state[name].to(dtype)) for names in contents.values() for name in names)
+    if any(isinstance(tensor, DTensor) for tensor in state.values()) and dist.get_rank() > 0:
+        for _ in gathered:  # one at a time, forgotten at once
+            pass
         return
+    out, writing = Path(folder), Path(folder, ".writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    for file, names in contents.items():
+        tensors = {name: next(gathered).cpu().contiguous() for name in names}
+        save_file(tensors, writing / file, metadata={"format": "pt"})
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         data.write_file(writing / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True))
@@ -769,9 +758,7 @@ class RewardRouter(nn.Module):
     def model_for(self, has_image: bool) -> RewardModel:
         return self.multimodal if has_image else self.text
 
-    def score(self, messages: list[dict], responses: list[str], images: list = ()) -> torch.Tensor:
-        """As `RewardModel.score`."""
-        return self.model_for(has_image(messages, images)).score(messages, responses, images)
+    score = RewardModel.score  # of which these two are all that differs:
 
     def encode(self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()) -> Comparison:
         """As `RewardModel.encode`, with the tokenizer of the model that will score it."""
@@ -821,8 +808,7 @@ def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | Non
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.eval().requires_grad_(False).to(device)
-    heads = [module for module in model.modules() if isinstance(module, RewardHead)]
-    exact = {parameter for head in heads for parameter in head.parameters()}
+    exact = {p for module in model.modules() if isinstance(module, RewardHead) for p in module.parameters()}
     for parameter in model.parameters():
         if parameter not in exact:
             parameter.data = parameter.to(dtype)
@@ -908,11 +894,14 @@ class Writer(nn.Module):
         return logits.index_fill(-1, self.forbidden, -math.inf)
 
 
+@dataclass
 class KeptRow(PackedRow):
     """A packed row that keeps every layer's keys and values."""
 
+    cache: dict = field(default_factory=dict)  # {layer: (keys, values)}, [1, kv heads, T, d] each
+
     def attend(self, layer, query, key, value, scale):
-        self.cache[layer] = (key, value)  # [1, kv heads, T, d]
+        self.cache[layer] = (key, value)
         return super().attend(layer, query, key, value, scale)
 
 
@@ -983,12 +972,10 @@ def write(
     a sample does not depend on what else is in the batch; None writes what is likeliest.
     """
     end = writer.processors.end_token
-    row = KeptRow(**vars(row))
-    row.cache, device = {}, row.input_ids.device
+    row, device = KeptRow(**vars(row)), row.input_ids.device
     hidden = run_backbone(writer.lm, row)  # [T, hidden]
-    goes_on = [part for _, Rs in row.lengths for part in [not Rs, *[True] * len(Rs)]]  # which segments of the row
-    keys = row.segments.keys.split(row.segments.key_starts.diff().tolist())
-    texts = [places for places, wanted in zip(keys, goes_on) if wanted]  # where what is behind stands in the row
+    segments = row.segments.keys.split(row.segments.key_starts.diff().tolist())
+    texts = [places for i, places in enumerate(segments) if i not in row.segments.prefixes]  # nothing stands behind yet
     ends = torch.stack([places[-1] for places in texts])
     begin = torch.stack([row.position_ids[:, 0, places].max() + 1 for places in texts])
     hidden = hidden[ends].repeat_interleave(group, 0)  # [samples, hidden]
@@ -1045,15 +1032,11 @@ class Written:
     @classmethod
     def of(cls, row: PackedRow, comparisons: list[Comparison]) -> "Written":
         """Of a row of these comparisons; none where they are not Asked."""
-        weights = [np.zeros(0, np.float32)]  # of all response tokens, not a number where one is not to be written
-        for comparison in comparisons:
-            learned = getattr(comparison, "learned", [()] * len(comparison.responses))
-            for response, weight in zip(comparison.responses, learned):
-                weights += [np.full(len(response) - len(weight), np.nan, np.float32), np.array(weight, np.float32)]
-        weight = torch.from_numpy(np.concatenate(weights))
-        learned = ~weight.isnan()
-        places, predictors = (places[learned] for places in row.response_tokens())
-        return cls(predictors, row.input_ids[0, places], weight[learned])
+        learned = [w for each in comparisons for w in getattr(each, "learned", [()] * len(each.responses))]
+        ends = (row.last + 1).tolist()
+        places = [place for end, weights in zip(ends, learned) for place in range(end - len(weights), end)]
+        places, weight = torch.tensor(places, dtype=torch.long), np.concatenate([(), *learned]).astype(np.float32)
+        return cls(places - 1, row.input_ids[0, places], torch.from_numpy(weight))
 
     def log_probabilities(self, lm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Of the tokens, [tokens], from the row's hidden states [T, hidden]."""
@@ -1132,9 +1115,8 @@ class Critic(RewardModel):
         """Its likeliest critique of each response of each comparison, as token ids; one cut at the length limit is
         ended there."""
         writer, end = Writer(self.backbone, self.processors).to(self.device), self.processors.end_token
-        asked = [[np.concatenate([response, self.request]) for response in each.responses] for each in comparisons]
-        asked = [dataclasses.replace(each, responses=responses) for each, responses in zip(comparisons, asked)]
-        critiques = []
+        ask = lambda comparison: [np.concatenate([response, self.request]) for response in comparison.responses]
+        asked, critiques = [dataclasses.replace(each, responses=ask(each)) for each in comparisons], []
         for row in rows_of(asked, micro_tokens):
             tokens = write(writer, self.row_of(row), 1, self.asks["critique_tokens"])[:, 0]
             self.cost.update(written=int((tokens >= 0).sum()))
