@@ -42,8 +42,8 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, namedtuple
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -60,15 +60,10 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, vision_utils
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as transformers_logging
-from transformers.vision_utils import (
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
 data = importlib.import_module("01_data")  # a module name that starts with a digit cannot be written after `import`
 option, Comparison, Processors, UserError = data.option, data.Comparison, data.Processors, data.UserError
@@ -179,13 +174,14 @@ class Segments:
     @classmethod
     def of(cls, lengths: list[int], prefixes: list[int | None] = ()) -> "Segments":
         starts = np.cumsum([0, *lengths], dtype=np.int32)
-        if not prefixes:
-            return cls(lengths, [], torch.from_numpy(starts), None, torch.from_numpy(starts), max(lengths))
-        own = np.split(np.arange(sum(lengths)), starts[1:-1])
-        keys = [own[i] if p is None else np.concatenate([own[p], own[i]]) for i, p in enumerate(prefixes)]
-        key_starts = np.cumsum([0, *map(len, keys)], dtype=np.int32)
-        starts, keys, key_starts = map(torch.from_numpy, (starts, np.concatenate(keys), key_starts))
-        return cls(lengths, prefixes, starts, keys, key_starts, int(key_starts.diff().max()))
+        keys, key_starts = None, starts
+        if prefixes:
+            own = np.split(np.arange(sum(lengths)), starts[1:-1])
+            keys = [own[i] if p is None else np.concatenate([own[p], own[i]]) for i, p in enumerate(prefixes)]
+            key_starts = np.cumsum([0, *map(len, keys)], dtype=np.int32)
+            keys = torch.from_numpy(np.concatenate(keys))
+        starts, key_starts, longest = torch.from_numpy(starts), torch.from_numpy(key_starts), np.diff(key_starts).max()
+        return cls(lengths, prefixes, starts, keys, key_starts, int(longest))
 
     @classmethod
     def of_comparisons(cls, lengths: list[tuple[int, list[int]]]) -> "Segments":
@@ -304,19 +300,14 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
         P, Rs = len(comparison.prompt), [len(response) for response in comparison.responses]
         grids = comparison.grids // [1, *[processors.vision.merge] * 2] if processors.family.mrope else []
         at = prompt_positions(comparison.prompt, grids, processors.image_token)  # [3, P]
-        after = [np.tile(at.max() + 1 + np.arange(R), (3, 1)) for R in Rs]  # each goes on where the prompt ends
         ids += [comparison.prompt, *comparison.responses]
-        positions += [at, *after]
+        positions += [at, *(np.tile(at.max() + 1 + np.arange(R), (3, 1)) for R in Rs)]  # all go on where it ends
         lengths.append((P, Rs))
     segments = Segments.of_comparisons(lengths)
     ends = [end for end, prefix in zip(segments.starts[1:].tolist(), segments.prefixes) if prefix is not None]
-    row = PackedRow(
-        lengths,
-        torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
-        torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None],
-        torch.tensor(ends, dtype=torch.long) - 1,
-        segments,
-    )
+    input_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64))[None]
+    position_ids = torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None]
+    row = PackedRow(lengths, input_ids, position_ids, torch.tensor(ends, dtype=torch.long) - 1, segments)
     images = [image for comparison in comparisons for image in data.open_images(comparison, processors)]
     if images:
         grids = np.concatenate([comparison.grids for comparison in comparisons]).astype(np.int64)
@@ -358,10 +349,10 @@ def image_layout(height: int, width: int, shape: data.VisionShape) -> tuple:
     """Of an image of height x width patches: the positions of its patches [patches, 2], in which order its merged
     patches stand so that windows are contiguous, large windows first, and the windows' sizes in merged patches."""
     grid, merge = torch.tensor([[1, height, width]]), shape.merge
-    positions = get_vision_position_ids(grid, merge)
+    positions = vision_utils.get_vision_position_ids(grid, merge)
     if not shape.window:
         return positions, None, []
-    order, ends = get_vision_window_index(grid, merge, shape.window, shape.patch)
+    order, ends = vision_utils.get_vision_window_index(grid, merge, shape.window, shape.patch)
     windows = sorted(order.split((ends.diff() // merge**2).tolist()), key=len, reverse=True)
     return positions, torch.cat(windows), [len(window) for window in windows]
 
@@ -374,17 +365,19 @@ def pack_images(pixel_values: torch.Tensor, grids: torch.Tensor, shape: data.Vis
     patches = [len(position) for position in positions]
     everything = torch.tensor([0, sum(patches)], dtype=torch.int32)
     layout = {"image_position_ids": torch.cat(positions), "image_cu_seqlens": everything}  # [patches, 2] row and column
-    images = Images(pixel_values, grids, layout, Segments.of(patches))
+    whole, in_windows = Segments.of(patches), None
     if shape.window:
         before = np.cumsum([0, *patches]) // shape.merge**2  # merged patches of the images before
         order = torch.cat([order + int(start) for order, start in zip(orders, before)])  # [patches / merge**2]
         layout |= {"image_window_index": order, "image_cu_window_seqlens": everything}
-        images.windows = Segments.of([length * shape.merge**2 for sizes in windows for length in sizes])
+        in_windows = Segments.of([length * shape.merge**2 for sizes in windows for length in sizes])
     if shape.table:
         how = {"align_corners": True, "spatial_merge_size": shape.merge}  # as Qwen3VLVisionModel does it
-        nearest, weights = get_vision_interpolation_indices_and_weights(grids, shape.table, **how)  # [patches, 4] each
-        layout |= {"image_interp_indices": nearest, "image_interp_weights": weights}
-    return images
+        found = vision_utils.get_vision_interpolation_indices_and_weights(
+            grids, shape.table, **how
+        )  # [patches, 4] each
+        layout |= zip(("image_interp_indices", "image_interp_weights"), found)
+    return Images(pixel_values, grids, layout, whole, in_windows)
 
 
 def blank_comparison(processors: Processors) -> Comparison:
@@ -598,17 +591,12 @@ def attention_of(config) -> str | dict[str, str]:
     return {"text_config": "shared_prefix", "vision_config": "sdpa" if family.tiles else "packed_images"}
 
 
-@dataclass
-class Parts:
-    """Where a transformers model has its parts, whatever its family calls them."""
-
-    language: nn.Module  # has `layers`
-    vision: nn.Module | None
-    blocks: list[nn.Module]  # the vision tower's layers
+Parts = namedtuple("Parts", "language, vision, blocks")
 
 
 def parts_of(backbone: nn.Module) -> Parts:
-    """The parts of a backbone, with or without its LM head."""
+    """Where a backbone, with or without its LM head, has its language model (with `layers`), its vision tower or None,
+    and the list of the tower's layers, whatever its family calls them."""
     family = data.FAMILIES[backbone.config.model_type]
     base = getattr(backbone, "model", backbone)
     if not family.vision:
@@ -758,11 +746,12 @@ class RewardRouter(nn.Module):
     def model_for(self, has_image: bool) -> RewardModel:
         return self.multimodal if has_image else self.text
 
-    score = RewardModel.score  # of which these two are all that differs:
+    score = RewardModel.score  # with its own `encode` and `score_encoded`
 
     def encode(self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()) -> Comparison:
         """As `RewardModel.encode`, with the tokenizer of the model that will score it."""
-        return self.model_for(has_image(messages, images)).encode(messages, texts, images, folder)
+        in_text = any(isinstance(turn["content"], list) for turn in data.check_messages(messages))  # a list has images
+        return self.model_for(in_text or bool(images)).encode(messages, texts, images, folder)
 
     def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
         """As `RewardModel.score_encoded`."""
@@ -793,14 +782,6 @@ class RewardRouter(nn.Module):
         return {"data": [*dict.fromkeys(itertools.chain(*sets))]}
 
 
-def has_image(messages: list[dict], images: list) -> bool:
-    """Whether a prompt, as `score` takes it, has an image. Raises ValueError where it is none."""
-    parts = [
-        part for turn in data.check_messages(messages) if isinstance(turn["content"], list) for part in turn["content"]
-    ]
-    return bool(images) or any(part["type"] == "image" for part in parts)
-
-
 def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
     """Readies a model for inference on a device, in place, and returns it. Without `dtype` it computes in bfloat16 on a
     GPU and in float32 elsewhere. As in training that is for parameters only: a reward head stays float32, and so do
@@ -820,32 +801,26 @@ def load_reward(model: str, text_model: str = "") -> RewardModel | RewardRouter:
     return RewardRouter.from_pretrained(model, text_model) if text_model else RewardModel.from_pretrained(model)
 
 
-def trl_reward(
-    reward: RewardModel | RewardRouter,
-    prompts: list,
-    completions: list,
-    images: list | None = None,
-    image: list | None = None,
-    log_metric: Callable[[str, float], None] | None = None,
-    **_,
-) -> list[float]:
+def trl_reward(reward, prompts: list, completions: list, images=None, image=None, log_metric=None, **_) -> list[float]:
     """A reward function of TRL's GRPOTrainer: GRPOTrainer(..., reward_funcs=partial(trl_reward, reward)).
 
     TRL gives a prompt anew with each of its completions. Prompts that are equal, images included, become one comparison
     here, which is encoded once; TRL logs how many completions that makes for each as "completions_per_prompt".
 
-    Args: prompts and completions [n], texts or lists of messages; images, the data set's column of that name, a list
-        for each prompt, or `image`, one or None for each; what else TRL passes is not used.
+    Args: a RewardModel or RewardRouter; prompts and completions [n], texts or lists of messages; images, the data set's
+        column of that name, a list for each prompt, or `image`, one or None for each; what else TRL passes is not used.
     Returns the raw scores [n]. Raises ValueError where a completion is more than one text, or a prompt is unusable.
     """
     given = images or [[] if each is None else [each] for each in image or [None] * len(prompts)]
+    texts = [each[0]["content"] if isinstance(each, list) and len(each) == 1 else each for each in completions]
+    if not all(isinstance(text, str) for text in texts):  # an empty one is a text
+        raise data.Unusable("completions: neither a text nor one assistant message with a text")
     groups: dict[tuple, list[int]] = {}
     for i, prompt in enumerate(zip(prompts, given, strict=True)):
         groups.setdefault(hashable(prompt), []).append(i)
     comparisons = []
-    for places in groups.values():
-        texts = [completion_text(completions[i]) for i in places]
-        comparisons.append(reward.encode(prompts[places[0]], texts, given[places[0]] or []))
+    for first, *more in groups.values():
+        comparisons.append(reward.encode(prompts[first], [texts[i] for i in (first, *more)], given[first] or []))
     if log_metric is not None:
         log_metric("completions_per_prompt", len(prompts) / len(groups))
     scores = dict(zip(itertools.chain(*groups.values()), reward.score_encoded(comparisons).tolist()))
@@ -861,15 +836,6 @@ def hashable(value):
     if isinstance(value, data.Image.Image):
         return value.mode, value.size, value.tobytes()
     return value
-
-
-def completion_text(completion: str | list[dict]) -> str:
-    """The text of what a policy wrote; it may be empty."""
-    if isinstance(completion, list) and len(completion) == 1:
-        completion = completion[0]["content"]
-    if not isinstance(completion, str):
-        raise data.Unusable("completions: neither a text nor one assistant message with a text")
-    return completion
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -962,9 +928,7 @@ class DecodeRow:
 
 
 @torch.inference_mode()
-def write(
-    writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise: np.ndarray | None = None
-) -> torch.Tensor:
+def write(writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise=None) -> torch.Tensor:
     """Goes on `group` times behind every response of a row, or behind a prompt that has none: token ids [texts, group,
     max_new_tokens], -1 after the end-of-turn token.
 
@@ -1001,8 +965,8 @@ def write(
 
 def texts_of(tokens: torch.Tensor, processors: Processors) -> list[str]:
     """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
-    written = [[t for t in sample if t not in (-1, processors.end_token)] for sample in tokens.tolist()]
-    return [processors.tokenizer.decode(sample) for sample in written]
+    answers = [[t for t in sample if t not in (-1, processors.end_token)] for sample in tokens.tolist()]
+    return [processors.tokenizer.decode(answer) for answer in answers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1076,16 +1040,14 @@ def with_given_critiques(comparison: Comparison, request: np.ndarray, processors
 def in_ordered_pairs(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
     """A judge's: [A: one response, B: another | request | the letter of the better one], for all ordered pairs. Of two
     that tie, either letter has a weight of 0."""
-    a, b, before_a, before_b = (
-        np.array(data.tokenize_text(text, processors.tokenizer), np.int32) for text in ("A", "B", "A:\n", "\nB:\n")
-    )
+    encode = lambda text: np.array(data.tokenize_text(text, processors.tokenizer), np.int32)
+    a, b, before_a, before_b = map(encode, ("A", "B", "A:\n", "\nB:\n"))
     ranks = comparison.ranks or [1] * len(comparison.responses)
     shown = {pair: k for k, pair in enumerate(itertools.permutations(range(len(ranks)), 2))}
     pairs = [(k, shown[j, i]) for (i, j), k in shown.items() if ranks[i] < ranks[j]]
     responses, learned = [], []
     for i, j in shown:
-        first, second = comparison.responses[i][:-1], comparison.responses[j]
-        letter = a if ranks[i] < ranks[j] else b
+        first, second, letter = comparison.responses[i][:-1], comparison.responses[j], a if ranks[i] < ranks[j] else b
         responses.append(np.concatenate([before_a, first, before_b, second, request, letter]))
         learned.append([0.5 / len(pairs) if ranks[i] != ranks[j] else 0.0])
     return Asked(**vars(comparison) | {"responses": responses}, learned=learned, pairs=pairs)
@@ -1120,8 +1082,8 @@ class Critic(RewardModel):
         for row in rows_of(asked, micro_tokens):
             tokens = write(writer, self.row_of(row), 1, self.asks["critique_tokens"])[:, 0]
             self.cost.update(written=int((tokens >= 0).sum()))
-            kept = ([t for t in each if t not in (-1, end)] for each in tokens.tolist())
-            critiques += [np.array([*each, end], np.int32) for each in kept]
+            written = ([t for t in each if t not in (-1, end)] for each in tokens.tolist())
+            critiques += [np.array([*each, end], np.int32) for each in written]
         return critiques
 
     def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
@@ -1173,21 +1135,15 @@ def main(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     model = RewardModel.from_backbone(settings.backbone, settings)
     model.save_pretrained(settings.out)
-    count = lambda module: f"{sum(p.numel() for p in module.parameters()):>13,}"
-    parts = parts_of(model.backbone)
-    head = "a new reward head" if model.head else "its own LM head"
+    parts, head = parts_of(model.backbone), "a new reward head" if model.head else "its own LM head"
     print(f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}), {model.kind}, with {head}")
     if model.head and Path(settings.backbone, HEAD_FILE).is_file():
         print(f"The trained head there is not taken; 03_train.py --model {settings.backbone} continues with it")
     print("\nparameters")
-    for name, module in (
-        ("vision tower", parts.vision),
-        ("language model", parts.language),
-        ("reward head", model.head),
-        ("all", model),
-    ):
+    modules = {"vision tower": parts.vision, "language model": parts.language, "reward head": model.head, "all": model}
+    for name, module in modules.items():
         if module is not None:
-            print(f"  {name:<15}{count(module)}")
+            print(f"  {name:<15}{sum(p.numel() for p in module.parameters()):>13,}")
     print(f"  head: {' -> '.join(map(str, model.head.mlp)) if model.head else 'log-odds of A and B'}")
     if Path(settings.data, "dataset.json").is_file():
         comparisons = data.Comparisons(settings.data, model.processors.fingerprint)
@@ -1198,16 +1154,11 @@ def main(settings: Settings) -> None:
         lengths = " and ".join(str(len(response)) for response in comparison.responses)
         print(f"\none comparison of {settings.data}: {len(comparison.images)} image(s), a prompt of", end=" ")
         print(f"{len(comparison.prompt)} tokens, responses of {lengths}")
-        shapes = [
-            ("input_ids", row.input_ids),
-            ("position_ids", row.position_ids),
-            ("pixel_values", row.images and row.images.pixel_values),
-            ("image grids", row.images and row.images.grid_thw),
-            ("hidden states", hidden),
-            ("at each response's end", hidden[row.last]),
-            ("scores", model(row)),  # a judge's are of ordered pairs
-        ]
-        for name, tensor in shapes:
+        shapes = {"input_ids": row.input_ids, "position_ids": row.position_ids}
+        shapes |= {"pixel_values": row.images and row.images.pixel_values}
+        shapes |= {"image grids": row.images and row.images.grid_thw}
+        shapes |= {"hidden states": hidden, "at each response's end": hidden[row.last], "scores": model(row)}
+        for name, tensor in shapes.items():  # a judge's scores are of ordered pairs
             print(f"  {name:<23}{'none (text only)' if tensor is None else list(tensor.shape)}")
     print("\nNext: torchrun --standalone --nproc_per_node=2 03_train.py")
 
