@@ -23,10 +23,10 @@ The paper: the LM head is replaced by an MLP of 2 layers with SiLU between, chos
 tanh, SiLU. It does not give the width (we take the hidden size, as its predecessor MM-RLHF does) nor the token at which
 the score is read (we take the last, as the authors' public command).
 
-It chose this naive kind of reward model over two others, which keep their LM head and are here too (--kind):
-  - critic: it first writes a critique of each response, then the head scores prompt, response and critique. In the row
-    a response is followed by the request for a critique, a turn of the user, and the critique, at whose end the score
-    is read.
+It chose this naive kind of reward model over two others, which keep their LM head and are here too (--kind; the last
+section has all that they need more):
+  - critic: it first writes a critique of each response, then the head scores what stands at the critique's end. In the
+    row a response is followed by the request for a critique, a turn of the user, and the critique.
   - generative: it is shown two responses and answers A or B. A response of the row is such a pair, with the question
     which is better behind it, so the prompt is still read once for all N(N - 1) ordered pairs. A pair's score is the
     difference of the two letters' log-odds, averaged over both orders; a response's the sum over its pairs. It writes
@@ -122,12 +122,11 @@ class PackedRow:
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """What the attention of decoder layer `layer` computes over the row, as `Segments.attend`."""
-        return self.segments.attend(query, key, value, scale, causal=True)
+        return self.segments.attend(query, key, value, scale)
 
     def response_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """For language modelling, two index tensors [all response tokens]: where each response token stands in the row,
-        and where the token stands that predicts it (the prompt's last for a response's first, else the one before
-        it)."""
+        """For language modelling, where each response token stands in the row, and where the one stands that predicts
+        it: the token before it, for a response's first the prompt's last. Both [all response tokens]."""
         places, predictors, end = [], [], 0
         for P, Rs in self.lengths:
             end += P
@@ -155,16 +154,18 @@ def change_tensors(value, change):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention without padding.
+# Attention over a row. It can be taken along by itself: `Segments` with `has_varlen`, and `shared_prefix_attention` for
+# transformers, to whose `forward` any `row` with such an `attend` is passed.
 
 
 @dataclass
 class Segments:
-    """Stretches of a row, one behind the other. Each attends to itself; one with a prefix, which is an earlier segment,
-    to all of that as well: a response to its prompt."""
+    """Stretches of a row, one behind the other. With `prefixes` they are text and causal: each sees itself; one with a
+    prefix, which is an earlier one, all of that as well: a response its prompt. Without, they are images or windows of
+    images, in which every patch sees every other."""
 
     lengths: list[int]
-    prefixes: list[int | None]  # of each the segment whose keys stand before its own; empty: no segment has one
+    prefixes: list[int | None]  # of each the segment whose keys stand before its own, or None
     starts: torch.Tensor  # [segments + 1] int32, in the row
     keys: torch.Tensor | None  # [all keys] where each segment's keys stand in the row; None: the segments themselves
     key_starts: torch.Tensor  # [segments + 1] int32, in `keys`
@@ -192,25 +193,25 @@ class Segments:
             segments += [P, *Rs]
         return cls.of(segments, prefixes)
 
-    def attend(self, query, key, value, scale: float, causal: bool) -> torch.Tensor:
-        """Query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d]. `causal` is aligned at the
-        bottom right: a response's first token sees all of its prompt and itself. Only without it are there no prefixes.
-        """
+    def attend(self, query, key, value, scale: float) -> torch.Tensor:
+        """Query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d]."""
         if has_varlen(query):
-            return self.in_one_call(query, key, value, scale, causal)
-        return self.one_by_one(query, key, value, scale) if causal else self.in_batches(query, key, value, scale)
+            return self.in_one_call(query, key, value, scale)
+        return self.one_by_one(query, key, value, scale) if self.prefixes else self.in_batches(query, key, value, scale)
 
-    def in_one_call(self, query, key, value, scale: float, causal: bool) -> torch.Tensor:
-        """For a GPU: a variable-length call, for which the prompts' keys are copied to stand before each response's."""
+    def in_one_call(self, query, key, value, scale: float) -> torch.Tensor:
+        """For a GPU: a variable-length call, for which the prompt's keys are copied to stand before each response's.
+        Causal is aligned at the bottom right there: a response's first token sees all of its prompt and itself."""
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, d]
-        if self.keys is not None:
-            k, v = k[self.keys], v[self.keys]  # [all keys, kv heads, d]
+        window = (-1, -1)
+        if self.prefixes:
+            window, k, v = (-1, 0), k[self.keys], v[self.keys]  # [all keys, kv heads, d]
         ends = (self.starts, self.key_starts, max(self.lengths), self.longest_keys)
-        more = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1), "enable_gqa": q.shape[1] != k.shape[1]}
+        more = {"scale": scale, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
         return varlen_attn(q, k, v, *ends, **more).transpose(0, 1)[None]
 
     def one_by_one(self, query, key, value, scale: float) -> torch.Tensor:
-        """For a CPU, causal: a call for each segment against [its prefix's keys | its own]. `split` rather than slices:
+        """For text on a CPU: a call for each segment against [its prefix's keys | its own]. `split` rather than slices:
         the backward of a slice fills a whole row with zeros, that of `split` is one concatenation."""
         attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
         q, k, v = (tensor.split(self.lengths, dim=2) for tensor in (query, key, value))
@@ -228,7 +229,7 @@ class Segments:
         return torch.cat(outputs, dim=2)
 
     def in_batches(self, query, key, value, scale: float) -> torch.Tensor:
-        """For a CPU, not causal and without prefixes: neighbours of equal length are one batch."""
+        """For images on a CPU: neighbours of equal length are one batch."""
         runs = [(length, len(list(run))) for length, run in itertools.groupby(self.lengths)]
         parts = (tensor[0].split([length * count for length, count in runs], dim=1) for tensor in (query, key, value))
         outputs = []
@@ -243,9 +244,8 @@ def has_varlen(query: torch.Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
-# What transformers calls in every layer, of the decoder with the `row` and of the vision tower with the `images` that
-# we pass to `forward`. Kept out of the graphs of torch.compile, lengths that differ from row to row are no reason to
-# compile again.
+# What transformers calls in every layer of the decoder with the `row`, of the vision tower with the `images` that we
+# pass to `forward`. Lengths differ from row to row: kept out of torch.compile's graphs, they make it compile no more.
 
 
 @torch.compiler.disable
@@ -256,7 +256,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
 @torch.compiler.disable
 def image_attention(module, query, key, value, attention_mask, scaling, images=None, **_):
     segments = images.whole if module.attends_to_whole_images else images.windows
-    return segments.attend(query, key, value, scaling, causal=False).transpose(1, 2), None  # [1, patches, heads, d]
+    return segments.attend(query, key, value, scaling).transpose(1, 2), None  # [1, patches, heads, d]
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -264,7 +264,7 @@ AttentionInterface.register("packed_images", image_attention)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From comparisons to a row.
+# From comparisons to a row: in the loader's processes, on the CPU.
 
 
 def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | None) -> np.ndarray:
@@ -396,8 +396,7 @@ def blank_comparison(processors: Processors) -> Comparison:
 
 
 def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
-    """One forward of a transformers backbone, with or without an LM head, over a packed row -> last hidden states [T,
-    hidden].
+    """One forward of a transformers backbone, with or without an LM head -> its last hidden states [T, hidden].
 
     Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
     """
@@ -819,8 +818,9 @@ def trl_reward(reward, prompts: list, completions: list, images=None, image=None
     for i, prompt in enumerate(zip(prompts, given, strict=True)):
         groups.setdefault(hashable(prompt), []).append(i)
     comparisons = []
-    for first, *more in groups.values():
-        comparisons.append(reward.encode(prompts[first], [texts[i] for i in (first, *more)], given[first] or []))
+    for places in groups.values():
+        first = places[0]
+        comparisons.append(reward.encode(prompts[first], [texts[i] for i in places], given[first] or []))
     if log_metric is not None:
         log_metric("completions_per_prompt", len(prompts) / len(groups))
     scores = dict(zip(itertools.chain(*groups.values()), reward.score_encoded(comparisons).tolist()))
