@@ -23,10 +23,10 @@ The paper: the LM head is replaced by an MLP of 2 layers with SiLU between, chos
 tanh, SiLU. It does not give the width (we take the hidden size, as its predecessor MM-RLHF does) nor the token at which
 the score is read (we take the last, as the authors' public command).
 
-It chose this naive kind of reward model over two others, which keep their LM head and are here too (--kind):
-  - critic: it first writes a critique of each response, then the head scores prompt, response and critique. In the row
-    a response is followed by the request for a critique, a turn of the user, and the critique, at whose end the score
-    is read.
+It chose this naive kind of reward model over two others, which keep their LM head and are here too (--kind; the last
+section has all that they need more):
+  - critic: it first writes a critique of each response, then the head scores what stands at the critique's end. In the
+    row a response is followed by the request for a critique, a turn of the user, and the critique.
   - generative: it is shown two responses and answers A or B. A response of the row is such a pair, with the question
     which is better behind it, so the prompt is still read once for all N(N - 1) ordered pairs. A pair's score is the
     difference of the two letters' log-odds, averaged over both orders; a response's the sum over its pairs. It writes
@@ -42,8 +42,8 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, namedtuple
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -60,15 +60,10 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, vision_utils
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as transformers_logging
-from transformers.vision_utils import (
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
 data = importlib.import_module("01_data")  # a module name that starts with a digit cannot be written after `import`
 option, Comparison, Processors, UserError = data.option, data.Comparison, data.Processors, data.UserError
@@ -103,98 +98,8 @@ class Settings(HeadSettings):
     seed: int = option(0, "seed of the head's initial weights")
 
 
-def change_tensors(value, change):
-    """The same dataclass with `change` applied to its tensors. What is read on the CPU stays there."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if not dataclasses.is_dataclass(value):
-        return value
-    kept = ("grid_thw",)
-    changed = {name: change_tensors(part, change) for name, part in vars(value).items() if name not in kept}
-    return dataclasses.replace(value, **changed)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The packed row: what a batch of comparisons looks like to the model.
-
-
-@dataclass
-class Segments:
-    """Stretches of a row that attend within themselves, or with keys from elsewhere in the row before their own."""
-
-    lengths: list[int]
-    starts: torch.Tensor  # [segments + 1] int32, in the row
-    keys: torch.Tensor | None  # [all keys] where each segment's keys stand in the row; None: the segment itself
-    key_starts: torch.Tensor  # [segments + 1] int32, in `keys`
-    longest_keys: int
-
-    @classmethod
-    def of(cls, lengths: list[int], keys: list[np.ndarray] | None = None) -> "Segments":
-        key_lengths = lengths if keys is None else list(map(len, keys))
-        starts, key_starts = (
-            torch.from_numpy(np.cumsum([0, *each], dtype=np.int32)) for each in (lengths, key_lengths)
-        )
-        places = None if keys is None else torch.from_numpy(np.concatenate(keys))
-        return cls(lengths, starts, places, key_starts, max(key_lengths))
-
-    @classmethod
-    def of_comparisons(cls, lengths: list[tuple[int, list[int]]]) -> "Segments":
-        """Of comparisons with P tokens of prompt and R_1 ... R_N of responses, which see prompt and themselves."""
-        segments, keys, end = [], [], 0
-        for P, Rs in lengths:
-            prompt = np.arange(end, end + P)
-            keys.append(prompt)
-            end += P
-            for R in Rs:
-                keys.append(np.concatenate([prompt, np.arange(end, end + R)]))
-                end += R
-            segments += [P, *Rs]
-        return cls.of(segments, keys)
-
-    def attend(self, query, key, value, scale: float, causal: bool) -> torch.Tensor:
-        """All segments in one variable-length call, [1, heads, T, d] each -> [1, heads, T, d]; for a GPU.
-
-        `causal` is aligned at the bottom right: a response's first token sees all of its prompt and itself."""
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, d]
-        if self.keys is not None:
-            k, v = k[self.keys], v[self.keys]  # [all keys, kv heads, d]
-        ends = (self.starts, self.key_starts, max(self.lengths), self.longest_keys)
-        more = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1), "enable_gqa": q.shape[1] != k.shape[1]}
-        return varlen_attn(q, k, v, *ends, **more).transpose(0, 1)[None]
-
-
-@dataclass
-class Images:
-    """The images of a row, their patches one behind the other, and which patches see each other in the vision tower.
-
-    Qwen2.5-VL's tower attends within windows of 8 x 8 patches in most layers, within whole images in the others. It
-    reorders the patches so that a window's stand together. Qwen3-VL's has a table of learned positions, of which each
-    patch takes the four nearest, weighted. InternVL's gets tiles of one size, a batch like any other.
-    """
-
-    pixel_values: torch.Tensor  # [patches, 3 * 2 * 14 * 14]; of tiles [tiles, 3, 448, 448]
-    grid_thw: torch.Tensor  # [images, 3] in patches; stays on the CPU, where it is read
-    positions: torch.Tensor | None = None  # [patches, 2] row and column; None, like all below: tiles
-    whole: Segments | None = None
-    window_order: torch.Tensor | None = None  # [patches / merge**2]; None: a tower without windows
-    windows: Segments | None = None
-    table: torch.Tensor | None = None  # [patches, 4] places in the table of positions; None: a tower without one
-    table_weights: torch.Tensor | None = None  # [patches, 4]
-
-    def arguments(self) -> dict:
-        """For `forward` of a transformers backbone. The tower is told that all patches are one segment, which it hands
-        to `image_attention` in one call, instead of looping over windows and waiting for the GPU to learn where they
-        end."""
-        if self.positions is None:
-            return {"pixel_values": self.pixel_values}
-        everything = torch.tensor([0, len(self.pixel_values)], dtype=torch.int32)
-        given = {"pixel_values": self.pixel_values, "image_grid_thw": self.grid_thw, "images": self}
-        given |= {"image_position_ids": self.positions, "image_cu_seqlens": everything}
-        if self.window_order is not None:
-            given |= {"image_window_index": self.window_order, "image_cu_window_seqlens": everything}
-        if self.table is not None:
-            given |= {"image_interp_indices": self.table, "image_interp_weights": self.table_weights}
-        return given
 
 
 @dataclass
@@ -205,9 +110,8 @@ class PackedRow:
     input_ids: torch.Tensor  # [1, T]
     position_ids: torch.Tensor  # [3, 1, T]: time, height, width of M-RoPE; equal for text, and where there is none
     last: torch.Tensor  # [N] where each response's last token stands in the row
-    segments: Segments
-    images: Images | None = None
-    masks: list = field(default_factory=list)  # [R, P + R] of each response; made by the first layer for all
+    segments: "Segments"  # which of its tokens attend to which
+    images: "Images | None" = None
 
     def to(self, device: torch.device) -> "PackedRow":
         return change_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -216,49 +120,123 @@ class PackedRow:
         """For the loader: only from pinned memory is a copy to the GPU made while it computes."""
         return change_tensors(self, torch.Tensor.pin_memory)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Attention over the row: query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d].
-
-        On a GPU all is one variable-length call, for which the prompts' keys are copied to stand before each
-        response's. On a CPU it is one call for each prompt, causal, and one for each response against [its prompt's
-        keys | its own]. `split` rather than slices: the backward of a slice fills a whole row with zeros, that of
-        `split` is one concatenation.
-        """
-        if has_varlen(query):
-            return self.segments.attend(query, key, value, scale, causal=True)
-        if not self.masks:  # True where a response's token (row) sees a key: all of the prompt, then causal
-            ones = partial(torch.ones, dtype=torch.bool, device=query.device)
-            self.masks = [ones(R, P + R).tril(P) for P, Rs in self.lengths for R in Rs]
-        attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-        queries, keys, values = (iter(tensor.split(self.segments.lengths, dim=2)) for tensor in (query, key, value))
-        masks, outputs = iter(self.masks), []
-        for _, responses in self.lengths:
-            k, v = next(keys), next(values)  # the prompt's, [1, kv heads, P, d]
-            outputs.append(attention(next(queries), k, v, is_causal=True))
-            for _ in responses:
-                k_r = torch.cat([k, next(keys)], dim=2)  # [1, kv heads, P + R, d]
-                v_r = torch.cat([v, next(values)], dim=2)
-                outputs.append(attention(next(queries), k_r, v_r, attn_mask=next(masks)))
-        return torch.cat(outputs, dim=2)
+    def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        """What the attention of decoder layer `layer` computes over the row, as `Segments.attend`."""
+        return self.segments.attend(query, key, value, scale)
 
     def response_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """For language modelling, two index tensors [all response tokens]: where each response token stands in the row,
-        and where the token stands that predicts it (the prompt's last for a response's first, else the one before
-        it)."""
-        places, predictors, start = [], [], 0
-        for prompt, responses in self.lengths:
-            end = start + prompt
-            for response in responses:
-                places.append(torch.arange(end, end + response))
-                predictors.append(torch.cat([torch.tensor([start + prompt - 1]), places[-1][:-1]]))
-                end += response
-            start = end
-        return tuple(
-            torch.cat(parts or [torch.zeros(0, dtype=torch.long)]).to(self.input_ids.device)
-            for parts in (places, predictors)
-        )
+        """For language modelling, where each response token stands in the row, and where the one stands that predicts
+        it: the token before it, for a response's first the prompt's last. Both [all response tokens]."""
+        places, predictors, end = [], [], 0
+        for P, Rs in self.lengths:
+            end += P
+            prompt_last = end - 1
+            for R in Rs:
+                places += range(end, end + R)
+                predictors += [prompt_last, *range(end, end + R - 1)]
+                end += R
+        as_index = partial(torch.tensor, dtype=torch.long, device=self.input_ids.device)
+        return as_index(places), as_index(predictors)
+
+
+READ_ON_CPU = ("grid_thw", "image_cu_seqlens", "image_cu_window_seqlens")  # by us or by transformers: they stay there
+
+
+def change_tensors(value, change):
+    """The same dataclass with `change` applied to its tensors, and to those of dataclasses and dicts in it."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: part if name in READ_ON_CPU else change_tensors(part, change) for name, part in value.items()}
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **change_tensors(vars(value), change))
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention over a row. It can be taken along by itself: `Segments` with `has_varlen`, and `shared_prefix_attention` for
+# transformers, to whose `forward` any `row` with such an `attend` is passed.
+
+
+@dataclass
+class Segments:
+    """Stretches of a row, one behind the other. With `prefixes` they are text and causal: each sees itself; one with a
+    prefix, which is an earlier one, all of that as well: a response its prompt. Without, they are images or windows of
+    images, in which every patch sees every other."""
+
+    lengths: list[int]
+    prefixes: list[int | None]  # of each the segment whose keys stand before its own, or None
+    starts: torch.Tensor  # [segments + 1] int32, in the row
+    keys: torch.Tensor | None  # [all keys] where each segment's keys stand in the row; None: the segments themselves
+    key_starts: torch.Tensor  # [segments + 1] int32, in `keys`
+    longest_keys: int
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)  # [R, P + R] of those with a prefix, for a CPU
+
+    @classmethod
+    def of(cls, lengths: list[int], prefixes: list[int | None] = ()) -> "Segments":
+        starts = np.cumsum([0, *lengths], dtype=np.int32)
+        keys, key_starts = None, starts
+        if prefixes:
+            own = np.split(np.arange(sum(lengths)), starts[1:-1])
+            keys = [own[i] if p is None else np.concatenate([own[p], own[i]]) for i, p in enumerate(prefixes)]
+            key_starts = np.cumsum([0, *map(len, keys)], dtype=np.int32)
+            keys = torch.from_numpy(np.concatenate(keys))
+        starts, key_starts, longest = torch.from_numpy(starts), torch.from_numpy(key_starts), np.diff(key_starts).max()
+        return cls(lengths, prefixes, starts, keys, key_starts, int(longest))
+
+    @classmethod
+    def of_comparisons(cls, lengths: list[tuple[int, list[int]]]) -> "Segments":
+        """Of comparisons with P tokens of prompt and R_1 ... R_N of responses, which see prompt and themselves."""
+        segments, prefixes = [], []
+        for P, Rs in lengths:
+            prefixes += [None, *[len(segments)] * len(Rs)]
+            segments += [P, *Rs]
+        return cls.of(segments, prefixes)
+
+    def attend(self, query, key, value, scale: float) -> torch.Tensor:
+        """Query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d]."""
+        if has_varlen(query):
+            return self.in_one_call(query, key, value, scale)
+        return self.one_by_one(query, key, value, scale) if self.prefixes else self.in_batches(query, key, value, scale)
+
+    def in_one_call(self, query, key, value, scale: float) -> torch.Tensor:
+        """For a GPU: a variable-length call, for which the prompt's keys are copied to stand before each response's.
+        Causal is aligned at the bottom right there: a response's first token sees all of its prompt and itself."""
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, d]
+        window = (-1, -1)
+        if self.prefixes:
+            window, k, v = (-1, 0), k[self.keys], v[self.keys]  # [all keys, kv heads, d]
+        ends = (self.starts, self.key_starts, max(self.lengths), self.longest_keys)
+        more = {"scale": scale, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
+        return varlen_attn(q, k, v, *ends, **more).transpose(0, 1)[None]
+
+    def one_by_one(self, query, key, value, scale: float) -> torch.Tensor:
+        """For text on a CPU: a call for each segment against [its prefix's keys | its own]. `split` rather than slices:
+        the backward of a slice fills a whole row with zeros, that of `split` is one concatenation."""
+        attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+        q, k, v = (tensor.split(self.lengths, dim=2) for tensor in (query, key, value))
+        outputs = []
+        for i, prefix in enumerate(self.prefixes):
+            if prefix is None:
+                outputs.append(attention(q[i], k[i], v[i], is_causal=True))
+                continue
+            if i not in self.masks:  # the first layer makes it for all: True for all of the prompt, then causal
+                P, R = self.lengths[prefix], self.lengths[i]
+                self.masks[i] = torch.ones(R, P + R, dtype=torch.bool, device=query.device).tril(P)
+            keys = torch.cat([k[prefix], k[i]], dim=2)  # [1, kv heads, P + R, d]
+            values = torch.cat([v[prefix], v[i]], dim=2)
+            outputs.append(attention(q[i], keys, values, attn_mask=self.masks[i]))
+        return torch.cat(outputs, dim=2)
+
+    def in_batches(self, query, key, value, scale: float) -> torch.Tensor:
+        """For images on a CPU: neighbours of equal length are one batch."""
+        runs = [(length, len(list(run))) for length, run in itertools.groupby(self.lengths)]
+        parts = (tensor[0].split([length * count for length, count in runs], dim=1) for tensor in (query, key, value))
+        outputs = []
+        for (length, count), *qkv in zip(runs, *parts):
+            q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in qkv)  # [count, heads, length, d]
+            outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).transpose(0, 1)[None]
 
 
 def has_varlen(query: torch.Tensor) -> bool:
@@ -266,52 +244,44 @@ def has_varlen(query: torch.Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
-# Lengths differ from row to row. Kept out of the graphs of torch.compile, they are no reason to compile again.
+# What transformers calls in every layer of the decoder with the `row`, of the vision tower with the `images` that we
+# pass to `forward`. Lengths differ from row to row: kept out of torch.compile's graphs, they make it compile no more.
+
+
 @torch.compiler.disable
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, row=None, **_):
-    """The attention function that transformers calls in every decoder layer; `row` is what we passed to `forward`."""
     return row.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None  # [1, T, heads, d]
 
 
 @torch.compiler.disable
 def image_attention(module, query, key, value, attention_mask, scaling, images=None, **_):
-    """The same for the vision tower: query, key and value [1, heads, patches, d], all images in one call."""
     segments = images.whole if module.attends_to_whole_images else images.windows
-    if has_varlen(query):
-        return segments.attend(query, key, value, scaling, causal=False).transpose(1, 2), None
-    outputs = []
-    runs = [(length, len(list(run))) for length, run in itertools.groupby(segments.lengths)]  # of equal segments
-    parts = (tensor[0].split([length * count for length, count in runs], dim=1) for tensor in (query, key, value))
-    for (length, count), *qkv in zip(runs, *parts):
-        q, k, v = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in qkv)  # [count, heads, length, d]
-        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None], None  # [1, patches, heads, d]
+    return segments.attend(query, key, value, scaling).transpose(1, 2), None  # [1, patches, heads, d]
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
 AttentionInterface.register("packed_images", image_attention)
 
 
-def prompt_positions(prompt: np.ndarray, grids: np.ndarray, processors: Processors) -> np.ndarray:
-    """Position ids [3, P] of a prompt: they count up, but for the images of a backbone with M-RoPE (Qwen2-VL, arXiv
-    2409.12191).
+# ---------------------------------------------------------------------------------------------------------------------
+# From comparisons to a row: in the loader's processes, on the CPU.
+
+
+def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | None) -> np.ndarray:
+    """Position ids [3, P] of a prompt [P] with M-RoPE (Qwen2-VL, arXiv 2409.12191), from its images' grids in tokens
+    [images, 3]; without grids they count up.
 
     Text counts up on all three axes. The tokens of an image share one time, count rows and columns from there, and the
     text after it continues after the largest of them.
     """
-    image_token, merge = processors.image_token, processors.vision.merge if processors.vision else 1
     positions, start, next_position = [], 0, 0
-    for time, height, width in grids if processors.family.mrope else []:
-        t, h, w = int(time), int(height) // merge, int(width) // merge
-        at = start + int(np.argmax(prompt[start:] == image_token))  # where this image's tokens begin
-        positions.append(np.tile(np.arange(at - start) + next_position, (3, 1)))
-        next_position += at - start
-        positions.append(
-            np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij")).reshape(3, -1)
-            + next_position
-        )
+    for t, h, w in grids:
+        text = int(np.argmax(prompt[start:] == image_token))  # tokens before this image's
+        positions.append(np.tile(np.arange(text) + next_position, (3, 1)))
+        next_position += text
+        positions.append(np.indices((t, h, w)).reshape(3, -1) + next_position)
         next_position += max(h, w)
-        start = at + t * h * w
+        start += text + t * h * w
     positions.append(np.tile(np.arange(len(prompt) - start) + next_position, (3, 1)))
     return np.concatenate(positions, axis=1)
 
@@ -325,25 +295,19 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
     """
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
-    ids, positions, lengths, last, end = [], [], [], [], 0
+    ids, positions, lengths = [], [], []
     for comparison in comparisons:
         P, Rs = len(comparison.prompt), [len(response) for response in comparison.responses]
-        at = prompt_positions(comparison.prompt, comparison.grids, processors)  # [3, P]
+        grids = comparison.grids // [1, *[processors.vision.merge] * 2] if processors.family.mrope else []
+        at = prompt_positions(comparison.prompt, grids, processors.image_token)  # [3, P]
         ids += [comparison.prompt, *comparison.responses]
-        positions += [
-            at,
-            *(np.tile(at.max() + 1 + np.arange(R), (3, 1)) for R in Rs),
-        ]  # each goes on where the prompt ends
-        last += (end + P + np.cumsum(Rs, dtype=int) - 1).tolist()
+        positions += [at, *(np.tile(at.max() + 1 + np.arange(R), (3, 1)) for R in Rs)]  # all go on where it ends
         lengths.append((P, Rs))
-        end += P + sum(Rs)
-    row = PackedRow(
-        lengths,
-        torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
-        torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None],
-        torch.tensor(last, dtype=torch.long),
-        Segments.of_comparisons(lengths),
-    )
+    segments = Segments.of_comparisons(lengths)
+    ends = [end for end, prefix in zip(segments.starts[1:].tolist(), segments.prefixes) if prefix is not None]
+    input_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64))[None]
+    position_ids = torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None]
+    row = PackedRow(lengths, input_ids, position_ids, torch.tensor(ends, dtype=torch.long) - 1, segments)
     images = [image for comparison in comparisons for image in data.open_images(comparison, processors)]
     if images:
         grids = np.concatenate([comparison.grids for comparison in comparisons]).astype(np.int64)
@@ -357,32 +321,63 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
     return row
 
 
+@dataclass
+class Images:
+    """The images of a row, their patches one behind the other, and which patches see each other in the vision tower.
+
+    Qwen2.5-VL's tower attends within windows of 8 x 8 patches in most layers, within whole images in the others. It
+    reorders the patches so that a window's stand together. Qwen3-VL's has a table of learned positions, of which each
+    patch takes the four nearest, weighted. InternVL's gets tiles of one size, a batch like any other.
+    """
+
+    pixel_values: torch.Tensor  # [patches, 3 * 2 * 14 * 14]; of tiles [tiles, 3, 448, 448]
+    grid_thw: torch.Tensor  # [images, 3] in patches
+    layout: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # by `forward`'s names, what more it takes; tiles: none
+    whole: Segments | None = None  # the images; None: tiles
+    windows: Segments | None = None  # None: a tower without windows
+
+    def arguments(self) -> dict:
+        """For `forward` of a transformers backbone."""
+        more = {"image_grid_thw": self.grid_thw, "images": self} if self.layout else {}
+        return {"pixel_values": self.pixel_values, **self.layout, **more}
+
+
 @lru_cache(4096)
 def image_layout(height: int, width: int, shape: data.VisionShape) -> tuple:
     """Of an image of height x width patches: the positions of its patches [patches, 2], in which order its merged
     patches stand so that windows are contiguous, large windows first, and the windows' sizes in merged patches."""
     grid, merge = torch.tensor([[1, height, width]]), shape.merge
-    positions = get_vision_position_ids(grid, merge)
+    positions = vision_utils.get_vision_position_ids(grid, merge)
     if not shape.window:
         return positions, None, []
-    order, ends = get_vision_window_index(grid, merge, shape.window, shape.patch)
+    order, ends = vision_utils.get_vision_window_index(grid, merge, shape.window, shape.patch)
     windows = sorted(order.split((ends.diff() // merge**2).tolist()), key=len, reverse=True)
     return positions, torch.cat(windows), [len(window) for window in windows]
 
 
 def pack_images(pixel_values: torch.Tensor, grids: torch.Tensor, shape: data.VisionShape) -> Images:
+    """The tower is told that all patches are one segment, which it hands to `image_attention` in one call, instead of
+    looping over windows and waiting for the GPU to learn where they end."""
     layouts = [image_layout(height, width, shape) for _, height, width in grids.tolist()]
     positions, orders, windows = zip(*layouts)
     patches = [len(position) for position in positions]
-    images = Images(pixel_values, grids, torch.cat(positions), Segments.of(patches))
+    everything = torch.tensor([0, sum(patches)], dtype=torch.int32)
+    layout = {"image_position_ids": torch.cat(positions), "image_cu_seqlens": everything}  # [patches, 2] row and column
+    whole, in_windows = Segments.of(patches), None
     if shape.window:
         before = np.cumsum([0, *patches]) // shape.merge**2  # merged patches of the images before
-        images.window_order = torch.cat([order + int(start) for order, start in zip(orders, before)])
-        images.windows = Segments.of([length * shape.merge**2 for sizes in windows for length in sizes])
+        order = torch.cat([order + int(start) for order, start in zip(orders, before)])  # [patches / merge**2]
+        layout |= {"image_window_index": order, "image_cu_window_seqlens": everything}
+        in_windows = Segments.of([length * shape.merge**2 for sizes in windows for length in sizes])
     if shape.table:
         how = {"align_corners": True, "spatial_merge_size": shape.merge}  # as Qwen3VLVisionModel does it
-        images.table, images.table_weights = get_vision_interpolation_indices_and_weights(grids, shape.table, **how)
-    return images
+        found = vision_utils.get_vision_interpolation_indices_and_weights(
+            grids, shape.table, **how
+        )  # [patches, 4] each
+        layout |= zip(("image_interp_indices", "image_interp_weights"), found)
+    return Images(pixel_values, grids, layout, whole, in_windows)
 
 
 def blank_comparison(processors: Processors) -> Comparison:
@@ -397,7 +392,19 @@ def blank_comparison(processors: Processors) -> Comparison:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model.
+# From a row to scores.
+
+
+def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
+    """One forward of a transformers backbone, with or without an LM head -> its last hidden states [T, hidden].
+
+    Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
+    """
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False, "row": row}
+    if not data.FAMILIES[backbone.config.model_type].mrope:
+        inputs["position_ids"] = row.position_ids[0]  # the same on all axes
+    inputs |= row.images.arguments() if row.images else {}
+    return getattr(backbone, "model", backbone)(**inputs).last_hidden_state[0]
 
 
 class RewardHead(nn.Module):
@@ -438,68 +445,12 @@ class RewardModel(nn.Module):
     kind = "naive"
     reader = None  # how a critic and a judge read a comparison in training: a function Comparison -> Asked
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        head: RewardHead | None,
-        processors: Processors,
-        trained_with: dict | None = None,
-        asks: dict | None = None,
-    ):
+    def __init__(self, backbone, head: RewardHead | None, processors, trained_with: dict | None = None, asks=None):
         super().__init__()
         self.backbone, self.head, self.processors = backbone, head, processors
         self.trained_with = trained_with or {}  # what the head was trained with; empty: not at all
         self.asks = asks or {}  # of a critic or a judge: its request and how long a critique may be
         self.cost = Counter()  # of all that it has scored: tokens read and written, image patches
-
-    @classmethod
-    def from_backbone(cls, path: str, settings: HeadSettings, max_pixels: int = 0) -> "RewardModel":
-        """A backbone from a Hugging Face checkpoint with a new head, as the kind that the settings name."""
-        kind, head, asks = settings.kind, None, None
-        backbone = load_backbone(path, kind != "naive")
-        if kind != "generative":
-            hidden = backbone.config.get_text_config().hidden_size
-            head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
-        if kind != "naive":
-            asks = {"request": settings.request or REQUESTS[kind], "critique_tokens": settings.critique_tokens}
-        return KINDS[kind](backbone, head, data.load_processors(path, max_pixels), asks=asks)
-
-    @classmethod
-    def from_pretrained(cls, folder: str, empty: bool = False) -> "RewardModel":
-        """A reward model that `save_pretrained` wrote, of the kind that it was; `empty` leaves the backbone's weights
-        to be filled in, as in `load_backbone`. Raises UserError where there is none."""
-        path = Path(folder, HEAD_FILE)
-        if not path.is_file():
-            raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
-        with data.reading(path, "run 02_model.py or 03_train.py again"), safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["reward_head"])
-            if about.setdefault("kind", "naive") not in KINDS:
-                raise data.Unusable(f"its kind is {about['kind']!r}, none of {', '.join(KINDS)}")
-            kind = KINDS[about["kind"]]
-            with torch.device("meta"):  # takes no memory before the shapes are compared
-                head = RewardHead(**about["head"]) if kind is not Judge else None
-            shapes = {name: list(tensor.shape) for name, tensor in head.state_dict().items()} if head else {}
-            if shapes != {name: file.get_slice(name).get_shape() for name in file.keys()}:
-                raise data.Unusable(f"its tensors are not those of the head that it describes, {about['head']}")
-            if head:
-                head.load_state_dict({name: file.get_tensor(name).float() for name in shapes}, assign=True)
-                check_finite(head)
-            trained_with, asks = about["trained_with"], None
-            if kind is not RewardModel:
-                asks = {name: cast(about["asks"][name]) for name, cast in (("request", str), ("critique_tokens", int))}
-        backbone = load_backbone(folder, kind is not RewardModel, empty)
-        hidden = backbone.config.get_text_config().hidden_size
-        if head and head.settings["hidden"] != hidden:
-            raise UserError(f"{path}: a head for hidden states of {head.settings['hidden']}, the backbone has {hidden}")
-        return kind(backbone, head, data.load_processors(folder), trained_with, asks)
-
-    def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32, file_size: str = "5GB") -> None:
-        """Writes the Hugging Face layout (`export`) plus reward_head.safetensors, which is float32 whatever `dtype`
-        the backbone gets; a judge's has no tensors. Where the model is sharded all ranks call it."""
-        head = {name: whole(tensor).cpu() for name, tensor in self.head.state_dict().items()} if self.head else {}
-        about = {"kind": self.kind, "head": self.head.settings if self.head else None, "asks": self.asks}
-        head_file = save(head, metadata={"reward_head": json.dumps(about | {"trained_with": self.trained_with})})
-        export(self.backbone, self.processors, folder, dtype, file_size, head_file)
 
     def hidden_states(self, row: PackedRow) -> torch.Tensor:
         """The backbone's last hidden states, [T, hidden]."""
@@ -556,172 +507,121 @@ class RewardModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @classmethod
+    def from_backbone(cls, path: str, settings: HeadSettings, max_pixels: int = 0) -> "RewardModel":
+        """A backbone from a Hugging Face checkpoint with a new head, as the kind that the settings name."""
+        kind, head, asks = settings.kind, None, None
+        backbone = load_backbone(path, kind != "naive")
+        if kind != "generative":
+            hidden = backbone.config.get_text_config().hidden_size
+            head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
+        if kind != "naive":
+            asks = {"request": settings.request or REQUESTS[kind], "critique_tokens": settings.critique_tokens}
+        return KINDS[kind](backbone, head, data.load_processors(path, max_pixels), asks=asks)
+
+    @classmethod
+    def from_pretrained(cls, folder: str, empty: bool = False) -> "RewardModel":
+        """A reward model that `save_pretrained` wrote, of the kind that it was; `empty` leaves the backbone's weights
+        to be filled in, as in `load_backbone`. Raises UserError where there is none."""
+        path = Path(folder, HEAD_FILE)
+        if not path.is_file():
+            raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
+        with data.reading(path, "run 02_model.py or 03_train.py again"), safe_open(path, framework="pt") as file:
+            about = {"kind": "naive"} | json.loads(file.metadata()["reward_head"])  # older ones do not name their kind
+            if about["kind"] not in KINDS:
+                raise data.Unusable(f"its kind is {about['kind']!r}, none of {', '.join(KINDS)}")
+            kind = KINDS[about["kind"]]
+            with torch.device("meta"):  # takes no memory before the shapes are compared
+                head = RewardHead(**about["head"]) if kind is not Judge else None
+            shapes = {name: list(tensor.shape) for name, tensor in head.state_dict().items()} if head else {}
+            if shapes != {name: file.get_slice(name).get_shape() for name in file.keys()}:
+                raise data.Unusable(f"its tensors are not those of the head that it describes, {about['head']}")
+            if head:
+                head.load_state_dict({name: file.get_tensor(name).float() for name in shapes}, assign=True)
+                check_finite(head)
+            trained_with, asks = about["trained_with"], None
+            if kind is not RewardModel:
+                asks = {name: cast(about["asks"][name]) for name, cast in (("request", str), ("critique_tokens", int))}
+        backbone = load_backbone(folder, kind is not RewardModel, empty)
+        hidden = backbone.config.get_text_config().hidden_size
+        if head and head.settings["hidden"] != hidden:
+            raise UserError(f"{path}: a head for hidden states of {head.settings['hidden']}, the backbone has {hidden}")
+        return kind(backbone, head, data.load_processors(folder), trained_with, asks)
+
+    def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32, file_size: str = "5GB") -> None:
+        """Writes the Hugging Face layout (`export`) plus reward_head.safetensors, which is float32 whatever `dtype`
+        the backbone gets; a judge's has no tensors. Where the model is sharded all ranks call it."""
+        head = {name: whole(tensor).cpu() for name, tensor in self.head.state_dict().items()} if self.head else {}
+        about = {"kind": self.kind, "head": self.head.settings if self.head else None, "asks": self.asks}
+        head_file = save(head, metadata={"reward_head": json.dumps(about | {"trained_with": self.trained_with})})
+        export(self.backbone, self.processors, folder, dtype, file_size, head_file)
+
 
 def rows_of(comparisons: list[Comparison], micro_tokens: int) -> Iterator[list[Comparison]]:
     """Deals comparisons, in order, into rows of at most `micro_tokens` tokens (an image patch counts a quarter). One
     that is longer is cut between its responses and its prompt stands in each part; a single response is never cut."""
     row, size = [], 0
     for comparison in comparisons:
-        prompt = len(comparison.prompt) + int(comparison.grids.prod(1).sum()) // 4
-        rest, part = sum(map(len, comparison.responses)), None
+        patches, part = int(comparison.grids.prod(1).sum()) // 4, None
         for response in comparison.responses:
-            if row and size + (len(response) if part else prompt + rest) > micro_tokens:
+            if row and size + (len(response) if part else comparison.length + patches) > micro_tokens:
                 yield row
                 row, size, part = [], 0, None
             if part is None:
                 part = dataclasses.replace(comparison, responses=[])
                 row.append(part)
-                size += prompt
+                size += len(comparison.prompt) + patches
             part.responses.append(response)
             size += len(response)
     if row:
         yield row
 
 
-class RewardRouter(nn.Module):
-    """A multimodal and a text-only reward model that are used as one: a comparison with an image goes to the first, one
-    without to the second, which the paper finds better for text than any multimodal one.
-
-    Their scores live on different scales, so compare those of one prompt only. Each model encodes text with its own
-    tokenizer; comparisons that were encoded before, in shards, need two models that have the same.
-    """
-
-    def __init__(self, multimodal: RewardModel, text: RewardModel):
-        super().__init__()
-        if multimodal.processors.image is None:
-            raise UserError("the multimodal reward model of the two is text-only")
-        self.multimodal, self.text = multimodal, text
-
-    @classmethod
-    def from_pretrained(cls, multimodal: str, text: str) -> "RewardRouter":
-        return cls(RewardModel.from_pretrained(multimodal), RewardModel.from_pretrained(text))
-
-    def model_for(self, has_image: bool) -> RewardModel:
-        return self.multimodal if has_image else self.text
-
-    def score(self, messages: list[dict], responses: list[str], images: list = ()) -> torch.Tensor:
-        """As `RewardModel.score`."""
-        return self.model_for(has_image(messages, images)).score(messages, responses, images)
-
-    def encode(self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()) -> Comparison:
-        """As `RewardModel.encode`, with the tokenizer of the model that will score it."""
-        return self.model_for(has_image(messages, images)).encode(messages, texts, images, folder)
-
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
-        """As `RewardModel.score_encoded`."""
-        scores = {}
-        for images in (True, False):
-            part = [i for i, comparison in enumerate(comparisons) if bool(comparison.images) == images]
-            found = self.model_for(images).score_encoded([comparisons[i] for i in part], micro_tokens)
-            scores |= zip(part, found.split([len(comparisons[i].responses) for i in part])) if part else ()
-        return torch.cat([torch.zeros(0, device=self.multimodal.device), *(scores[i] for i in sorted(scores))])
-
-    @property
-    def fingerprint(self) -> str:
-        """As `RewardModel.fingerprint`. Raises UserError where the two models have different tokenizers."""
-        if self.multimodal.fingerprint != self.text.fingerprint:
-            raise UserError(
-                "the two reward models have different tokenizers or chat templates, and prepared data has one; "
-                "from text, both can score together: 04_eval.py --score, or `score` in Python"
-            )
-        return self.multimodal.fingerprint
-
-    @property
-    def processors(self) -> Processors:
-        return self.multimodal.processors
-
-    @property
-    def trained_with(self) -> dict:
-        sets = [model.trained_with.get("data", []) for model in (self.multimodal, self.text)]
-        return {"data": [*dict.fromkeys(itertools.chain(*sets))]}
-
-
-def has_image(messages: list[dict], images: list) -> bool:
-    """Whether a prompt, as `score` takes it, has an image. Raises ValueError where it is none."""
-    parts = [
-        part for turn in data.check_messages(messages) if isinstance(turn["content"], list) for part in turn["content"]
-    ]
-    return bool(images) or any(part["type"] == "image" for part in parts)
-
-
-def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """Readies a model for inference on a device, in place, and returns it. Without `dtype` it computes in bfloat16 on a
-    GPU and in float32 elsewhere. As in training that is for parameters only: a reward head stays float32, and so do
-    rotary frequencies, which `model.to(dtype)` would round as well, and so be off by radians at position 1000."""
-    device = torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model.eval().requires_grad_(False).to(device)
-    heads = [module for module in model.modules() if isinstance(module, RewardHead)]
-    exact = {parameter for head in heads for parameter in head.parameters()}
-    for parameter in model.parameters():
-        if parameter not in exact:
-            parameter.data = parameter.to(dtype)
-    return model
-
-
-def load_reward(model: str, text_model: str = "") -> RewardModel | RewardRouter:
-    """The reward model of the command line's --model, or the router of --model and --text_model."""
-    return RewardRouter.from_pretrained(model, text_model) if text_model else RewardModel.from_pretrained(model)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# As the reward of other people's training.
+# Checkpoints in the Hugging Face layout, in and out.
 
 
-def trl_reward(
-    reward: RewardModel | RewardRouter,
-    prompts: list,
-    completions: list,
-    images: list | None = None,
-    image: list | None = None,
-    log_metric: Callable[[str, float], None] | None = None,
-    **_,
-) -> list[float]:
-    """A reward function of TRL's GRPOTrainer: GRPOTrainer(..., reward_funcs=partial(trl_reward, reward)).
-
-    TRL gives a prompt anew with each of its completions. Prompts that are equal, images included, become one comparison
-    here, which is encoded once; TRL logs how many completions that makes for each as "completions_per_prompt".
-
-    Args: prompts and completions [n], texts or lists of messages; images, the data set's column of that name, a list
-        for each prompt, or `image`, one or None for each; what else TRL passes is not used.
-    Returns the raw scores [n]. Raises ValueError where a completion is more than one text, or a prompt is unusable.
-    """
-    given = images or [[] if each is None else [each] for each in image or [None] * len(prompts)]
-    groups: dict[tuple, list[int]] = {}
-    for i, prompt in enumerate(zip(prompts, given, strict=True)):
-        groups.setdefault(hashable(prompt), []).append(i)
-    comparisons = []
-    for places in groups.values():
-        texts = [completion_text(completions[i]) for i in places]
-        comparisons.append(reward.encode(prompts[places[0]], texts, given[places[0]] or []))
-    if log_metric is not None:
-        log_metric("completions_per_prompt", len(prompts) / len(groups))
-    scores = dict(zip(itertools.chain(*groups.values()), reward.score_encoded(comparisons).tolist()))
-    return [scores[i] for i in range(len(prompts))]
+def attention_of(config) -> str | dict[str, str]:
+    """The names under which a model's attention layers find our functions, for `attn_implementation`. Tiles of one size
+    need none of ours."""
+    family = data.FAMILIES[config.model_type]
+    if not family.vision:
+        return "shared_prefix"
+    return {"text_config": "shared_prefix", "vision_config": "sdpa" if family.tiles else "packed_images"}
 
 
-def hashable(value):
-    """A prompt as something that is equal, and has the same hash, where two prompts are the same."""
-    if isinstance(value, dict):
-        return tuple((key, hashable(part)) for key, part in sorted(value.items()))
-    if isinstance(value, (list, tuple)):
-        return tuple(map(hashable, value))
-    if isinstance(value, data.Image.Image):
-        return value.mode, value.size, value.tobytes()
-    return value
+Parts = namedtuple("Parts", "language, vision, blocks")
 
 
-def completion_text(completion: str | list[dict]) -> str:
-    """The text of what a policy wrote; it may be empty."""
-    if isinstance(completion, list) and len(completion) == 1:
-        completion = completion[0]["content"]
-    if not isinstance(completion, str):
-        raise data.Unusable("completions: neither a text nor one assistant message with a text")
-    return completion
+def parts_of(backbone: nn.Module) -> Parts:
+    """Where a backbone, with or without its LM head, has its language model (with `layers`), its vision tower or None,
+    and the list of the tower's layers, whatever its family calls them."""
+    family = data.FAMILIES[backbone.config.model_type]
+    base = getattr(backbone, "model", backbone)
+    if not family.vision:
+        return Parts(base, None, [])
+    vision = base.get_submodule(family.vision)
+    return Parts(base.get_submodule(family.language), vision, list(vision.get_submodule(family.blocks)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and writing checkpoints.
+class PatchProjection(nn.Conv3d):
+    """The vision tower's first layer. Its kernel is as large as a patch, so it is one matrix product, for which
+    PyTorch's 3-D convolution takes several times as long."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:  # [patches, channels, time, height, width]
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)  # [patches, hidden]
+
+
+def prepare_vision(backbone: nn.Module) -> None:
+    """Tells each attention layer of the vision tower whether it attends to whole images or to windows, for
+    `image_attention`, and makes its patch embedding a matrix product. Weights and their names stay as they are."""
+    parts = parts_of(backbone)
+    if parts.vision is None or data.FAMILIES[backbone.config.model_type].tiles:
+        return
+    parts.vision.patch_embed.proj.__class__ = PatchProjection
+    whole = getattr(parts.vision.config, "fullatt_block_indexes", None)
+    for i, block in enumerate(parts.blocks):
+        block.attn.attends_to_whole_images = whole is None or i in whole
 
 
 def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.Module:
@@ -765,14 +665,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def export(
-    model: nn.Module,
-    processors: Processors,
-    folder: str,
-    dtype: torch.dtype = torch.float32,
-    file_size: str = "5GB",
-    head_file: bytes = b"",
-) -> None:
+def export(model, processors: Processors, folder: str, dtype=torch.float32, file_size="5GB", head_file=b"") -> None:
     """Writes a transformers model and its processors as `from_pretrained` reads them: weights under their published
     names, tied ones once, in several files with an index where they are more than `file_size`.
 
@@ -788,27 +681,23 @@ def export(
     for tied in model.all_tied_weights_keys:
         state.pop(tied, None)
     state = revert_weight_conversion(model, state)
-    sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
-    writes = not sharded or dist.get_rank() == 0
     shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
     try:
         files = split_torch_state_dict_into_shards(shapes, max_shard_size=file_size)
     except ValueError as error:
         raise UserError(f"--export_file_size {file_size}: {error}") from None
-    out, writing = Path(folder), Path(folder, ".writing")
-    if writes:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    for file, names in files.filename_to_tensors.items():
-        tensors = {}
-        for name in names:
-            tensor = whole(state[name].to(dtype))
-            if writes:
-                tensors[name] = tensor.cpu().contiguous()
-        if writes:
-            save_file(tensors, writing / file, metadata={"format": "pt"})
-    if not writes:
+    contents = files.filename_to_tensors  # {file: [name, ...]}
+    gathered = (whole(state[name].to(dtype)) for names in contents.values() for name in names)
+    if any(isinstance(tensor, DTensor) for tensor in state.values()) and dist.get_rank() > 0:
+        for _ in gathered:  # one at a time, forgotten at once
+            pass
         return
+    out, writing = Path(folder), Path(folder, ".writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    for file, names in contents.items():
+        tensors = {name: next(gathered).cpu().contiguous() for name in names}
+        save_file(tensors, writing / file, metadata={"format": "pt"})
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         data.write_file(writing / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True))
@@ -831,65 +720,122 @@ def export(
     writing.rmdir()
 
 
-def attention_of(config) -> str | dict[str, str]:
-    """The names under which a model's attention layers find our functions, for `attn_implementation`. Tiles of one size
-    need none of ours."""
-    family = data.FAMILIES[config.model_type]
-    if not family.vision:
-        return "shared_prefix"
-    return {"text_config": "shared_prefix", "vision_config": "sdpa" if family.tiles else "packed_images"}
+# ---------------------------------------------------------------------------------------------------------------------
+# In use: on a device, two models as one, and as the reward of other people's training.
 
 
-@dataclass
-class Parts:
-    """Where a transformers model has its parts, whatever its family calls them."""
+class RewardRouter(nn.Module):
+    """A multimodal and a text-only reward model that are used as one: a comparison with an image goes to the first, one
+    without to the second, which the paper finds better for text than any multimodal one.
 
-    language: nn.Module  # has `layers`
-    vision: nn.Module | None
-    blocks: list[nn.Module]  # the vision tower's layers
-
-
-def parts_of(backbone: nn.Module) -> Parts:
-    """The parts of a backbone, with or without its LM head."""
-    family = data.FAMILIES[backbone.config.model_type]
-    base = getattr(backbone, "model", backbone)
-    if not family.vision:
-        return Parts(base, None, [])
-    vision = base.get_submodule(family.vision)
-    return Parts(base.get_submodule(family.language), vision, list(vision.get_submodule(family.blocks)))
-
-
-class PatchProjection(nn.Conv3d):
-    """The vision tower's first layer. Its kernel is as large as a patch, so it is one matrix product, for which
-    PyTorch's 3-D convolution takes several times as long."""
-
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:  # [patches, channels, time, height, width]
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)  # [patches, hidden]
-
-
-def prepare_vision(backbone: nn.Module) -> None:
-    """Tells each attention layer of the vision tower whether it attends to whole images or to windows, for
-    `image_attention`, and makes its patch embedding a matrix product. Weights and their names stay as they are."""
-    parts = parts_of(backbone)
-    if parts.vision is None or data.FAMILIES[backbone.config.model_type].tiles:
-        return
-    parts.vision.patch_embed.proj.__class__ = PatchProjection
-    whole = getattr(parts.vision.config, "fullatt_block_indexes", None)
-    for i, block in enumerate(parts.blocks):
-        block.attn.attends_to_whole_images = whole is None or i in whole
-
-
-def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
-    """One forward of a transformers backbone, with or without an LM head, over a packed row -> last hidden states [T,
-    hidden].
-
-    Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
+    Their scores live on different scales, so compare those of one prompt only. Each model encodes text with its own
+    tokenizer; comparisons that were encoded before, in shards, need two models that have the same.
     """
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False, "row": row}
-    if not data.FAMILIES[backbone.config.model_type].mrope:
-        inputs["position_ids"] = row.position_ids[0]  # the same on all axes
-    inputs |= row.images.arguments() if row.images else {}
-    return getattr(backbone, "model", backbone)(**inputs).last_hidden_state[0]
+
+    def __init__(self, multimodal: RewardModel, text: RewardModel):
+        super().__init__()
+        if multimodal.processors.image is None:
+            raise UserError("the multimodal reward model of the two is text-only")
+        self.multimodal, self.text = multimodal, text
+
+    @classmethod
+    def from_pretrained(cls, multimodal: str, text: str) -> "RewardRouter":
+        return cls(RewardModel.from_pretrained(multimodal), RewardModel.from_pretrained(text))
+
+    def model_for(self, has_image: bool) -> RewardModel:
+        return self.multimodal if has_image else self.text
+
+    score = RewardModel.score  # with its own `encode` and `score_encoded`
+
+    def encode(self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()) -> Comparison:
+        """As `RewardModel.encode`, with the tokenizer of the model that will score it."""
+        in_text = any(isinstance(turn["content"], list) for turn in data.check_messages(messages))  # a list has images
+        return self.model_for(in_text or bool(images)).encode(messages, texts, images, folder)
+
+    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
+        """As `RewardModel.score_encoded`."""
+        scores = {}
+        for images in (True, False):
+            part = [i for i, comparison in enumerate(comparisons) if bool(comparison.images) == images]
+            found = self.model_for(images).score_encoded([comparisons[i] for i in part], micro_tokens)
+            scores |= zip(part, found.split([len(comparisons[i].responses) for i in part])) if part else ()
+        return torch.cat([torch.zeros(0, device=self.multimodal.device), *(scores[i] for i in sorted(scores))])
+
+    @property
+    def fingerprint(self) -> str:
+        """As `RewardModel.fingerprint`. Raises UserError where the two models have different tokenizers."""
+        if self.multimodal.fingerprint != self.text.fingerprint:
+            raise UserError(
+                "the two reward models have different tokenizers or chat templates, and prepared data has one; "
+                "from text, both can score together: 04_eval.py --score, or `score` in Python"
+            )
+        return self.multimodal.fingerprint
+
+    @property
+    def processors(self) -> Processors:
+        return self.multimodal.processors
+
+    @property
+    def trained_with(self) -> dict:
+        sets = [model.trained_with.get("data", []) for model in (self.multimodal, self.text)]
+        return {"data": [*dict.fromkeys(itertools.chain(*sets))]}
+
+
+def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Readies a model for inference on a device, in place, and returns it. Without `dtype` it computes in bfloat16 on a
+    GPU and in float32 elsewhere. As in training that is for parameters only: a reward head stays float32, and so do
+    rotary frequencies, which `model.to(dtype)` would round as well, and so be off by radians at position 1000."""
+    device = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.eval().requires_grad_(False).to(device)
+    exact = {p for module in model.modules() if isinstance(module, RewardHead) for p in module.parameters()}
+    for parameter in model.parameters():
+        if parameter not in exact:
+            parameter.data = parameter.to(dtype)
+    return model
+
+
+def load_reward(model: str, text_model: str = "") -> RewardModel | RewardRouter:
+    """The reward model of the command line's --model, or the router of --model and --text_model."""
+    return RewardRouter.from_pretrained(model, text_model) if text_model else RewardModel.from_pretrained(model)
+
+
+def trl_reward(reward, prompts: list, completions: list, images=None, image=None, log_metric=None, **_) -> list[float]:
+    """A reward function of TRL's GRPOTrainer: GRPOTrainer(..., reward_funcs=partial(trl_reward, reward)).
+
+    TRL gives a prompt anew with each of its completions. Prompts that are equal, images included, become one comparison
+    here, which is encoded once; TRL logs how many completions that makes for each as "completions_per_prompt".
+
+    Args: a RewardModel or RewardRouter; prompts and completions [n], texts or lists of messages; images, the data set's
+        column of that name, a list for each prompt, or `image`, one or None for each; what else TRL passes is not used.
+    Returns the raw scores [n]. Raises ValueError where a completion is more than one text, or a prompt is unusable.
+    """
+    given = images or [[] if each is None else [each] for each in image or [None] * len(prompts)]
+    texts = [each[0]["content"] if isinstance(each, list) and len(each) == 1 else each for each in completions]
+    if not all(isinstance(text, str) for text in texts):  # an empty one is a text
+        raise data.Unusable("completions: neither a text nor one assistant message with a text")
+    groups: dict[tuple, list[int]] = {}
+    for i, prompt in enumerate(zip(prompts, given, strict=True)):
+        groups.setdefault(hashable(prompt), []).append(i)
+    comparisons = []
+    for places in groups.values():
+        first = places[0]
+        comparisons.append(reward.encode(prompts[first], [texts[i] for i in places], given[first] or []))
+    if log_metric is not None:
+        log_metric("completions_per_prompt", len(prompts) / len(groups))
+    scores = dict(zip(itertools.chain(*groups.values()), reward.score_encoded(comparisons).tolist()))
+    return [scores[i] for i in range(len(prompts))]
+
+
+def hashable(value):
+    """A prompt as something that is equal, and has the same hash, where two prompts are the same."""
+    if isinstance(value, dict):
+        return tuple((key, hashable(part)) for key, part in sorted(value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(hashable, value))
+    if isinstance(value, data.Image.Image):
+        return value.mode, value.size, value.tobytes()
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -914,11 +860,14 @@ class Writer(nn.Module):
         return logits.index_fill(-1, self.forbidden, -math.inf)
 
 
+@dataclass
 class KeptRow(PackedRow):
     """A packed row that keeps every layer's keys and values."""
 
+    cache: dict = field(default_factory=dict)  # {layer: (keys, values)}, [1, kv heads, T, d] each
+
     def attend(self, layer, query, key, value, scale):
-        self.cache[layer] = (key, value)  # [1, kv heads, T, d]
+        self.cache[layer] = (key, value)
         return super().attend(layer, query, key, value, scale)
 
 
@@ -979,9 +928,7 @@ class DecodeRow:
 
 
 @torch.inference_mode()
-def write(
-    writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise: np.ndarray | None = None
-) -> torch.Tensor:
+def write(writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise=None) -> torch.Tensor:
     """Goes on `group` times behind every response of a row, or behind a prompt that has none: token ids [texts, group,
     max_new_tokens], -1 after the end-of-turn token.
 
@@ -989,12 +936,10 @@ def write(
     a sample does not depend on what else is in the batch; None writes what is likeliest.
     """
     end = writer.processors.end_token
-    row = KeptRow(**vars(row))
-    row.cache, device = {}, row.input_ids.device
+    row, device = KeptRow(**vars(row)), row.input_ids.device
     hidden = run_backbone(writer.lm, row)  # [T, hidden]
-    goes_on = [part for _, Rs in row.lengths for part in [not Rs, *[True] * len(Rs)]]  # which segments of the row
-    keys = row.segments.keys.split(row.segments.key_starts.diff().tolist())
-    texts = [places for places, wanted in zip(keys, goes_on) if wanted]  # where what is behind stands in the row
+    segments = row.segments.keys.split(row.segments.key_starts.diff().tolist())
+    texts = [places for i, places in enumerate(segments) if i not in row.segments.prefixes]  # nothing stands behind yet
     ends = torch.stack([places[-1] for places in texts])
     begin = torch.stack([row.position_ids[:, 0, places].max() + 1 for places in texts])
     hidden = hidden[ends].repeat_interleave(group, 0)  # [samples, hidden]
@@ -1020,8 +965,8 @@ def write(
 
 def texts_of(tokens: torch.Tensor, processors: Processors) -> list[str]:
     """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
-    written = [[t for t in sample if t not in (-1, processors.end_token)] for sample in tokens.tolist()]
-    return [processors.tokenizer.decode(sample) for sample in written]
+    answers = [[t for t in sample if t not in (-1, processors.end_token)] for sample in tokens.tolist()]
+    return [processors.tokenizer.decode(answer) for answer in answers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1051,15 +996,11 @@ class Written:
     @classmethod
     def of(cls, row: PackedRow, comparisons: list[Comparison]) -> "Written":
         """Of a row of these comparisons; none where they are not Asked."""
-        weights = [np.zeros(0, np.float32)]  # of all response tokens, not a number where one is not to be written
-        for comparison in comparisons:
-            learned = getattr(comparison, "learned", [()] * len(comparison.responses))
-            for response, weight in zip(comparison.responses, learned):
-                weights += [np.full(len(response) - len(weight), np.nan, np.float32), np.array(weight, np.float32)]
-        weight = torch.from_numpy(np.concatenate(weights))
-        learned = ~weight.isnan()
-        places, predictors = (places[learned] for places in row.response_tokens())
-        return cls(predictors, row.input_ids[0, places], weight[learned])
+        learned = [w for each in comparisons for w in getattr(each, "learned", [()] * len(each.responses))]
+        ends = (row.last + 1).tolist()
+        places = [place for end, weights in zip(ends, learned) for place in range(end - len(weights), end)]
+        places, weight = torch.tensor(places, dtype=torch.long), np.concatenate([(), *learned]).astype(np.float32)
+        return cls(places - 1, row.input_ids[0, places], torch.from_numpy(weight))
 
     def log_probabilities(self, lm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Of the tokens, [tokens], from the row's hidden states [T, hidden]."""
@@ -1099,16 +1040,14 @@ def with_given_critiques(comparison: Comparison, request: np.ndarray, processors
 def in_ordered_pairs(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
     """A judge's: [A: one response, B: another | request | the letter of the better one], for all ordered pairs. Of two
     that tie, either letter has a weight of 0."""
-    a, b, before_a, before_b = (
-        np.array(data.tokenize_text(text, processors.tokenizer), np.int32) for text in ("A", "B", "A:\n", "\nB:\n")
-    )
+    encode = lambda text: np.array(data.tokenize_text(text, processors.tokenizer), np.int32)
+    a, b, before_a, before_b = map(encode, ("A", "B", "A:\n", "\nB:\n"))
     ranks = comparison.ranks or [1] * len(comparison.responses)
     shown = {pair: k for k, pair in enumerate(itertools.permutations(range(len(ranks)), 2))}
     pairs = [(k, shown[j, i]) for (i, j), k in shown.items() if ranks[i] < ranks[j]]
     responses, learned = [], []
     for i, j in shown:
-        first, second = comparison.responses[i][:-1], comparison.responses[j]
-        letter = a if ranks[i] < ranks[j] else b
+        first, second, letter = comparison.responses[i][:-1], comparison.responses[j], a if ranks[i] < ranks[j] else b
         responses.append(np.concatenate([before_a, first, before_b, second, request, letter]))
         learned.append([0.5 / len(pairs) if ranks[i] != ranks[j] else 0.0])
     return Asked(**vars(comparison) | {"responses": responses}, learned=learned, pairs=pairs)
@@ -1138,14 +1077,13 @@ class Critic(RewardModel):
         """Its likeliest critique of each response of each comparison, as token ids; one cut at the length limit is
         ended there."""
         writer, end = Writer(self.backbone, self.processors).to(self.device), self.processors.end_token
-        asked = [[np.concatenate([response, self.request]) for response in each.responses] for each in comparisons]
-        asked = [dataclasses.replace(each, responses=responses) for each, responses in zip(comparisons, asked)]
-        critiques = []
+        ask = lambda comparison: [np.concatenate([response, self.request]) for response in comparison.responses]
+        asked, critiques = [dataclasses.replace(each, responses=ask(each)) for each in comparisons], []
         for row in rows_of(asked, micro_tokens):
             tokens = write(writer, self.row_of(row), 1, self.asks["critique_tokens"])[:, 0]
             self.cost.update(written=int((tokens >= 0).sum()))
-            kept = ([t for t in each if t not in (-1, end)] for each in tokens.tolist())
-            critiques += [np.array([*each, end], np.int32) for each in kept]
+            written = ([t for t in each if t not in (-1, end)] for each in tokens.tolist())
+            critiques += [np.array([*each, end], np.int32) for each in written]
         return critiques
 
     def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
@@ -1197,21 +1135,15 @@ def main(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     model = RewardModel.from_backbone(settings.backbone, settings)
     model.save_pretrained(settings.out)
-    count = lambda module: f"{sum(p.numel() for p in module.parameters()):>13,}"
-    parts = parts_of(model.backbone)
-    head = "a new reward head" if model.head else "its own LM head"
+    parts, head = parts_of(model.backbone), "a new reward head" if model.head else "its own LM head"
     print(f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}), {model.kind}, with {head}")
     if model.head and Path(settings.backbone, HEAD_FILE).is_file():
         print(f"The trained head there is not taken; 03_train.py --model {settings.backbone} continues with it")
     print("\nparameters")
-    for name, module in (
-        ("vision tower", parts.vision),
-        ("language model", parts.language),
-        ("reward head", model.head),
-        ("all", model),
-    ):
+    modules = {"vision tower": parts.vision, "language model": parts.language, "reward head": model.head, "all": model}
+    for name, module in modules.items():
         if module is not None:
-            print(f"  {name:<15}{count(module)}")
+            print(f"  {name:<15}{sum(p.numel() for p in module.parameters()):>13,}")
     print(f"  head: {' -> '.join(map(str, model.head.mlp)) if model.head else 'log-odds of A and B'}")
     if Path(settings.data, "dataset.json").is_file():
         comparisons = data.Comparisons(settings.data, model.processors.fingerprint)
@@ -1222,16 +1154,11 @@ def main(settings: Settings) -> None:
         lengths = " and ".join(str(len(response)) for response in comparison.responses)
         print(f"\none comparison of {settings.data}: {len(comparison.images)} image(s), a prompt of", end=" ")
         print(f"{len(comparison.prompt)} tokens, responses of {lengths}")
-        shapes = [
-            ("input_ids", row.input_ids),
-            ("position_ids", row.position_ids),
-            ("pixel_values", row.images and row.images.pixel_values),
-            ("image grids", row.images and row.images.grid_thw),
-            ("hidden states", hidden),
-            ("at each response's end", hidden[row.last]),
-            ("scores", model(row)),  # a judge's are of ordered pairs
-        ]
-        for name, tensor in shapes:
+        shapes = {"input_ids": row.input_ids, "position_ids": row.position_ids}
+        shapes |= {"pixel_values": row.images and row.images.pixel_values}
+        shapes |= {"image grids": row.images and row.images.grid_thw}
+        shapes |= {"hidden states": hidden, "at each response's end": hidden[row.last], "scores": model(row)}
+        for name, tensor in shapes.items():  # a judge's scores are of ordered pairs
             print(f"  {name:<23}{'none (text only)' if tensor is None else list(tensor.shape)}")
     print("\nNext: torchrun --standalone --nproc_per_node=2 03_train.py")
 

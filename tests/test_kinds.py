@@ -253,9 +253,10 @@ def test_a_kind_is_kept_where_it_is_saved_and_transformers_alone_loads_its_langu
             assert torch.equal(theirs(**inputs).logits, plain(**inputs).logits)
 
 
-def damaged(about: dict) -> dict[str, tuple[dict, str]]:
+def damaged(about: dict) -> dict[str, tuple[dict | list, str]]:
     critic = {"kind": "critic", "asks": {"request": "?", "critique_tokens": 5}}
     return {
+        "a list": ([], "damaged"),
         "a kind that nobody knows": (about | {"kind": "oracle"}, "its kind is 'oracle', none of naive, critic"),
         "a kind that is no name": (about | {"kind": []}, "damaged"),
         "a judge with a head": (about | critic | {"kind": "generative"}, "tensors are not those of the head"),
