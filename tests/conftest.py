@@ -7,51 +7,54 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forks import ROOT, STAGES
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before the first import of torch
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+stages = SimpleNamespace(**{name[3:]: importlib.import_module(name) for name in STAGES})
 
-from PIL import Image  # noqa: E402
+import torch  # noqa: E402
 
-stages = SimpleNamespace(
-    **{
-        name[3:]: importlib.import_module(name)
-        for name in ("01_data", "02_model", "03_train", "04_eval", "05_ensemble", "06_grpo")
-    }
-)
 TINY = str(ROOT / "tests" / "tiny")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of ranks
+CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()  # a GPU that was looked for is lost in a fork
 
 
 def torchrun(
-    script: str, *arguments, ranks: int = 2, cwd: Path = ROOT, check: bool = True, **environment
+    script: str | Path, *arguments, ranks: int = 2, cwd: Path = ROOT, check: bool = True, fresh: bool = False, **more
 ) -> subprocess.CompletedProcess:
-    """Runs a script under torchrun as a user would, one thread a rank; returns what it printed."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        str(script),
-        *map(str, arguments),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+    """Runs a script on ranks of one thread each and returns what they printed: `fresh` by torchrun, as a user would,
+    and with `more` in the environment; else by forks.py, which is the same for much less work."""
+    command, environment = [str(script), *map(str, arguments)], {**os.environ, **ENVIRONMENT, **more}
+    if fresh or more or not CAN_FORK:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        run = {"cwd": cwd, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+        done = subprocess.run([*start, *command], **run)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+            told = {"command": command, "ranks": ranks, "cwd": cwd, "stdout": stdout, "stderr": stderr}
+            print(json.dumps(told, default=str), file=forks().stdin, flush=True)
+            status = int(forks().stdout.readline())
+            done = subprocess.CompletedProcess(command, status, stdout.read_text(), stderr.read_text())
     if check and done.returncode:
         own = done.stderr.split("torch.distributed.elastic")[0]  # without torchrun's own report behind it
         pytest.fail(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{own[-4000:]}")
     return done
+
+
+@cache
+def forks() -> subprocess.Popen:
+    """The process that ranks are forked from. It ends with this one, when its standard input does."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, ROOT / "tests/forks.py"], env={**os.environ, **ENVIRONMENT}, **pipes)
 
 
 def picture(width: int = 56, height: int = 56, seed: int = 0) -> bytes:
@@ -113,8 +116,6 @@ def comparisons(processors):
 @pytest.fixture(scope="session")
 def reward(tmp_path_factory):
     """A reward model on the embedded backbone with a new head whose scores differ visibly."""
-    import torch
-
     torch.manual_seed(1)
     model = stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings()).eval()
     torch.nn.init.normal_(model.head.mlp[-1].weight, std=1.0)

@@ -12,7 +12,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, RESPONSES, ROOT, assistant, picture, stages, torchrun, write_jsonl
+from conftest import PROMPTS, RESPONSES, assistant, picture, stages, torchrun, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.internvl.processing_internvl import InternVLProcessor
@@ -164,7 +164,7 @@ dist.destroy_process_group()
 def test_on_two_ranks_the_sharded_load_gives_the_weights_and_buffers_of_a_plain_load(checkpoints, tmp_path):
     """With and without the LM head, from the published names of tensors, in one file and in several."""
     (tmp_path / "compare.py").write_text(COMPARE)
-    done = torchrun(tmp_path / "compare.py", *checkpoints.values(), PYTHONPATH=str(ROOT))
+    done = torchrun(tmp_path / "compare.py", *checkpoints.values())
     assert done.stdout.count("same as a plain load") == 2 * 2 * len(checkpoints)
 
 
@@ -222,9 +222,7 @@ def test_three_steps_on_two_ranks_are_those_on_one(checkpoints, tmp_path):
     write_jsonl(tmp_path / "pictures.jsonl", seen)
     (tmp_path / "stages.py").write_text(STAGES)
     for ranks in (1, 2):
-        torchrun(
-            tmp_path / "stages.py", tmp_path / str(ranks), *checkpoints.values(), ranks=ranks, PYTHONPATH=str(ROOT)
-        )
+        torchrun(tmp_path / "stages.py", tmp_path / str(ranks), *checkpoints.values(), ranks=ranks)
     for name in checkpoints:
         one, two, before = (weights_in(tmp_path / each / name) for each in ("1", "2", "1/initial"))
         for key in one:

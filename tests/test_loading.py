@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, TINY, stages, torchrun
+from conftest import TINY, stages, torchrun
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config
 
@@ -63,7 +63,7 @@ def checkpoints(tmp_path_factory, processors):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_sharded_loading_gives_every_parameter_and_buffer_of_a_plain_load(ranks, checkpoints, tmp_path):
     (tmp_path / "compare.py").write_text(COMPARE)
-    done = torchrun(tmp_path / "compare.py", *checkpoints, ranks=ranks, PYTHONPATH=str(ROOT))
+    done = torchrun(tmp_path / "compare.py", *checkpoints, ranks=ranks)
     assert done.stdout.count("same as a plain load") == ranks * len(checkpoints)
 
 

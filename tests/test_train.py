@@ -1,9 +1,9 @@
 """Stage 3: the same gradient on any number of ranks, the same run after an interruption, the losses of the paper."""
 
+import ast
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -106,7 +106,6 @@ def test_the_gradient_of_a_step_is_the_same_on_1_2_and_3_ranks_with_text_and_ima
             micro_tokens,
             checkpointing,
             ranks=ranks,
-            PYTHONPATH=str(ROOT),
         )
         gradients[name] = load_file(tmp_path / f"{i}.safetensors")
     for name, other in gradients.items():
@@ -122,14 +121,7 @@ def test_the_sharded_gradient_equals_plain_autograd_on_the_papers_loss(world, in
     3."""
     (tmp_path / "gradient.py").write_text(GRADIENT)
     torchrun(
-        tmp_path / "gradient.py",
-        world / "data/train",
-        initial,
-        tmp_path / "gradient.safetensors",
-        400,
-        "no",
-        ranks=2,
-        PYTHONPATH=str(ROOT),
+        tmp_path / "gradient.py", world / "data/train", initial, tmp_path / "gradient.safetensors", 400, "no", ranks=2
     )
     sharded = load_file(tmp_path / "gradient.safetensors")
     reward, comparisons, losses = (
@@ -173,11 +165,11 @@ def test_two_replicas_of_two_shards_equal_one_rank_and_resume_on_another_number_
 # ---- interruptions
 
 
-def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(world, initial, tmp_path):
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened():
     """SIGKILL to one rank or all, in a step or when a checkpoint is renamed: weights, optimizer state and log are those
     of an uninterrupted run, bit by bit. `python tests/kills.py` does this many times more, at other moments too."""
-    command = [*kills.TRAIN, "--model", initial, "--data", world / "data/train"]
-    counts = kills.torture("03", command, tmp_path, 2, random.Random(5), 2, ["a step", "its renaming"])
+    kill = ["tests/kills.py", "--fork", "--kills", 2, "--seed", 5, "--moments", "a step", "its renaming"]
+    counts = ast.literal_eval(torchrun(*kill, ranks=1).stdout.splitlines()[-1].split(" s: ")[1])
     assert counts["kills"] == 2 and counts["compared, identical"] >= 1
 
 
