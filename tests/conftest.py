@@ -1,5 +1,7 @@
 """What the tests share: the stages as modules, a torchrun helper, small comparisons with and without pictures."""
 
+import ctypes
+import gc
 import importlib
 import io
 import json
@@ -16,7 +18,7 @@ import pytest
 from forks import ROOT, STAGES
 from PIL import Image
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before the first import of torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two would mostly wait for each other here
 sys.path.insert(0, str(ROOT))
 stages = SimpleNamespace(**{name[3:]: importlib.import_module(name) for name in STAGES})
 
@@ -42,8 +44,9 @@ def torchrun(
             stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
             told = {"command": command, "ranks": ranks, "cwd": cwd, "stdout": stdout, "stderr": stderr}
             print(json.dumps(told, default=str), file=forks().stdin, flush=True)
-            status = int(forks().stdout.readline())
-            done = subprocess.CompletedProcess(command, status, stdout.read_text(), stderr.read_text())
+            status = forks().stdout.readline()
+            assert status, "tests/forks.py has ended"
+            done = subprocess.CompletedProcess(command, int(status), stdout.read_text(), stderr.read_text())
     if check and done.returncode:
         own = done.stderr.split("torch.distributed.elastic")[0]  # without torchrun's own report behind it
         pytest.fail(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{own[-4000:]}")
@@ -55,6 +58,15 @@ def forks() -> subprocess.Popen:
     """The process that ranks are forked from. It ends with this one, when its standard input does."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, ROOT / "tests/forks.py"], env={**os.environ, **ENVIRONMENT}, **pipes)
+
+
+def prepare_here(**settings) -> None:
+    """01 in this process."""
+    stages.data.start_distributed()
+    try:
+        stages.data.main(stages.data.Settings(holdout=0, **settings))
+    finally:
+        stages.data.dist.destroy_process_group()
 
 
 def picture(width: int = 56, height: int = 56, seed: int = 0) -> bytes:
@@ -94,6 +106,15 @@ PROMPTS = {
 RESPONSES = ["A red circle.", "I see a blue square at the top left, and much else besides.", "No"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _memory():
+    """After each file, what only cycles of references hold is freed, and what malloc keeps of it given back."""
+    yield
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)
+
+
 @pytest.fixture(scope="session")
 def processors():
     return stages.data.load_processors(TINY)
@@ -113,13 +134,17 @@ def comparisons(processors):
     return made
 
 
-@pytest.fixture(scope="session")
-def reward(tmp_path_factory):
-    """A reward model on the embedded backbone with a new head whose scores differ visibly."""
-    torch.manual_seed(1)
-    model = stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings()).eval()
+def reward_on(backbone: str, seed: int = 1):
+    """A reward model on a backbone with a new head whose scores differ visibly."""
+    torch.manual_seed(seed)
+    model = stages.model.RewardModel.from_backbone(backbone, stages.model.HeadSettings()).eval()
     torch.nn.init.normal_(model.head.mlp[-1].weight, std=1.0)
     return model
+
+
+@pytest.fixture(scope="session")
+def reward():
+    return reward_on(TINY)
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, stages, torchrun, write_jsonl
+from conftest import ROOT, TINY, prepare_here, stages, torchrun, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_bad_input import prepare_here
 
 data, model, train = stages.data, stages.model, stages.train
 
@@ -294,20 +293,15 @@ def test_the_newest_whole_checkpoint_is_found_past_a_damaged_one(finished, world
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(finished, world, initial, tmp_path):
     """Files of more than 2 MB cannot be written: neither the next checkpoint nor, later, the export."""
+    limit = "import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21))\n"
+    (tmp_path / "03_train.py").write_text(f"{limit}runpy.run_path({str(ROOT / '03_train.py')!r}, run_name='__main__')")
     out = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(out / "checkpoints/step_000002")
     before = kills.results_of(out / "checkpoints/step_000001") | {"model": (out / "model.safetensors").read_bytes()}
     for every, what in ((1, "step_000002: could not be written"), (0, "run: could not be written")):
-        limited = [
-            "bash",
-            "-c",
-            f'ulimit -f 2048; exec {sys.executable} -m torch.distributed.run --standalone "$@"',
-            "",
-        ]
-        arguments = ["--nproc_per_node=2", "03_train.py", "--model", initial, "--data", world / "data/train"]
-        arguments += ["--out", out, "--steps", 3, "--batch_size", 12, "--learning_rate", 1e-3, "--warmup", 0.5]
-        arguments += ["--resume", "--checkpoint_every", every]
-        done = subprocess.run([*limited, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+        arguments = ["--model", initial, "--data", world / "data/train", "--out", out, "--steps", 3, "--batch_size", 12]
+        arguments += ["--learning_rate", 1e-3, "--warmup", 0.5, "--resume", "--checkpoint_every", every]
+        done = torchrun(tmp_path / "03_train.py", *arguments, check=False)
         assert done.returncode and done.stderr.count(what) == 1 and "File too large" in done.stderr, done.stderr
         assert '03_train.py", line' not in done.stderr
         after = kills.results_of(out / "checkpoints/step_000001") | {"model": (out / "model.safetensors").read_bytes()}
