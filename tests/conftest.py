@@ -37,7 +37,7 @@ def torchrun(
     command, environment = [str(script), *map(str, arguments)], {**os.environ, **ENVIRONMENT, **more}
     if fresh or more or not CAN_FORK:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        run = {"cwd": cwd, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+        run = {"cwd": cwd, "env": environment, "capture_output": True, "text": True, "timeout": 600}
         done = subprocess.run([*start, *command], **run)
     else:
         with tempfile.TemporaryDirectory() as folder:

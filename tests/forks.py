@@ -29,7 +29,7 @@ def import_stages() -> None:
     gc.freeze()  # so that a process that is forked and ends does not go through, and copy, all that was imported
 
 
-def fork_ranks(ranks: int, seconds: int = 300) -> None:
+def fork_ranks(ranks: int, seconds: int = 600) -> None:
     """Returns in each of so many new processes. The present one waits for them and exits with 1 if one of them fails;
     the others then get SIGTERM and, after 30 seconds, SIGKILL, which all get after `seconds`."""
     from torch.distributed import TCPStore  # not before it is needed: kills.py starts torchrun without it
