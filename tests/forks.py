@@ -68,8 +68,9 @@ def fork_ranks(ranks: int, seconds: int = 600) -> None:
 
 def run(command: list[str]) -> None:
     """`python SCRIPT ARGUMENTS` in this process."""
-    sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
-    runpy.run_path(command[0], run_name="__main__")
+    path = Path(command[0]).absolute()
+    sys.argv, sys.path[0] = command, str(path.parent)
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def main() -> None:
