@@ -1,5 +1,7 @@
 """What the tests share: the stages as modules, a torchrun helper, small comparisons with and without pictures."""
 
+import ctypes
+import gc
 import importlib
 import io
 import json
@@ -7,51 +9,64 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forks import ROOT, STAGES
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two would mostly wait for each other here
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+stages = SimpleNamespace(**{name[3:]: importlib.import_module(name) for name in STAGES})
 
-from PIL import Image  # noqa: E402
+import torch  # noqa: E402
 
-stages = SimpleNamespace(
-    **{
-        name[3:]: importlib.import_module(name)
-        for name in ("01_data", "02_model", "03_train", "04_eval", "05_ensemble", "06_grpo")
-    }
-)
 TINY = str(ROOT / "tests" / "tiny")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of ranks
+CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()  # a GPU that was looked for is lost in a fork
 
 
 def torchrun(
-    script: str, *arguments, ranks: int = 2, cwd: Path = ROOT, check: bool = True, **environment
+    script: str | Path, *arguments, ranks: int = 2, cwd: Path = ROOT, check: bool = True, fresh: bool = False, **more
 ) -> subprocess.CompletedProcess:
-    """Runs a script under torchrun as a user would, one thread a rank; returns what it printed."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        str(script),
-        *map(str, arguments),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+    """Runs a script on ranks of one thread each and returns what they printed: `fresh` by torchrun, as a user would,
+    and with `more` in the environment; else by forks.py, which is the same for much less work."""
+    command, environment = [str(script), *map(str, arguments)], {**os.environ, **ENVIRONMENT, **more}
+    if fresh or more or not CAN_FORK:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        run = {"cwd": cwd, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+        done = subprocess.run([*start, *command], **run)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+            told = {"command": command, "ranks": ranks, "cwd": cwd, "stdout": stdout, "stderr": stderr}
+            print(json.dumps(told, default=str), file=forks().stdin, flush=True)
+            status = forks().stdout.readline()
+            assert status, "tests/forks.py has ended"
+            done = subprocess.CompletedProcess(command, int(status), stdout.read_text(), stderr.read_text())
     if check and done.returncode:
         own = done.stderr.split("torch.distributed.elastic")[0]  # without torchrun's own report behind it
         pytest.fail(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{own[-4000:]}")
     return done
+
+
+@cache
+def forks() -> subprocess.Popen:
+    """The process that ranks are forked from. It ends with this one, when its standard input does."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, ROOT / "tests/forks.py"], env={**os.environ, **ENVIRONMENT}, **pipes)
+
+
+def prepare_here(**settings) -> None:
+    """01 in this process."""
+    stages.data.start_distributed()
+    try:
+        stages.data.main(stages.data.Settings(holdout=0, **settings))
+    finally:
+        stages.data.dist.destroy_process_group()
 
 
 def picture(width: int = 56, height: int = 56, seed: int = 0) -> bytes:
@@ -91,6 +106,15 @@ PROMPTS = {
 RESPONSES = ["A red circle.", "I see a blue square at the top left, and much else besides.", "No"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _memory():
+    """After each file, what only cycles of references hold is freed, and what malloc keeps of it given back."""
+    yield
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)
+
+
 @pytest.fixture(scope="session")
 def processors():
     return stages.data.load_processors(TINY)
@@ -110,15 +134,17 @@ def comparisons(processors):
     return made
 
 
-@pytest.fixture(scope="session")
-def reward(tmp_path_factory):
-    """A reward model on the embedded backbone with a new head whose scores differ visibly."""
-    import torch
-
-    torch.manual_seed(1)
-    model = stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings()).eval()
+def reward_on(backbone: str, seed: int = 1):
+    """A reward model on a backbone with a new head whose scores differ visibly."""
+    torch.manual_seed(seed)
+    model = stages.model.RewardModel.from_backbone(backbone, stages.model.HeadSettings()).eval()
     torch.nn.init.normal_(model.head.mlp[-1].weight, std=1.0)
     return model
+
+
+@pytest.fixture(scope="session")
+def reward():
+    return reward_on(TINY)
 
 
 @pytest.fixture(scope="session")

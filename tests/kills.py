@@ -7,25 +7,23 @@ Printed: every kill, where it hit and what was there afterwards; then the counts
 every kill; stages 1 and 4 are run again."""
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import safe_open
+sys.path.insert(0, str(Path(__file__).parent))
+import forks  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 PREPARE = ["01_data.py", "--world_size", 0.05, "--shard_size", 32]
 STEPS, EVERY = 12, 2
 TRAIN = ["03_train.py", "--steps", STEPS, "--checkpoint_every", EVERY, "--batch_size", 12, "--warmup", 0.5]
@@ -33,60 +31,24 @@ TRAIN += ["--learning_rate", 1e-3, "--validate_every", 3, "--validation_size", 3
 NEVER = lambda out: False
 
 
-def torchrun(command: list, out: Path, ranks: int) -> None:
-    """In place of this process."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    os.execv(sys.executable, [*run, *map(str, command), "--out", str(out)])
-
-
-def fork_ranks(command: list, out: Path, ranks: int) -> None:
-    """What torchrun does, with ranks that need not import anything: many more kills in the same time."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    pids = []
-    for rank in range(ranks):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            sys.argv = [command[0], *map(str, command[1:]), "--out", str(out)]
-            stage = STAGES[command[0]]
-            code = 1
-            try:
-                stage.data.run_stage(stage.main, stage.Settings, stage.__doc__)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-    failed = False
-    while pids:
-        pid, status = os.wait()
-        pids.remove(pid)
-        if status and not failed:
-            failed = True
-            for other in pids:
-                os.kill(other, signal.SIGTERM)
-            signal.signal(signal.SIGALRM, lambda *_: [os.kill(other, signal.SIGKILL) for other in pids])
-            signal.alarm(30)  # as torchrun does
-    os._exit(int(failed))
-
-
-STAGES = {}  # of --fork: modules by the names of their files
-LAUNCH = torchrun
+FORK = False  # by --fork: no torchrun, with ranks that need not import anything; many more kills in the same time
 
 
 def start(command: list, out: Path, ranks: int = 2) -> multiprocessing.Process:
     """A stage in the background, its output in a file beside `out`."""
 
     def launch() -> None:
-        os.chdir(ROOT)
+        os.chdir(forks.ROOT)
         os.environ["OMP_NUM_THREADS"] = "1"
         log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(log, stream)
-        LAUNCH(command, out, ranks)
+        arguments = [*map(str, command), "--out", str(out)]
+        if FORK:
+            forks.fork_ranks(ranks)
+            return forks.run(arguments)
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        os.execv(sys.executable, [*run, *arguments])
 
     process = multiprocessing.get_context("fork").Process(target=launch)
     process.start()
@@ -210,16 +172,14 @@ def compare(stage: str, out: Path, whole: dict[str, bytes]) -> None:
         raise SystemExit(f"stage {stage} after kills: {', '.join(differ)} differ")
 
 
-def torture(
-    stage: str, command: list, folder: Path, kills: int, rng: random.Random, in_a_row: int = 5, of: list = ()
-) -> Counter:
-    """Kills a stage `kills` times, at most `in_a_row` before it may end and is compared; returns counts."""
+def torture(stage: str, command: list, folder: Path, kills: int, rng: random.Random, of: list) -> Counter:
+    """Kills a stage `kills` times, at most five times before it may end and is compared; returns counts."""
     whole = folder / f"whole_{stage}"
     run_until(command, whole, NEVER, 0, True, rng)
     whole, counts, out = results_of(whole), Counter(), folder / f"killed_{stage}"
     hits = 0  # since the last comparison
     while counts["kills"] < kills or hits:
-        if hits == in_a_row or counts["kills"] == kills:
+        if hits == 5 or counts["kills"] == kills:
             run_until(command, out, NEVER, 0, True, rng)
             compare(stage, out, whole)
             counts["compared, identical"] += 1
@@ -251,15 +211,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--moments", nargs="+", default=[], help="of stage 3, by name; none: all")
     parser.add_argument("--fork", action="store_true", help="no torchrun: ranks are forked from this process")
     asked = parser.parse_args()
     if asked.fork:
-        sys.path.insert(0, str(ROOT))
-        global LAUNCH
-        LAUNCH = fork_ranks
-        for name in ("01_data", "02_model", "03_train", "04_eval"):
-            STAGES[f"{name}.py"] = importlib.import_module(name)
-        STAGES["01_data.py"].data = STAGES["01_data.py"]
+        global FORK
+        FORK = True
+        forks.import_stages()
     rng = random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -270,9 +228,10 @@ def main() -> None:
         score = ["04_eval.py", "--model", folder / "model", "--benchmark", folder / "data/new_scenes"]
         few = asked.kills // 8
         for stage, command, kills in (("03", train, asked.kills - 2 * few), ("01", PREPARE, few), ("04", score, few)):
-            began = time.time()
-            counts = torture(stage, command, folder, kills, rng)
-            print(f"stage {stage}, {time.time() - began:.0f} s: {dict(counts)}", flush=True)
+            if kills:
+                began = time.time()
+                counts = torture(stage, command, folder, kills, rng, asked.moments)
+                print(f"stage {stage}, {time.time() - began:.0f} s: {dict(counts)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assistant, picture, stages, torchrun, write_jsonl
+from conftest import TINY, assistant, picture, prepare_here, stages, torchrun, write_jsonl
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -341,15 +341,6 @@ def test_a_picture_is_read_as_a_viewer_shows_it_or_rejected_with_its_reason(name
     assert comparison.grids.tolist() == [list(data.patch_grid(size, processors))]
     row = stages.model.pack([comparison], processors)  # the loader's pixels fit 01's tokens
     assert len(row.images.pixel_values) == comparison.grids.prod()
-
-
-def prepare_here(**settings) -> None:
-    """01 in this process."""
-    data.start_distributed()
-    try:
-        data.main(data.Settings(holdout=0, **settings))
-    finally:
-        data.dist.destroy_process_group()
 
 
 def test_a_flag_lets_pictures_lie_anywhere(tmp_path):

@@ -35,7 +35,7 @@ def test_the_six_stages_run_in_order_each_on_what_the_one_before_it_wrote(copy):
         "06_grpo.py": ["--steps", 2, "--batch_size", 4, "--evaluate_size", 16],
     }
     for script in SCRIPTS:
-        done = torchrun(script, *few.get(script, []), cwd=copy)
+        done = torchrun(script, *few.get(script, []), cwd=copy, fresh=True)
         if script != SCRIPTS[-1]:
             following = SCRIPTS[SCRIPTS.index(script) + 1]
             assert f"Next: torchrun --standalone --nproc_per_node=2 {following}" in done.stdout
@@ -78,7 +78,7 @@ def test_the_six_stages_run_in_order_each_on_what_the_one_before_it_wrote(copy):
     ).shape == torch.Size([2])
 
 
-def test_a_users_own_pairs_go_through_01_03_and_04(copy, tmp_path):
+def test_a_users_own_pairs_go_through_01_03_and_04(tmp_path):
     (tmp_path / "pictures").mkdir()
     lines = []
     for i in range(24):
@@ -99,19 +99,10 @@ def test_a_users_own_pairs_go_through_01_03_and_04(copy, tmp_path):
         line["prompt"][0]["content"].insert(0, {"type": "image"})
     file = write_jsonl(tmp_path / "mine.jsonl", [*lines, "{broken"])
     printed = torchrun(
-        "01_data.py",
-        "--source",
-        file,
-        "--out",
-        tmp_path / "data",
-        "--holdout",
-        0,
-        "--max_pixels",
-        28 * 28 * 8,
-        cwd=copy,
+        "01_data.py", "--source", file, "--out", tmp_path / "data", "--holdout", 0, "--max_pixels", 28 * 28 * 8
     ).stdout
     assert "read 25 = kept 24 + rejected 1" in printed
-    torchrun("02_model.py", "--out", tmp_path / "model", "--data", tmp_path / "data/mine", cwd=copy)
+    torchrun("02_model.py", "--out", tmp_path / "model", "--data", tmp_path / "data/mine")
     torchrun(
         "03_train.py",
         "--model",
@@ -124,7 +115,6 @@ def test_a_users_own_pairs_go_through_01_03_and_04(copy, tmp_path):
         12,
         "--batch_size",
         12,
-        cwd=copy,
     )
     printed = torchrun(
         "04_eval.py",
@@ -134,7 +124,6 @@ def test_a_users_own_pairs_go_through_01_03_and_04(copy, tmp_path):
         tmp_path / "data/mine",
         "--out",
         tmp_path / "scores",
-        cwd=copy,
     ).stdout
     assert "pictures" in printed and "longer wins" in printed
     assert (
@@ -144,13 +133,28 @@ def test_a_users_own_pairs_go_through_01_03_and_04(copy, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains_every_setting(script):
-    done = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
+    done = torchrun(script, "--help", ranks=1)
     stage = getattr(stages, script[3:-3])
     assert " ".join(stage.__doc__.split("\n")[0].split()) in " ".join(done.stdout.split())
     for field in dataclasses.fields(stage.Settings):
         assert f"--{field.name}" in done.stdout and len(field.metadata["help"]) > 10, field.name
+
+
+@pytest.mark.parametrize(
+    "script, mistake, says",
+    [
+        ("01_data.py", ["--source", "no/such.jsonl"], "no/such.jsonl: nothing there"),
+        ("02_model.py", ["--backbone", "no/such"], "no/such: no model in the Hugging Face layout"),
+        ("03_train.py", ["--model", "no/such"], "no/such: no reward model there"),
+        ("04_eval.py", ["--model", "no/such"], "no/such: no reward model there"),
+        ("05_ensemble.py", ["--member", "no/such", "--member", "no/other"], "no/such: no reward model there"),
+        ("06_grpo.py", ["--model", "no/such"], "no/such: no reward model there"),
+    ],
+)
+def test_a_mistake_in_the_command_line_ends_in_one_line(script, mistake, says, tmp_path):
+    done = torchrun(script, *mistake, "--out", tmp_path, ranks=1, check=False, HF_HUB_OFFLINE="1")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith(f"{script}: ")]
+    assert done.returncode and says in line and f'{script}", line' not in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

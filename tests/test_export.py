@@ -78,7 +78,7 @@ def test_a_sharded_policy_is_exported_as_it_was_tied_or_not(processors, tmp_path
         policy.save_pretrained(tmp_path / name)
         processors.save(tmp_path / name)
     (tmp_path / "export.py").write_text(EXPORT)
-    torchrun(tmp_path / "export.py", *(tmp_path / name for name in kinds), PYTHONPATH=str(ROOT))
+    torchrun(tmp_path / "export.py", *(tmp_path / name for name in kinds))
     for name, policy in kinds.items():
         again = tmp_path / name / "again"
         before, after = weights_in(tmp_path / name), weights_in(again)

@@ -5,6 +5,7 @@ The checkpoints are tiny and random and have the layout of the published ones (f
 
 import itertools
 import json
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, RESPONSES, ROOT, assistant, picture, stages, torchrun, write_jsonl
+from conftest import PROMPTS, RESPONSES, assistant, picture, reward_on, stages, torchrun, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.internvl.processing_internvl import InternVLProcessor
@@ -54,10 +55,7 @@ def checkpoint(checkpoints, name):
 
 @pytest.fixture(scope="module")
 def reward(checkpoint):
-    torch.manual_seed(1)
-    made = model.RewardModel.from_backbone(checkpoint, model.HeadSettings()).eval()
-    torch.nn.init.normal_(made.head.mlp[-1].weight, std=1.0)
-    return made
+    return reward_on(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +64,18 @@ def plain(checkpoint):
     return AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
+@lru_cache(1)  # of the family at hand: to read a tokenizer of 151,643 tokens takes longer than all else here
+def own_parts(checkpoint: str) -> tuple:
+    """A checkpoint's tokenizer, config and, if it has one, image processor, by transformers alone."""
+    vision = Path(checkpoint, "preprocessor_config.json").is_file()
+    processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil") if vision else None
+    return AutoTokenizer.from_pretrained(checkpoint), data.AutoConfig.from_pretrained(checkpoint), processor
+
+
 def plain_inputs(name: str, checkpoint: str, messages: list, response: str) -> dict:
     """One prompt and one response by transformers alone: its template, its tokenizer, its image processor, and how its
     Processor replaces a placeholder. (The whole Processor cannot be made without torchvision.)"""
-    tokenizer, config = AutoTokenizer.from_pretrained(checkpoint), data.AutoConfig.from_pretrained(checkpoint)
+    tokenizer, config, processor = own_parts(checkpoint)
     own = Path(checkpoint, "chat_template.json")  # where the tokenizer has none
     own = json.loads(own.read_text())["chat_template"] if own.is_file() else None
     text = tokenizer.apply_chat_template(messages, chat_template=own, tokenize=False, add_generation_prompt=True)
@@ -78,7 +84,7 @@ def plain_inputs(name: str, checkpoint: str, messages: list, response: str) -> d
     images = [data.open_image(part["image"]) for parts in contents for part in parts if part["type"] == "image"]
     inputs = {}
     if images:
-        processor, cls = AutoImageProcessor.from_pretrained(checkpoint, backend="pil"), PROCESSORS[name]
+        cls = PROCESSORS[name]
         inputs = processor(images, return_tensors="pt", **getattr(cls, "images_kwargs", {}))
         token = tokenizer.convert_ids_to_tokens(config.image_token_id)
         own = SimpleNamespace(image_processor=processor, image_token=token)
@@ -133,39 +139,10 @@ def test_packed_scores_and_gradients_are_those_of_plain_forwards(name, checkpoin
 # ---- reading, exporting, training
 
 
-COMPARE = """
-import gc, importlib, sys, torch, torch.distributed as dist
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
-data, model, train = (importlib.import_module(name) for name in ("01_data", "02_model", "03_train"))
-rank, world, device = data.start_distributed()
-for folder in sys.argv[1:]:
-    vision = model.Path(folder, "preprocessor_config.json").is_file()
-    for auto in (AutoModel, AutoModelForImageTextToText if vision else AutoModelForCausalLM):
-        plain = auto.from_pretrained(folder, dtype=torch.float32)
-        sharded = model.load_backbone(folder, auto is not AutoModel, empty=True)
-        train.shard(torch.nn.Sequential(sharded), sharded, device)
-        train.load_weights(sharded, folder, device)
-        parameters, buffers = dict(sharded.named_parameters()), dict(sharded.named_buffers())
-        for name, expected in plain.named_parameters():
-            parameter = parameters.pop(name)
-            assert parameter.dtype == torch.float32 and torch.equal(parameter.full_tensor(), expected), (folder, name)
-            assert len(parameter.to_local()) <= -(-len(expected) // world), (folder, name)
-        for name, expected in plain.named_buffers():
-            assert torch.equal(buffers.pop(name), expected), (folder, name)
-        assert not parameters and not buffers, folder
-        print("same as a plain load:", folder, auto.__name__, flush=True)
-        dist.barrier()
-        del sharded, parameter, parameters, buffers
-gc.collect()
-dist.destroy_process_group()
-"""
-
-
-def test_on_two_ranks_the_sharded_load_gives_the_weights_and_buffers_of_a_plain_load(checkpoints, tmp_path):
+def test_on_two_ranks_the_sharded_load_gives_the_weights_and_buffers_of_a_plain_load(checkpoints):
     """With and without the LM head, from the published names of tensors, in one file and in several."""
-    (tmp_path / "compare.py").write_text(COMPARE)
-    done = torchrun(tmp_path / "compare.py", *checkpoints.values(), PYTHONPATH=str(ROOT))
-    assert done.stdout.count("same as a plain load") == 2 * 2 * len(checkpoints)
+    done = torchrun("tests/sharded_load.py", *checkpoints.values())
+    assert done.stdout.count("same as a plain load") == 2 * 3 * len(checkpoints)
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -193,19 +170,19 @@ def test_an_export_loads_without_this_project_and_exports_to_the_same_bits(rewar
 STAGES = """
 import importlib, sys
 data, model, train = (importlib.import_module(name) for name in ("01_data", "02_model", "03_train"))
-out, *checkpoints = sys.argv[1:]
+root, *checkpoints = sys.argv[1:]
 _, world, _ = data.start_distributed()
 for checkpoint in checkpoints:
     name = checkpoint.split("/")[-1]
     vision = data.Path(checkpoint, "preprocessor_config.json").is_file()
-    source = str(data.Path(out).parent / ("pictures.jsonl" if vision else "texts.jsonl"))
-    data.main(data.Settings(source=[source], backbone=checkpoint, out=f"{out}/data", name=name, holdout=0))
-    prepared, initial = f"{out}/data/{name}", f"{out}/initial/{name}"
-    model.main(model.Settings(backbone=checkpoint, out=initial, data=prepared))
-    data.dist.barrier()
+    prepared, initial = f"{root}/data/{name}", f"{root}/initial/{name}"
+    if world == 1:  # the run on two trains the same
+        source = f"{root}/{'pictures' if vision else 'texts'}.jsonl"
+        data.main(data.Settings(source=[source], backbone=checkpoint, out=f"{root}/data", name=name, holdout=0))
+        model.main(model.Settings(backbone=checkpoint, out=initial, data=prepared))
     more = {"steps": 3, "batch_size": 4, "learning_rate": 1e-4, "warmup": 0.5, "micro_tokens": 512, "validation": ""}
     more |= {"activation_checkpointing": world == 2}
-    train.train(train.Settings(model=initial, data=[prepared], out=f"{out}/{name}", **more))
+    train.train(train.Settings(model=initial, data=[prepared], out=f"{root}/{world}/{name}", **more))
 data.dist.barrier()
 data.gc.collect()
 data.dist.destroy_process_group()
@@ -222,11 +199,9 @@ def test_three_steps_on_two_ranks_are_those_on_one(checkpoints, tmp_path):
     write_jsonl(tmp_path / "pictures.jsonl", seen)
     (tmp_path / "stages.py").write_text(STAGES)
     for ranks in (1, 2):
-        torchrun(
-            tmp_path / "stages.py", tmp_path / str(ranks), *checkpoints.values(), ranks=ranks, PYTHONPATH=str(ROOT)
-        )
+        torchrun(tmp_path / "stages.py", tmp_path, *checkpoints.values(), ranks=ranks)
     for name in checkpoints:
-        one, two, before = (weights_in(tmp_path / each / name) for each in ("1", "2", "1/initial"))
+        one, two, before = (weights_in(tmp_path / each / name) for each in ("1", "2", "initial"))
         for key in one:
             # A bias of keys matters only by their rotation; of a gradient that is rounding AdamW makes whole steps.
             tolerance = 1e-4 if key.endswith("k_proj.bias") else 1e-6
@@ -278,12 +253,12 @@ def test_an_image_gives_as_many_patches_as_its_processor_makes_of_it(name, max_p
 def test_tiles_keep_within_the_limit_of_pixels_and_shards_remember_it(checkpoints):
     image = families.IMAGES["internvl"]
     assert image["size"] == {"height": 56, "width": 56} and not image["crop_to_patches"]
+    other = data.load_processors(checkpoints["internvl"])
     for max_pixels, tiles in [(0, 12), (56 * 56 * 4, 4), (56 * 56 * 2 - 1, 1), (10, 1), (10**7, 12)]:
         processors = data.load_processors(checkpoints["internvl"], max_pixels)
         assert processors.pixels == {"tiles": tiles}
         count = data.patch_grid((1000, 1000), processors)[0]
         assert count == {12: 10, 4: 5, 1: 1}[tiles]  # 9, 4 or 1 of a square, and a thumbnail behind several
-        other = data.load_processors(checkpoints["internvl"])
         other.pixels = json.loads(json.dumps(processors.pixels))
         assert data.patch_grid((1000, 1000), other)[0] == count
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -129,8 +128,10 @@ def test_a_critic_leaves_out_what_has_no_critiques_and_says_so(kinds, comparison
         given = [["Right: a.", "Wrong: b.", "Wrong: c."], None, ["Right: a."], ["Right: a.", "Wrong: b.", 3]]
         made = [data.Comparison(**vars(c) | {"record": {"critiques": g}}) for c, g in zip(comparisons, given)]
         read = train.Read(made, np.arange(4), kinds["critic"].reader, torch.device("cpu"))
-        read = pickle.loads(pickle.dumps(read))  # as a loader process gets it that does not fork
         assert len(read) == 1 and read.sizes()[0].tolist() == [read[0].length] and read.sizes()[1].tolist() == [0]
+        how = {"batch_size": None, "num_workers": 1, "multiprocessing_context": "spawn"}
+        (there,) = torch.utils.data.DataLoader(read, **how)  # by a process that is not forked
+        assert all(map(np.array_equal, there.responses, read[0].responses)) and there.record == made[0].record
         assert "3 of 4 comparisons left out: a critic needs critiques" in capsys.readouterr().out
         with pytest.raises(data.UserError, match="no comparison to learn from: a critic needs critiques"):
             train.Read(made[1:], np.arange(3), kinds["critic"].reader, torch.device("cpu"))

@@ -132,11 +132,14 @@ def test_the_memory_of_a_step_is_within_15_percent_of_what_is_measured(ranks, op
 # ---- the command
 
 
-def printed_plan(*arguments) -> tuple[str, dict[str, list[float]]]:
-    """What plain `python 03_train.py --plan` prints, whole and by line: the numbers behind its name."""
-    command = [sys.executable, "03_train.py", "--plan", *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+def plain_python(*arguments) -> subprocess.CompletedProcess:
+    command, environment = [sys.executable, "03_train.py", *map(str, arguments)], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def printed_plan(*arguments, fresh: bool = False) -> tuple[str, dict[str, list[float]]]:
+    """What `03_train.py --plan` prints, whole and by line: the numbers behind its name."""
+    done = plain_python("--plan", *arguments) if fresh else torchrun("03_train.py", "--plan", *arguments, ranks=1)
     assert not done.returncode, done.stderr
     found = re.findall(r"^ *(\S.*?) {2,}([\d.,]+)  ([\d.e+]*)", done.stdout, re.MULTILINE)
     return done.stdout, {name: [float(n.replace(",", "")) for n in numbers if n] for name, *numbers in found}
@@ -146,7 +149,7 @@ def test_the_papers_run_is_planned_in_seconds_from_a_config_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_VL_7B))
     paper = ["--model", tmp_path, "--gpus", 64, "--batch_size", 128, "--epochs", 1, "--plan_comparisons", 2_800_000]
     began = time.perf_counter()
-    text, lines = printed_plan(*paper, "--plan_lengths", 150, 512, 300, 300)
+    text, lines = printed_plan(*paper, "--plan_lengths", 150, 512, 300, 300, fresh=True)
     assert time.perf_counter() - began < 60
     assert "21,875 steps" in text and "fits in 80 GB" in text
     assert "7,760,021,504 parameters" in text  # 8,292,166,656 of the published checkpoint - its LM head + a reward head
@@ -181,11 +184,5 @@ def test_the_first_rank_has_the_largest_rows(world):
 
 
 def test_a_model_without_a_config_is_refused_by_name(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "03_train.py", "--plan", "--model", str(tmp_path / "nothing")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    done = plain_python("--plan", "--model", tmp_path / "nothing")
     assert done.returncode and "no model in the Hugging Face layout" in done.stderr and "Traceback" not in done.stderr

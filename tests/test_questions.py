@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import picture, stages, torchrun, write_jsonl
+from conftest import picture, prepare_here, stages, torchrun, write_jsonl
 
 data, grpo = stages.data, stages.grpo
 PNG = picture()
@@ -500,8 +500,7 @@ def prepared(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).mkdir()
         sources.append(WRITERS[name](folder / name))
-    data.start_distributed()
-    data.main(data.Settings(source=sources, out=str(folder), name="_".join(names), holdout=0))
+    prepare_here(source=sources, out=str(folder), name="_".join(names))
     return folder / "_".join(names)
 
 

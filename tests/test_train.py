@@ -1,9 +1,9 @@
 """Stage 3: the same gradient on any number of ranks, the same run after an interruption, the losses of the paper."""
 
+import ast
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, stages, torchrun, write_jsonl
+from conftest import ROOT, TINY, prepare_here, stages, torchrun, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_bad_input import prepare_here
 
 data, model, train = stages.data, stages.model, stages.train
 
@@ -106,7 +105,6 @@ def test_the_gradient_of_a_step_is_the_same_on_1_2_and_3_ranks_with_text_and_ima
             micro_tokens,
             checkpointing,
             ranks=ranks,
-            PYTHONPATH=str(ROOT),
         )
         gradients[name] = load_file(tmp_path / f"{i}.safetensors")
     for name, other in gradients.items():
@@ -122,14 +120,7 @@ def test_the_sharded_gradient_equals_plain_autograd_on_the_papers_loss(world, in
     3."""
     (tmp_path / "gradient.py").write_text(GRADIENT)
     torchrun(
-        tmp_path / "gradient.py",
-        world / "data/train",
-        initial,
-        tmp_path / "gradient.safetensors",
-        400,
-        "no",
-        ranks=2,
-        PYTHONPATH=str(ROOT),
+        tmp_path / "gradient.py", world / "data/train", initial, tmp_path / "gradient.safetensors", 400, "no", ranks=2
     )
     sharded = load_file(tmp_path / "gradient.safetensors")
     reward, comparisons, losses = (
@@ -173,11 +164,11 @@ def test_two_replicas_of_two_shards_equal_one_rank_and_resume_on_another_number_
 # ---- interruptions
 
 
-def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(world, initial, tmp_path):
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened():
     """SIGKILL to one rank or all, in a step or when a checkpoint is renamed: weights, optimizer state and log are those
     of an uninterrupted run, bit by bit. `python tests/kills.py` does this many times more, at other moments too."""
-    command = [*kills.TRAIN, "--model", initial, "--data", world / "data/train"]
-    counts = kills.torture("03", command, tmp_path, 2, random.Random(5), 2, ["a step", "its renaming"])
+    kill = ["tests/kills.py", "--fork", "--kills", 2, "--seed", 5, "--moments", "a step", "its renaming"]
+    counts = ast.literal_eval(torchrun(*kill, ranks=1).stdout.splitlines()[-1].split(" s: ")[1])
     assert counts["kills"] == 2 and counts["compared, identical"] >= 1
 
 
@@ -302,20 +293,15 @@ def test_the_newest_whole_checkpoint_is_found_past_a_damaged_one(finished, world
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(finished, world, initial, tmp_path):
     """Files of more than 2 MB cannot be written: neither the next checkpoint nor, later, the export."""
+    limit = "import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21))\n"
+    (tmp_path / "03_train.py").write_text(f"{limit}runpy.run_path({str(ROOT / '03_train.py')!r}, run_name='__main__')")
     out = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(out / "checkpoints/step_000002")
     before = kills.results_of(out / "checkpoints/step_000001") | {"model": (out / "model.safetensors").read_bytes()}
     for every, what in ((1, "step_000002: could not be written"), (0, "run: could not be written")):
-        limited = [
-            "bash",
-            "-c",
-            f'ulimit -f 2048; exec {sys.executable} -m torch.distributed.run --standalone "$@"',
-            "",
-        ]
-        arguments = ["--nproc_per_node=2", "03_train.py", "--model", initial, "--data", world / "data/train"]
-        arguments += ["--out", out, "--steps", 3, "--batch_size", 12, "--learning_rate", 1e-3, "--warmup", 0.5]
-        arguments += ["--resume", "--checkpoint_every", every]
-        done = subprocess.run([*limited, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+        arguments = ["--model", initial, "--data", world / "data/train", "--out", out, "--steps", 3, "--batch_size", 12]
+        arguments += ["--learning_rate", 1e-3, "--warmup", 0.5, "--resume", "--checkpoint_every", every]
+        done = torchrun(tmp_path / "03_train.py", *arguments, check=False)
         assert done.returncode and done.stderr.count(what) == 1 and "File too large" in done.stderr, done.stderr
         assert '03_train.py", line' not in done.stderr
         after = kills.results_of(out / "checkpoints/step_000001") | {"model": (out / "model.safetensors").read_bytes()}

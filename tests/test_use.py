@@ -1,5 +1,6 @@
 """A reward model where people use it: two in a router, a JSONL in and out, TRL's trainer, another folder, bfloat16."""
 
+import copy
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import RESPONSES, ROOT, TINY, assistant, picture, stages, torchrun, user, write_jsonl
+from conftest import RESPONSES, ROOT, TINY, assistant, picture, reward_on, stages, torchrun, user, write_jsonl
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -28,10 +29,7 @@ def text_reward(tmp_path_factory):
     """A text-only reward model with the embedded backbone's tokenizer."""
     folder = str(tmp_path_factory.mktemp("half"))
     ensemble.language_half(TINY, folder)
-    torch.manual_seed(2)
-    made = model.RewardModel.from_backbone(folder, model.HeadSettings()).eval()
-    torch.nn.init.normal_(made.head.mlp[-1].weight, std=1.0)
-    return made
+    return reward_on(folder, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +287,11 @@ def test_trl_trains_on_the_scores_and_reads_each_prompt_once(conversational, tex
     questions = [f"What is {i} + 3?" for i in range(4)]
     prompts = [[{"role": "user", "content": text}] for text in questions] if conversational else questions
     logs, seen = train_with_trl(
-        policy, tokenizer, Dataset.from_list([{"prompt": prompt} for prompt in prompts]), text_reward, tmp_path
+        policy,
+        copy.deepcopy(tokenizer),
+        Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        text_reward,
+        tmp_path,
     )
     steps = [line for line in logs if "reward" in line]
     assert len(steps) == 2
@@ -323,7 +325,8 @@ def test_trl_trains_with_pictures_in_either_of_its_columns(column, reward, text_
     prompt = [{"role": "user", "content": "What do you see?"}]
     rows = [{"prompt": prompt, column: [image] if column == "images" else image} for image in images]
     policy = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
-    processing_class = Pictures(processors.image, processors.tokenizer, processors.tokenizer.chat_template)
+    tokenizer = copy.deepcopy(processors.tokenizer)  # the trainer sets on which side it pads
+    processing_class = Pictures(processors.image, tokenizer, tokenizer.chat_template)
     router = model.RewardRouter(reward, text_reward)
     logs, seen = train_with_trl(policy, processing_class, Dataset.from_list(rows), router, tmp_path)
     for line, (given, rewards) in zip([line for line in logs if "reward" in line], seen, strict=True):

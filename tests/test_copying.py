@@ -1,0 +1,303 @@
+"""Pieces can be copied: what PIECES names, behind nothing but the imports of libraries that its scripts begin with, is
+all that a piece needs, and computes what plain code computes."""
+
+import ast
+import builtins
+import json
+import re
+import symtable
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY, torchrun
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
+from transformers.modeling_utils import AttentionInterface
+
+PIECES = {  # piece: {script: what stands at its top level and is copied}
+    "shared-prefix attention": {"02_model": "change_tensors Segments PackedRow has_varlen shared_prefix_attention"},
+    "packed position ids": {"02_model": "prompt_positions"},
+    "reward head": {"01_data": "UserError", "02_model": "ACTIVATIONS RewardHead"},
+    "batch planner": {"03_train": "MicroBatch deal plan imbalance"},
+    "ranking loss": {"02_model": "change_tensors", "03_train": "Pairs ordered_pairs pairs_of ranking_loss"},
+    "sharded loading": {"01_data": "UserError", "03_train": "checkpoint_tensors load_weights"},
+    "resumable checkpoint": {
+        "01_data": "UserError Unusable writing in_place_of write_file reading",
+        "03_train": "DEFAULT_DATA make_optimizer training_state step_of save_checkpoint remove fingerprint "
+        "check_checkpoint newest_whole load_checkpoint local",
+    },
+    "benchmark metrics": {"04_eval": "Items wilson accuracy acc_plus mean_of count_pairs by_group by_category metrics"},
+    "advantages": {"06_grpo": "reward_of advantage_of phantom_share"},
+}
+OPTIONAL = {"ranking loss": {"Written"}}  # not copied, since only a branch needs it: rows of critics and judges
+OTHERS = "data = model_stage = training"  # the scripts as later ones name them; to the copy all is its own
+
+
+def defined(node: ast.stmt) -> set[str]:
+    """The names that a statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    return {name.id for target in getattr(node, "targets", []) for name in ast.walk(target) if hasattr(name, "id")}
+
+
+def source_of(piece: str) -> str:
+    """What one would copy: the scripts' imports of libraries, and what is named. Annotations are not evaluated."""
+    imports, copied = ["from __future__ import annotations", "import sys"], [f"{OTHERS} = sys.modules[__name__]"]
+    for script, names in PIECES[piece].items():
+        body, wanted = ast.parse((ROOT / f"{script}.py").read_text()).body, {*names.split()}
+        found = [node for node in body if defined(node) & wanted]
+        missing = wanted.difference(*map(defined, found))
+        assert not missing, f"{script}.py has no {', '.join(missing)}"
+        imports += [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        copied += map(ast.unparse, found)
+    return "\n".join([*imports, *copied])
+
+
+def undefined(table: symtable.SymbolTable, known: set[str]) -> set[str]:
+    """Names that are used somewhere in a module and defined nowhere."""
+    names = {each.get_name() for each in table.get_symbols() if each.is_referenced() and each.is_global()}
+    return (names - known).union(*(undefined(child, known) for child in table.get_children()))
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_piece_needs_nothing_else(piece):
+    others = OTHERS.replace(" = ", "|")
+    source = re.sub(rf"(?<![.\w])({others})\.", "other_", source_of(piece))  # data.x: a name that cannot be a local one
+    table = symtable.symtable(source, piece, "exec")
+    known = {each.get_name() for each in table.get_symbols() if each.is_assigned() or each.is_imported()}
+    needed = {name.removeprefix("other_") for name in undefined(table, known | {*dir(builtins), "__name__"})}
+    assert needed - known == OPTIONAL.get(piece, set())
+
+
+@pytest.fixture
+def lift(monkeypatch):
+    """A piece as a module of its own."""
+
+    def lift(piece: str) -> ModuleType:
+        module = ModuleType("copied")
+        monkeypatch.setitem(sys.modules, "copied", module)  # where dataclasses look
+        exec(compile(source_of(piece), piece, "exec"), vars(module))
+        return module
+
+    return lift
+
+
+# ---- 02
+
+
+def test_shared_prefix_attention_in_a_model_of_transformers(lift):
+    """Against one plain forward for each response, hidden states of prompts and responses."""
+    copied = lift("shared-prefix attention")
+    AttentionInterface.register("copied", copied.shared_prefix_attention)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    configs = [Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2) for _ in range(2)]
+    torch.manual_seed(0)
+    plain = AutoModel.from_config(configs[0], attn_implementation="sdpa").eval()
+    packed = AutoModel.from_config(configs[1], attn_implementation="copied").eval()
+    packed.load_state_dict(plain.state_dict())
+
+    lengths, ids, positions, expected = [(7, [3, 1, 5]), (4, [2]), (6, [])], [], [], []
+    with torch.no_grad():
+        for P, Rs in lengths:
+            prompt, *responses = (torch.randint(0, 64, (length,)) for length in (P, *Rs))
+            ids += [prompt, *responses]
+            positions += [torch.arange(P), *(P + torch.arange(R) for R in Rs)]
+            hidden = [plain(torch.cat([prompt, each])[None]).last_hidden_state[0] for each in (prompt[:0], *responses)]
+            expected += [hidden[0], *(each[P:] for each in hidden[1:])]
+        ids, positions = torch.cat(ids)[None], torch.cat(positions)[None]  # [1, T]
+        last = torch.tensor([9, 10, 15, 21])
+        row = copied.PackedRow(lengths, ids, positions.expand(3, 1, -1), last, copied.Segments.of_comparisons(lengths))
+        hidden = packed(input_ids=ids, position_ids=positions, row=row, use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(hidden, torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def test_packed_position_ids_of_a_prompt_with_two_images(lift):
+    backbone = AutoModel.from_pretrained(TINY)
+    token, grids = backbone.config.image_token_id, np.array([[1, 4, 6], [1, 8, 2]])
+    pieces = [[5, 6], [token] * 6, [7], [token] * 4, [8, 9, 10]]  # 2 x 2 patches are one token
+    ids = np.concatenate(pieces)
+    about = SimpleNamespace(image_token=token, vision=SimpleNamespace(merge=2), family=SimpleNamespace(mrope=True))
+    found = lift("packed position ids").prompt_positions(ids, grids, about)  # [3, P]
+    tensors = torch.from_numpy(ids)[None], (torch.from_numpy(ids) == token).int()[None]
+    expected, _ = backbone.get_rope_index(*tensors, image_grid_thw=torch.from_numpy(grids))
+    assert np.array_equal(found, expected[:, 0].numpy()) and found.max() < len(ids) - 1
+
+
+def test_reward_head(lift):
+    copied = lift("reward head")
+    torch.manual_seed(0)
+    head, hidden = copied.RewardHead(12, layers=3, activation="silu", width=20), torch.randn(5, 12)
+    one, two, three = (module for module in head.mlp if isinstance(module, torch.nn.Linear))
+    inner = F.silu(F.silu(hidden @ one.weight.T + one.bias) @ two.weight.T + two.bias)  # [5, 20]
+    torch.testing.assert_close(head(hidden.bfloat16().float()), head(hidden.bfloat16()))  # computes in float32
+    torch.testing.assert_close(head(hidden), inner @ three.weight[0])
+    with pytest.raises(copied.UserError, match="must be 1 to 5"):
+        copied.RewardHead(12, layers=6)
+
+
+# ---- 03
+
+
+def test_batch_planner(lift):
+    """Every rank's micro-batches together are the steps, of at most the budget, and about equally dear."""
+    copied, rng = lift("batch planner"), np.random.default_rng(0)
+    tokens, patches = rng.integers(20, 200, 90), rng.integers(0, 2, 90) * 64
+    steps = rng.permutation(90).reshape(3, 30).tolist()
+    plans = [copied.plan(steps, tokens, patches, 1000, rank, 3) for rank in range(3)]
+    assert len({len(plan) for plan in plans}) == 1
+    for number, step in enumerate(steps):
+        dealt = [i for plan in plans for batch in plan if batch.step == number for i in batch.comparisons]
+        assert sorted(dealt) == sorted(step)
+    cost = np.array([[sum(tokens[i] + patches[i] // 4 for i in batch.comparisons) for batch in plan] for plan in plans])
+    assert cost.max() <= 1000 and cost.tolist() == [list(costs) for costs in zip(*(b.costs for b in plans[0]))]
+    assert copied.imbalance(plans[0]) == pytest.approx(cost.max(0).sum() / cost.mean(0).sum() - 1)
+    assert copied.imbalance(plans[0]) < 0.05
+
+
+def test_ranking_loss(lift):
+    """The negative log-likelihood of Bradley and Terry, which a pair and a ranking each count once in."""
+    copied = lift("ranking loss")
+    ranks, scores = [[1, 2], [2, 1, 3, 2]], torch.tensor([0.3, -1.0, 0.5, 2.0, -0.1, 1.0], requires_grad=True)
+    comparisons = [SimpleNamespace(ranks=each, responses=[[0]] * len(each)) for each in ranks]
+    loss = copied.ranking_loss(scores, copied.pairs_of(comparisons))
+    won = lambda better, worse: scores[better].exp() / (scores[better].exp() + scores[worse].exp())
+    in_ranking = [won(3, 2), won(3, 4), won(3, 5), won(2, 4), won(5, 4)]
+    expected = -won(0, 1).log() - sum(each.log() for each in in_ranking) / 5
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each, scores, retain_graph=True) for each in (loss, expected)))
+
+
+def run_on_ranks(piece: str, code: str, folder: Path, *arguments, ranks: int) -> None:
+    """Runs `code` behind a copied piece."""
+    (folder / "copied.py").write_text(f"{source_of(piece)}\n{code}")
+    torchrun(folder / "copied.py", *arguments, ranks=ranks)
+
+
+LOAD = """
+import sys
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+folder, out = sys.argv[1:]
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+load_weights(model, folder, torch.device("cpu"))
+loaded = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+loaded["logits"] = model(torch.arange(20)[None]).logits.detach()
+if dist.get_rank() == 0:
+    save_file(loaded, out)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_loading(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    plain.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    run_on_ranks("sharded loading", LOAD, tmp_path, tmp_path / "model", tmp_path / "loaded.safetensors", ranks=2)
+    loaded = load_file(tmp_path / "loaded.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.pop("logits"), plain.eval()(torch.arange(20)[None]).logits)
+    expected = dict(plain.named_parameters())
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+TRAIN = """
+import sys
+from safetensors.torch import save_file
+@dataclass
+class Settings:
+    data: list
+    learning_rate: float = 0.1
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+    resume_changed: bool = False
+settings, out, steps = Settings([sys.argv[1]]), Path(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+fully_shard(model)
+optimizer = make_optimizer(model, settings, torch.device("cpu"))
+start = load_checkpoint(out, model, optimizer, settings)
+print("from step", start)
+for step in range(start, steps):
+    torch.manual_seed(step)
+    model(torch.randn(4, 6)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 2:
+        save_checkpoint(out, step + 1, model, optimizer, settings)
+weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+if dist.get_rank() == 0:
+    save_file(weights, out / "weights.safetensors")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_resumable_checkpoint(tmp_path):
+    """Five steps on two ranks are three, and two more from a checkpoint of the second on one rank or on two."""
+    data, whole, parted = (tmp_path / name for name in ("data", "whole", "parted"))
+    data.mkdir()
+    for name in ("dataset.json", "index.safetensors"):
+        (data / name).write_text("what it was made with")
+    run_on_ranks("resumable checkpoint", TRAIN, tmp_path, data, whole, 5, ranks=2)
+    run_on_ranks("resumable checkpoint", TRAIN, tmp_path, data, parted, 3, ranks=2)
+    expected = load_file(whole / "weights.safetensors")
+    for ranks in (1, 2):
+        assert json.loads((parted / "step_000002/run.json").read_text())["step"] == 2
+        run_on_ranks("resumable checkpoint", TRAIN, tmp_path, data, parted, 5, ranks=ranks)
+        found = load_file(parted / "weights.safetensors")
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)
+
+
+# ---- 04, 06
+
+
+def test_benchmark_metrics(lift):
+    """Accuracy over pairs, its mean over categories and the share of groups that are all right, by counting."""
+    copied, rng = lift("benchmark metrics"), np.random.default_rng(0)
+    ranks = [rng.permutation(rng.integers(2, 5)).tolist() for _ in range(60)]
+    scores = [rng.integers(0, 3, len(each)) - 1.5 * np.array(each) for each in ranks]  # some tie
+    categories, groups = [f"c{i % 3}" for i in range(60)], [f"g{i // 3}" for i in range(60)]
+    right = {"all": []}
+    for i, (rank, score) in enumerate(zip(ranks, scores)):
+        pairs = [(a, b) for a in range(len(rank)) for b in range(len(rank)) if rank[a] < rank[b]]
+        for name in ("all", categories[i], groups[i]):
+            right.setdefault(name, []).extend(score[a] > score[b] for a, b in pairs)
+    found = copied.metrics(scores, copied.Items(ranks, categories, groups, [[1] * len(each) for each in ranks]))
+    share = {name: np.mean(outcomes) for name, outcomes in right.items()}
+    expected = {"overall": share["all"]} | {name: share[name] for name in ("c0", "c1", "c2")}
+    expected["macro"] = np.mean([share[name] for name in ("c0", "c1", "c2")])
+    expected["Acc+"] = np.mean([all(right[f"g{i}"]) for i in range(20)])
+    assert {name: row["accuracy"] for name, row in found.items()} == pytest.approx(expected)
+    assert all(row["low"] <= row["accuracy"] <= row["high"] for row in found.values()) and 0 < expected["Acc+"] < 1
+
+
+def test_advantages_of_the_hybrid_reward(lift):
+    copied = lift("advantages")
+    match, closed = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]), torch.tensor([[True], [True], [False]])
+    score = torch.tensor([[3.0, 1, 0], [0, 1, 2], [-1, 0, 4]])
+    reward = copied.reward_of("hybrid", match, closed, score, 0.5)
+    s = lambda x: 1 / (1 + np.exp(-x))
+    expected = np.array([[1, s(1) / 2, s(0) / 2], [s(0) / 2, s(1) / 2, s(2) / 2], [s(-1), s(0), s(4)]])
+    np.testing.assert_allclose(reward, expected, atol=1e-6)
+    centred = expected - expected.mean(1, keepdims=True)
+    by_scale = {"centred": 1, "batch": centred.std(ddof=1), "group": expected.std(1, ddof=1, keepdims=True)}
+    for scale, deviation in by_scale.items():
+        np.testing.assert_allclose(copied.advantage_of(reward, scale), centred / deviation, rtol=3e-3)
+    share = copied.phantom_share(copied.advantage_of(reward, "centred"), match, closed)
+    assert share == pytest.approx(np.abs(centred[1]).sum() / np.abs(centred).sum(), abs=1e-5)
