@@ -372,7 +372,7 @@ def shard(
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     parts = model_stage.parts_of(backbone)
     if activation_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.activation_checkpointing_enable()
         backbone.disable_input_require_grads()  # comes with it, and would send a frozen vision tower through a backward
     for layer in [*parts.language.layers, *parts.blocks] if compile else []:
         layer.compile(dynamic=True)  # before it is sharded; lengths differ from row to row
