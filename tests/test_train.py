@@ -275,9 +275,13 @@ DAMAGES = {
     "rows are missing": (rewrite(lambda t, o: t.__setitem__(NORM, t[NORM][:-1])), f"{NORM} is not all there"),
     "rows twice": (rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [0])), "row .* is missing"),
     "rows far away": (rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [2**60])), "row .* is missing"),
+    "offsets are missing": (
+        rewrite(lambda tensors, offsets: offsets.pop(NORM.replace("model.", "step.", 1))),
+        "missing: 'step.backbone.language_model.norm.weight'",
+    ),
     "half precision": (rewrite(lambda t, o: t.__setitem__(NORM, t[NORM].half())), "none of this run's tensors"),
     "a tensor of another model": (
-        rewrite(lambda t, o: t.__setitem__("x", t[NORM].clone())),
+        rewrite(lambda t, o: (t.__setitem__("x", t[NORM].clone()), o.__setitem__("x", o[NORM]))),
         "none of this run's tensors",
     ),
 }
