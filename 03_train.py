@@ -10,30 +10,31 @@ Out   artifacts/reward/: the trained reward model; metrics.jsonl, one line a ste
       sends, ends the run with a checkpoint.
 
 The loss is -log sigmoid(r_chosen - r_rejected), the mean over the batch, and nothing else, as in the paper. Of a
-ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155). Both
-regularisers of the paper (Algorithm 1) are there and off, as it found neither to help: a penalty on (r_w + r_l)^2, and
+ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155). Both regularisers of
+the paper (Algorithm 1) are there and off, as it found neither to help: a penalty on (r_w + r_l)^2, and
 r / log(length + 1). The other kinds of reward model (02, --kind) learn to write as well: a critic the data's critiques,
 beside the ranking of responses with these critiques; a judge the letter of the better response, in both orders, and
 nothing else.
 
 The paper trains with learning rate 3e-6 and batches of 128 pairs on 64 GPUs. It does not state epochs, optimizer,
 schedule or whether the vision tower was frozen. The defaults fill that in from the authors' public command for a
-text-only reward model (AdamW with weight decay 0.1 and beta2 0.95, 5% warm-up, cosine; it freezes the vision
-tower: --freeze_vision), but for learning rate, batch size and epochs, which suit the embedded backbone of 1.7 M
-parameters.
+text-only reward model (AdamW with weight decay 0.1 and beta2 0.95, 5% warm-up, cosine; it freezes the vision tower:
+--freeze_vision), but for learning rate, batch size and epochs, which suit the embedded backbone of 1.7 M parameters.
 
 The gradient of a step does not depend on the number of ranks: which comparisons make up a step follows from the seed
 alone; they are dealt to ranks by length; and each loss is divided by the number of comparisons in the step, whoever
-holds them.
+holds them. No rank holds more than its shards: the model is sharded while it is empty, then filled. The export gathers
+a tensor at a time, and rank 0 keeps in main memory as many as make one file (--export_file_size).
 
-No rank holds more than its shards: the model is sharded while it is empty, then filled. The export gathers a tensor at
-a time, and rank 0 keeps in main memory as many as make one file (--export_file_size). On several nodes, which have to
-see the same files, each runs its own line of
+On several nodes, which have to see the same files, each runs its own line of
 
     torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr NODE0 03_train.py --shard_size 8
 
 where --shard_size keeps parameters from travelling between nodes, and GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name
 the network between them (tests/multinode.sh rehearses it).
+
+In this order: settings; who reads what in which step; the loss; loading; the model in shards; the loop. Behind it what
+it calls now and then; checkpoints; where a run begins; at last --plan.
 """
 
 import dataclasses
@@ -57,6 +58,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -66,68 +68,77 @@ data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 option, UserError = data.option, data.UserError
 
-DEFAULT_DATA = "artifacts/data/train"
+
+@dataclass
+class Recipe:
+    """What the trained weights follow from. An interrupted run goes on with the same, unless --resume_changed."""
+
+    model: str = option("artifacts/model", "initial reward model (02), or a trained one to go on from, head and all")
+    data: list[str] = option([], "prepared comparisons (01) to train on, repeatable; none: artifacts/data/train")
+    steps: int = option(0, "optimizer steps; 0: as many as --epochs make")
+    epochs: float = option(2.0, "passes over the data, where --steps is 0 (authors: 1)")
+    batch_size: int = option(64, "comparisons a step, over all ranks (paper: 128)")
+    learning_rate: float = option(2e-4, "AdamW's, at its peak (paper: 3e-6, for 7B)")
+    warmup: float = option(0.05, "share of the steps in which it rises linearly; then a cosine to 0 (authors: 0.05)")
+    weight_decay: float = option(0.1, "AdamW's, of matrices only (authors: 0.1)")
+    beta2: float = option(0.95, "AdamW's, of the mean squared gradient (authors: 0.95)")
+    clip: float = option(1.0, "largest norm of a step's gradient; a longer one is scaled down to it; 0: never")
+    zero_coefficient: float = option(0.0, "weight of (r_w + r_l)^2 as a penalty (paper: 0; tried 0.001, 0.01, 0.1)")
+    length_normalisation: bool = option(False, "train on r / log(tokens of the response + 1) (paper: tried, not used)")
+    critique_coefficient: float = option(1.0, "critic: weight of the critiques' loss beside the ranking loss")
+    freeze_vision: bool = option(False, "do not train the vision tower (authors' command: frozen; paper: not said)")
+    seed: int = option(0, "of the order of the data")
+
+    def __post_init__(self):
+        self.data = self.data or ["artifacts/data/train"]
 
 
 @dataclass
-class Settings:
-    model: str = option("artifacts/model", "initial reward model, or a trained one to continue from")
-    data: list[str] = option([], "prepared training shards, repeatable; none: artifacts/data/train")
-    validation: str = option("auto", "prepared comparisons to validate on; auto: <data>_holdout if there; '' for none")
+class Settings(Recipe):
     out: str = option("artifacts/reward", "folder for the trained reward model, metrics.jsonl and checkpoints/")
-    steps: int = option(0, "optimizer steps; 0: as many as --epochs give")
-    epochs: float = option(2.0, "passes over the data when --steps is 0 (authors: 1)")
-    batch_size: int = option(64, "comparisons an optimizer step, over all ranks (paper: 128)")
-    learning_rate: float = option(2e-4, "peak learning rate of AdamW (paper: 3e-6, for 7B)")
-    warmup: float = option(0.05, "share of the steps that warm up linearly; then cosine to zero (authors: 0.05)")
-    weight_decay: float = option(0.1, "AdamW's, on matrices only (authors: 0.1)")
-    beta2: float = option(0.95, "AdamW's second-moment decay (authors: 0.95)")
-    clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
-    zero_coefficient: float = option(
-        0.0, "weight of the penalty on (r_w + r_l)^2 (paper: tried 0.001, 0.01, 0.1; uses 0)"
-    )
-    critique_coefficient: float = option(1.0, "critic: weight of the critiques' loss beside the ranking loss")
-    length_normalisation: bool = option(False, "train on r / log(tokens of the response + 1) (paper: tried, not used)")
-    freeze_vision: bool = option(
-        False, "do not train the vision tower (the paper does not say; authors' command: frozen)"
-    )
-    activation_checkpointing: bool = option(
-        False, "recompute each layer in the backward pass: less memory, a third more time"
-    )
-    compile: bool = option(False, "torch.compile each layer: for GPUs; takes minutes to start")
-    shard_size: int = option(0, "ranks that share one copy of the model, usually the GPUs of one node; 0: all of them")
-    micro_tokens: int = option(8192, "budget of one micro-batch on one rank, in tokens of the packed row")
+    validation: str = option("auto", "prepared comparisons to validate on; auto: <data>_holdout if there; '' for none")
     validate_every: int = option(25, "steps between validations; 0: only at the end")
-    validation_size: int = option(256, "comparisons of a validation")
-    checkpoint_every: int = option(50, "steps between checkpoints; 0: none")
-    resume: bool = option(False, "continue from the newest checkpoint in --out")
+    validation_size: int = option(256, "comparisons of a validation, always the same")
+    checkpoint_every: int = option(50, "steps between checkpoints, of which the last two are kept; 0: none")
+    resume: bool = option(False, "continue from the newest checkpoint in --out; from the start where there is none")
+    resume_changed: bool = option(False, "with --resume, continue though settings or data that change the run differ")
+    non_finite: Literal["stop", "skip"] = option(
+        "stop", "at a step whose loss or gradient is not finite: stop the run, or skip its update and say so"
+    )
+    micro_tokens: int = option(8192, "tokens that a rank computes at a time, as many as its memory allows (--plan)")
+    activation_checkpointing: bool = option(False, "recompute layers in backward: less memory, a third more time")
+    shard_size: int = option(0, "ranks that share one copy of the model, usually the GPUs of one node; 0: all of them")
+    compile: bool = option(False, "torch.compile each layer: for GPUs; takes minutes to start")
+    workers: int = option(1, "processes a rank that read and decode ahead of the step; 0: the step does it itself")
     export_dtype: Literal["fp32", "bf16"] = option(
         "fp32", "of the exported backbone: fp32 is what was trained, to the bit; bf16 is half as large (head: float32)"
     )
     export_file_size: str = option("5GB", "largest file of the export, which is what rank 0 gathers at a time")
-    resume_changed: bool = option(False, "with --resume, continue though settings or data that change the run differ")
-    non_finite: Literal["stop", "skip"] = option(
-        "stop", "what to do at a step whose loss or gradient is not finite: stop the run, or skip its update and say so"
-    )
-    workers: int = option(1, "processes a rank that read and decode ahead of the step; 0: the step does it itself")
-    seed: int = option(0, "seed of the order of the data")
-    plan: bool = option(False, "train nothing: print what the run would compute, need and take (next seven settings)")
-    gpus: int = option(0, "GPUs to plan for; 0: as many ranks as there are now (paper: 64)")
+    plan: bool = option(False, "train nothing: print what a run would compute, need and take (next 7 settings)")
+    gpus: int = option(0, "GPUs to plan for; 0: as many as there are ranks now (paper: 64)")
     gpu_memory: float = option(80.0, "memory of a GPU in GB (80: an H100)")
     gpu_flops: float = option(989e12, "peak of a GPU in FLOP/s, bfloat16, not sparse (989e12: an H100 SXM)")
     utilisation: float = option(0.4, "share of the peak that is reached: an assumption, which a first run replaces")
     gpu_link: float = option(50e9, "bytes/s a GPU receives from the others (50e9: 400 Gb/s each, between nodes)")
-    plan_comparisons: int = option(
-        0, "comparisons to plan for, like those in --data; 0: as many as there are (paper: 2.8 M)"
-    )
+    plan_comparisons: int = option(0, "comparisons to plan for, like those in --data; 0: those (paper: 2.8 M)")
     plan_lengths: list[int] = option(
         [], "assumed instead of --data: tokens of the prompt's text, of its image, of each response (150 512 300 300)"
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The plan: which rank reads which comparisons in which micro-batch of which step. Known to all ranks from lengths
-# alone.
+# The plan of a run: which rank reads which comparisons in which micro-batch of which step. It follows from lengths and
+# the seed, so all ranks know it without a word. To copy it takes numpy and nothing else of this project.
+
+
+def order_of_training(n: int, settings: Settings) -> list[list[int]]:
+    """The comparisons of every step: one shuffle an epoch, all from the seed. A last incomplete batch is filled from
+    the next shuffle, so nothing is left out."""
+    steps = settings.steps or math.ceil(n * settings.epochs / settings.batch_size)
+    needed = steps * settings.batch_size
+    rng = np.random.default_rng(settings.seed)
+    order = np.concatenate([rng.permutation(n) for _ in range(-(-needed // n))])[:needed]
+    return order.reshape(steps, settings.batch_size).tolist()
 
 
 @dataclass
@@ -154,24 +165,23 @@ def plan(
     steps: list[list[int]], tokens: np.ndarray, patches: np.ndarray, micro_tokens: int, rank: int, world: int
 ) -> list[MicroBatch]:
     """The micro-batches of one rank. In each, all ranks have about equal work, of at most `micro_tokens` tokens unless
-    a single comparison is longer; every rank has the same number of them, some possibly empty."""
+    a single comparison is longer; every rank has the same number of them, some possibly empty.
+
+    Args: the comparisons of each step; of all comparisons the tokens and image patches, [n] each.
+    """
     cost = tokens + patches // 4  # a patch is cheaper than a token: the vision tower is the smaller model
-    micro_batches = []
+    work, micro_batches = lambda comparisons: int(cost[comparisons].sum()), []
     for step, indices in enumerate(steps):
-        count = max(1, -(-int(cost[indices].sum()) // (micro_tokens * world)))
-        while True:
-            dealt = deal(indices, cost, count * world)
-            if count * world >= len(indices) or max(sum(cost[i] for i in bin) for bin in dealt) <= micro_tokens:
-                break
+        count = max(1, -(-work(indices) // (micro_tokens * world)))
+        dealt = deal(indices, cost, count * world)
+        while count * world < len(indices) and max(map(work, dealt)) > micro_tokens:
             count += 1
-        dealt.sort(
-            key=lambda bin: -sum(cost[i] for i in bin)
-        )  # neighbours, which run at the same time, cost about the same
+            dealt = deal(indices, cost, count * world)
+        dealt.sort(key=work, reverse=True)  # neighbours, which run at the same time, cost about the same
         for k in range(count):
             together = dealt[k * world : (k + 1) * world]
-            has_image = [bool(patches[bin].any()) if bin else False for bin in together]
-            dummy = any(has_image) and not has_image[rank]
-            costs = [int(cost[bin].sum()) for bin in together]
+            has_image = [bool(patches[comparisons].any()) for comparisons in together]
+            dummy, costs = any(has_image) and not has_image[rank], list(map(work, together))
             micro_batches.append(MicroBatch(step, together[rank], k == count - 1, len(indices), dummy, costs))
     return micro_batches
 
@@ -182,18 +192,8 @@ def imbalance(micro_batches: list[MicroBatch]) -> float:
     return slowest / (sum(sum(batch.costs) / len(batch.costs) for batch in micro_batches) or 1) - 1
 
 
-def order_of_training(n: int, settings: Settings) -> list[list[int]]:
-    """The comparisons of every step: one shuffle an epoch, all from the seed. A last incomplete batch is filled from
-    the next shuffle, so nothing is left out."""
-    steps = settings.steps or math.ceil(n * settings.epochs / settings.batch_size)
-    needed = steps * settings.batch_size
-    rng = np.random.default_rng(settings.seed)
-    order = np.concatenate([rng.permutation(n) for _ in range(-(-needed // n))])[:needed]
-    return order.reshape(steps, settings.batch_size).tolist()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Batches: rows and the ordered pairs in them.
+# The loss. To copy `ranking_loss` takes `Pairs` and what makes them, all without `written`.
 
 
 @dataclass
@@ -204,7 +204,7 @@ class Pairs:
     worse: torch.Tensor  # [pairs]
     weight: torch.Tensor  # [pairs] 1 / (pairs of the same comparison): each comparison counts once
     lengths: torch.Tensor  # [N] tokens of each response
-    written: "model_stage.Written | None" = None  # what a critic or a judge has to write in the row
+    written: model_stage.Written | None = None  # what a critic or a judge has to write in the row
 
     def to(self, device) -> "Pairs":
         return model_stage.change_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -218,7 +218,7 @@ def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
 
 
-def pairs_of(comparisons: list, row: "model_stage.PackedRow | None" = None) -> Pairs:
+def pairs_of(comparisons: list, row: model_stage.PackedRow | None = None) -> Pairs:
     """Of comparisons, or of what a judge makes of them; and of their row what is to be written in it."""
     better, worse, weight, start = [], [], [], 0
     for comparison in comparisons:
@@ -231,83 +231,6 @@ def pairs_of(comparisons: list, row: "model_stage.PackedRow | None" = None) -> P
     as_long = lambda values: torch.tensor(values, dtype=torch.long)
     written = model_stage.Written.of(row, comparisons) if row else None
     return Pairs(as_long(better), as_long(worse), torch.tensor(weight), as_long(lengths), written)
-
-
-def pack_micro_batch(batch: MicroBatch, comparisons, processors) -> tuple[list, "model_stage.PackedRow"]:
-    """The comparisons and the row of a planned micro-batch. Where there are fewer comparisons than ranks, one that
-    nobody reads: all ranks step together."""
-    read = [comparisons[i] for i in batch.comparisons]
-    if not read and not batch.dummy_image:
-        read = [data.Comparison(np.array([processors.end_token], np.int32), [], [])]
-    return read, model_stage.pack(read, processors, batch.dummy_image)
-
-
-class MicroBatches(torch.utils.data.Dataset):
-    """Reads, decodes and packs the micro-batches of a plan; runs in the loader's worker processes."""
-
-    def __init__(self, comparisons, micro_batches: list[MicroBatch], processors):
-        self.comparisons, self.plan, self.processors = comparisons, micro_batches, processors
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, k: int):
-        """(micro-batch, row, pairs), or the UserError, which would leave a worker process only with its traceback."""
-        try:
-            read, row = pack_micro_batch(self.plan[k], self.comparisons, self.processors)
-        except UserError as error:
-            return error
-        return self.plan[k], row, pairs_of(read, row)
-
-
-class Read(torch.utils.data.Dataset):
-    """Comparisons as a critic or a judge reads them, with what it is asked and has to write. Those in which there is
-    nothing to write are left out. To know which, and how long each is, every rank reads its share of them first."""
-
-    def __init__(self, comparisons, patches: np.ndarray, reader, device: torch.device):
-        self.comparisons, self.reader = comparisons, reader
-        tokens, rank = torch.zeros(len(comparisons), dtype=torch.long, device=device), dist.get_rank()
-        for i in tqdm(range(rank, len(tokens), dist.get_world_size()), desc="measure", disable=rank > 0, mininterval=1):
-            read = reader(comparisons[i])
-            tokens[i] = read.length if read.responses else 0
-        dist.all_reduce(tokens)
-        self.chosen = np.flatnonzero(tokens.cpu().numpy())
-        needed = "a critic needs critiques, one for each response, and a judge two responses"
-        if not len(self.chosen):
-            raise UserError(f"no comparison to learn from: {needed}")
-        if rank == 0 and len(self.chosen) < len(tokens):
-            print(f"{len(tokens) - len(self.chosen)} of {len(tokens)} comparisons left out: {needed}")
-        self.size = tokens.cpu().numpy()[self.chosen], patches[self.chosen]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, i: int):
-        return self.reader(self.comparisons[int(self.chosen[i])])
-
-    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.size
-
-
-def ignore_sigterm(worker: int) -> None:
-    """SIGTERM may come to all processes, and the step that it ends still needs its data."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def load(comparisons, micro_batches, processors, device, workers: int):
-    """Yields (micro-batch, row, pairs) with the tensors on the device."""
-    dataset = MicroBatches(comparisons, micro_batches, processors)
-    pin = device.type == "cuda"
-    how = {"batch_size": None, "num_workers": workers, "pin_memory": pin, "worker_init_fn": ignore_sigterm}
-    for loaded in torch.utils.data.DataLoader(dataset, **how):
-        if isinstance(loaded, UserError):
-            raise loaded
-        batch, row, pairs = loaded
-        yield batch, row.to(device), pairs.to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss.
 
 
 def ranking_loss(
@@ -335,7 +258,113 @@ def losses(model, row, pairs: Pairs, settings: Settings) -> tuple[torch.Tensor, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# FSDP2, in the order in which it has to be done.
+# Loading: from the comparisons of a micro-batch to tensors on the device, in processes of its own, ahead of the step.
+
+
+def pack_micro_batch(batch: MicroBatch, comparisons, processors) -> tuple[list, model_stage.PackedRow]:
+    """The comparisons and the row of a planned micro-batch. Where there are fewer comparisons than ranks, one that
+    nobody reads: all ranks step together."""
+    read = [comparisons[i] for i in batch.comparisons]
+    if not read and not batch.dummy_image:
+        read = [data.Comparison(np.array([processors.end_token], np.int32), [], [])]
+    return read, model_stage.pack(read, processors, batch.dummy_image)
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """Reads, decodes and packs the micro-batches of a plan; runs in the loader's worker processes."""
+
+    def __init__(self, comparisons, micro_batches: list[MicroBatch], processors):
+        self.comparisons, self.plan, self.processors = comparisons, micro_batches, processors
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, k: int):
+        """(micro-batch, row, pairs), or the UserError, which would leave a worker process only with its traceback."""
+        try:
+            read, row = pack_micro_batch(self.plan[k], self.comparisons, self.processors)
+        except UserError as error:
+            return error
+        return self.plan[k], row, pairs_of(read, row)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """SIGTERM may come to all processes, and the step that it ends still needs its data."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def load(comparisons, micro_batches: list[MicroBatch], processors, device: torch.device, workers: int):
+    """Yields (micro-batch, row, pairs) with the tensors on the device."""
+    dataset = MicroBatches(comparisons, micro_batches, processors)
+    pin = device.type == "cuda"
+    how = {"batch_size": None, "num_workers": workers, "pin_memory": pin, "worker_init_fn": ignore_sigterm}
+    for loaded in torch.utils.data.DataLoader(dataset, **how):
+        if isinstance(loaded, UserError):
+            raise loaded
+        batch, row, pairs = loaded
+        yield batch, row.to(device), pairs.to(device)
+
+
+class Read(torch.utils.data.Dataset):
+    """Comparisons as a critic or a judge reads them, with what it is asked and has to write. Those in which there is
+    nothing to write are left out. To know which, and how long each is, every rank reads its share of them first."""
+
+    def __init__(self, comparisons, patches: np.ndarray, reader, device: torch.device):
+        self.comparisons, self.reader = comparisons, reader
+        tokens, rank = torch.zeros(len(comparisons), dtype=torch.long, device=device), dist.get_rank()
+        mine, bar = range(rank, len(tokens), dist.get_world_size()), {"desc": "measure", "unit": " comparisons"}
+        for i in tqdm(mine, **bar, disable=rank > 0, mininterval=1):
+            read = reader(comparisons[i])
+            tokens[i] = read.length if read.responses else 0
+        dist.all_reduce(tokens)
+        self.chosen = np.flatnonzero(tokens.cpu().numpy())
+        needed = "a critic needs critiques, one for each response, and a judge two responses"
+        if not len(self.chosen):
+            raise UserError(f"no comparison to learn from: {needed}")
+        if rank == 0 and len(self.chosen) < len(tokens):
+            print(f"{len(tokens) - len(self.chosen)} of {len(tokens)} comparisons left out: {needed}")
+        self.size = tokens.cpu().numpy()[self.chosen], patches[self.chosen]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int):
+        return self.reader(self.comparisons[int(self.chosen[i])])
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """As those of Comparisons: tokens and image patches, [n] each."""
+        return self.size
+
+
+def open_data(settings: Settings, processors) -> tuple:
+    """The training comparisons, their sizes in tokens and patches [n], and the comparisons to validate on, or None.
+
+    Raises UserError where they are no training data for this model."""
+    sets = [data.Comparisons(folder, processors.fingerprint) for folder in settings.data]
+    comparisons = torch.utils.data.ConcatDataset(sets)
+    tokens, patches = (np.concatenate(sizes) for sizes in zip(*(each.sizes() for each in sets)))
+    named = ", ".join(settings.data)
+    if not len(comparisons):
+        raise UserError(f"{named}: no comparisons in there; see rejected.jsonl for why")
+    for each in sets:
+        if metric := each.info["metric"]:
+            raise UserError(f"{each.folder}: the benchmark {metric}, which is to score models and not to train them")
+    if not all(np.concatenate([each.response_counts() for each in sets])):
+        raise UserError(f"{named}: has prompts without responses; a reward model is trained on pairs or rankings")
+    if processors.image is None and patches.any():
+        raise UserError(f"{named}: {(patches > 0).sum()} comparisons have images, and {settings.model} is text-only")
+    data.use_pixel_limits(processors, sets)
+    validation = settings.validation
+    if validation == "auto":
+        beside = f"{settings.data[0].rstrip('/')}_holdout"
+        validation = beside if Path(beside, "dataset.json").is_file() else ""
+    held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
+    return comparisons, tokens, patches, held_out if len(held_out) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model in shards: FSDP2, in the order in which it has to be done. To copy `load_weights` takes `checkpoint_tensors`
+# and an exception, `shard` also `parts_of`, which says where the layers of a model are.
 
 
 def shard(
@@ -362,17 +391,14 @@ def shard(
     shard_size = shard_size or world
     if shard_size < 0 or world % shard_size:
         raise UserError(f"--shard_size {shard_size}: has to divide the number of ranks, {world}")
-    if shard_size == world:  # one dimension is the default process group; more would be groups of their own
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    else:
-        shape = (world // shard_size, shard_size)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy()
-    if device.type == "cuda":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # One dimension is the default process group; more would be groups of their own.
+    sizes = {"replicate": world // shard_size, "shard": shard_size} if shard_size < world else {"shard": world}
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if device.type == "cuda" else {}
+    policy = MixedPrecisionPolicy(**mixed)
     parts = model_stage.parts_of(backbone)
     if activation_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.activation_checkpointing_enable()
         backbone.disable_input_require_grads()  # comes with it, and would send a frozen vision tower through a backward
     for layer in [*parts.language.layers, *parts.blocks] if compile else []:
         layer.compile(dynamic=True)  # before it is sharded; lengths differ from row to row
@@ -442,6 +468,10 @@ def load_weights(backbone, path: str, device: torch.device) -> None:
         raise UserError(f"{path}: {next(iter(missing))} is missing ({len(missing)} of the model's weights are)")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
 def make_optimizer(model, settings: Settings, device: torch.device) -> torch.optim.AdamW:
     """AdamW with its state allocated at once, so that a checkpoint has something to load into. Decay on matrices
     only."""
@@ -452,11 +482,8 @@ def make_optimizer(model, settings: Settings, device: torch.device) -> torch.opt
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
     for p in trained:
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=device)} | moments
     return optimizer
 
 
@@ -468,9 +495,185 @@ def learning_rate_at(step: int, steps: int, settings: Settings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def forward_backward(model, batch: MicroBatch, row, pairs: Pairs, settings: Settings) -> torch.Tensor:
+    """Adds a micro-batch's share to the gradients; returns its loss, right pairs and margin, summed over comparisons
+    [3]."""
+    loss, scores = losses(model, row, pairs, settings)
+    # FSDP averages gradients over all ranks, of all replicas; times their number that is the sum, and the sum over all
+    # comparisons of the step divided by their number is what one rank would have computed.
+    (loss * dist.get_world_size() / batch.size).backward()
+    with torch.no_grad():
+        margins = scores[pairs.better] - scores[pairs.worse]  # [pairs]
+        return torch.stack([loss, (pairs.weight * (margins > 0)).sum(), (pairs.weight * margins).sum()])
+
+
+def train(settings: Settings) -> dict:
+    """Trains a reward model as the settings say and exports it to `settings.out`; returns the last line of metrics."""
+    rank, world, device = data.start_distributed()
+    torch.manual_seed(settings.seed)
+    model = model_stage.RewardModel.from_pretrained(settings.model, empty=True)
+    processors, began_with = model.processors, model.trained_with
+    comparisons, tokens, patches, held_out = open_data(settings, processors)
+    if model.reader:  # a critic or a judge
+        comparisons = Read(comparisons, patches, model.reader, device)
+        tokens, patches = comparisons.sizes()
+        held_out = held_out and Read(held_out, held_out.sizes()[1], model.reader, device)
+    order = order_of_training(len(comparisons), settings)
+    steps, micro_batches = len(order), plan(order, tokens, patches, settings.micro_tokens, rank, world)
+
+    vision = model_stage.parts_of(model.backbone).vision
+    if settings.freeze_vision and vision is not None:
+        vision.requires_grad_(False)
+    heads = (model.head,) if model.head else ()
+    how = {"activation_checkpointing": settings.activation_checkpointing, "compile": settings.compile}
+    shard(model, model.backbone, device, in_float32=heads, shard_size=settings.shard_size, **how)
+    load_weights(model.backbone, settings.model, device)
+    model.train()
+    optimizer = make_optimizer(model, settings, device)
+    about = {"settings": dataclasses.asdict(settings), "data": fingerprint(settings.data)}  # in every checkpoint
+    start = begin(settings, model, optimizer, about)
+    checkpoints, log = Path(settings.out, "checkpoints"), Path(settings.out, "metrics.jsonl")
+    if rank == 0:
+        head = "a new head"
+        if began_with:
+            head = f"its head, trained on {', '.join(began_with['data'])} for {began_with['steps']} steps"
+        images, differs = int((patches > 0).sum()), 100 * imbalance(micro_batches)
+        print(f"{settings.model} with {head}; {len(comparisons)} comparisons, {images} of them with images")
+        print(f"steps {start + 1} to {steps} of {settings.batch_size} comparisons on {world} rank(s), ", end="")
+        print(f"whose work differs by {differs:.1f}%", flush=True)
+
+    stop = []  # not empty: SIGTERM has come
+    if settings.checkpoint_every:
+        signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    bar = {"total": steps * settings.batch_size, "initial": start * settings.batch_size, "unit": " comparisons"}
+    progress = tqdm(desc=f"step {start}/{steps}", **bar, disable=rank > 0, mininterval=1)
+    line, shown = {}, {}
+    sums = torch.zeros(4, device=device)  # of a step: loss, right pairs, margins, how many ranks are to stop
+    began = asked = time.perf_counter()
+    waited = 0.0
+    remaining = [batch for batch in micro_batches if batch.step >= start]
+    for batch, row, pairs in load(comparisons, remaining, processors, device, settings.workers):
+        waited += time.perf_counter() - asked
+        sums[:3] += forward_backward(model, batch, row, pairs, settings)
+        asked = time.perf_counter()
+        if not batch.last:
+            continue
+
+        # Of all ranks' gradients together, before they are scaled down.
+        norm = clip_grad_norm_(model.parameters(), settings.clip or math.inf).full_tensor()
+        sums[3] = len(stop)
+        dist.all_reduce(sums)
+        # On a GPU the only place in a step where the CPU waits for it. From here on all ranks know the same.
+        *totals, stopping, norm = [*sums.tolist(), norm.item()]
+        loss, accuracy, margin = (total / batch.size for total in totals)
+        done, skipped = batch.step + 1, {}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(batch.step, steps, settings)
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+        else:
+            of_step = [each for each in micro_batches if each.step == batch.step]
+            skipped = stop_or_skip(loss, norm, model, of_step, comparisons, device, settings)
+        optimizer.zero_grad()
+        sums.zero_()
+
+        line = {
+            "step": done,
+            "loss": loss,  # with the regularisers, if any
+            "accuracy": accuracy,  # share of training pairs whose better response scores higher (a critic's with the
+            # data's critiques, which give it away)
+            "margin": margin,  # mean score of the better response minus that of the worse
+            "grad_norm": norm,  # before clipping
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "tokens": int(tokens[order[batch.step]].sum()),  # of the packed rows, over all ranks
+            "seconds": time.perf_counter() - began,
+            "data_seconds": waited,  # of these, this rank's wait for the loader
+        } | skipped
+        due = settings.validate_every and done % settings.validate_every == 0
+        if held_out is not None and (due or done == steps):
+            line |= validate(model, held_out, settings, device)
+        if rank == 0:
+            with data.writing(log), open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        shown |= {name: line[name] for name in ("loss", "accuracy", "validation_accuracy") if name in line}
+        progress.set_description(f"step {done}/{steps}", refresh=False)
+        progress.set_postfix(shown, refresh=False)
+        progress.update(batch.size)
+        due = settings.checkpoint_every and done % settings.checkpoint_every == 0
+        if (due or stopping) and done < steps:
+            save_checkpoint(checkpoints, done, training_state(model, optimizer), about)
+            if stopping:
+                raise UserError(f"stopped by SIGTERM after step {done}, which has a checkpoint; continue with --resume")
+        began = asked = time.perf_counter()
+        waited = 0.0
+    progress.close()
+    if settings.checkpoint_every:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    model.trained_with = {"data": settings.data, "steps": began_with.get("steps", 0) + steps}
+    model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
+    with data.writing(settings.out):
+        model.save_pretrained(settings.out, model_stage.DTYPES[settings.export_dtype], settings.export_file_size)
+    dist.barrier()
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the loop calls now and then.
+
+
+@torch.no_grad()
+def validate(model, comparisons, settings: Settings, device: torch.device) -> dict[str, float]:
+    """Loss and pair accuracy over the first --validation_size comparisons, each counting once."""
+    chosen = list(range(min(settings.validation_size, len(comparisons))))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    micro_batches = plan([chosen], *comparisons.sizes(), settings.micro_tokens, rank, world)
+    sums = torch.zeros(3, device=device)
+    model.eval()
+    for _, row, pairs in load(comparisons, micro_batches, model.processors, device, workers=0):
+        scores = model(row)
+        right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
+        sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
+    dist.all_reduce(sums)
+    model.train()
+    model.reshard()  # without a backward the embeddings, of the root, stay gathered, and no checkpoint can have that
+    # The data's critiques, which a critic reads here, give away which response is better. Only 04 makes it write.
+    accuracy = "validation_accuracy" + ("_with_given_critiques" if model.kind == "critic" else "")
+    return {"validation_loss": (sums[0] / sums[2]).item(), accuracy: (sums[1] / sums[2]).item()}
+
+
+def stop_or_skip(
+    loss: float, norm: float, model, micro_batches: list[MicroBatch], comparisons, device, settings: Settings
+) -> dict:
+    """Names the comparisons that made a step's loss or gradient not finite, and raises UserError, or with --non_finite
+    skip returns what the log says of the step; the same on all ranks.
+
+    Each micro-batch is computed again by itself. Of one with losses that are finite, it is the comparisons of all
+    ranks, whose gradients are summed.
+    """
+    named = []
+    for batch in micro_batches:
+        model.zero_grad()
+        read, row = pack_micro_batch(batch, comparisons, model.processors)
+        again = forward_backward(model, batch, row.to(device), pairs_of(read, row).to(device), settings)[0]
+        mine, everyone = [str(each) for each in read if each.place], [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (bool(again.isfinite()), mine))
+        if not clip_grad_norm_(model.parameters(), math.inf).full_tensor().isfinite():
+            guilty = [names for finite, names in everyone if not finite] or [names for _, names in everyone]
+            named += [name for names in guilty for name in names]
+    found = f"step {micro_batches[0].step + 1}: loss {loss:g}, norm of the gradient {norm:g}, from {len(named)} "
+    found += f"comparison(s): {', '.join(named)}"
+    if settings.non_finite == "stop":
+        raise UserError(f"{found}; the weights are as before. Mend the data, or go on with --non_finite skip")
+    if dist.get_rank() == 0:
+        print(f"{found}; its update is skipped", flush=True)
+    return dict.fromkeys(("loss", "accuracy", "margin", "grad_norm")) | {"skipped": named}  # JSON has no word for nan
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: model and optimizer as sharded safetensors, written by torch.distributed.checkpoint, which reads them
-# back on any number of ranks. The position in the data is the step, since the plan follows from the seed.
+# back on any number of ranks. The position in the data is the step, since the plan follows from the seed. To copy them
+# takes `writing`, `reading` and `write_file` of 01, and an optimizer whose state is allocated (`make_optimizer`).
 
 
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
@@ -486,9 +689,10 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def save_checkpoint(folder: Path, step: int, model, optimizer, settings: Settings, keep: int = 2) -> None:
+def save_checkpoint(folder: Path, step: int, state: dict[str, torch.Tensor], about: dict, keep: int = 2) -> None:
     """Writes `step_000050/` under a temporary name and renames it when all ranks are done; then removes old ones, again
-    by renaming first. So what is called step_... is whole, and there is one at any moment after the first."""
+    by renaming first. So what is called step_... is whole, and there is one at any moment after the first. Its run.json
+    says what the run is `about`, its settings and data, as `begin` wants to know."""
     final, writing = folder / f"step_{step:06d}", folder / f".writing_{step:06d}"
     with data.writing(final):
         if dist.get_rank() == 0:
@@ -496,16 +700,14 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, settings: Setting
             writing.mkdir(parents=True)
         dist.barrier()
         try:
-            writer = dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True)
-            dcp.save(training_state(model, optimizer), storage_writer=writer)
+            dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True))
         except dcp.CheckpointException as error:  # on all ranks, with what went wrong on each
             shutil.rmtree(writing, ignore_errors=True)
             reason = next(iter(error.failures.values()))[0]
             raise reason if isinstance(reason, OSError) else OSError(str(reason).splitlines()[0]) from None
         if dist.get_rank() == 0:
-            made_of = {"step": step, "settings": dataclasses.asdict(settings), "data": fingerprint(settings)}
-            made_of["files"] = {file.name: file.stat().st_size for file in writing.glob("*.safetensors")}
-            data.write_file(writing / "run.json", json.dumps(made_of, indent=1))
+            files = {file.name: file.stat().st_size for file in writing.glob("*.safetensors")}
+            data.write_file(writing / "run.json", json.dumps({"step": step, **about, "files": files}, indent=1))
             remove(final)
             writing.rename(final)
             for old in sorted(folder.glob("step_*"), key=step_of)[:-keep]:
@@ -519,21 +721,11 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".old_{checkpoint.name}")))
 
 
-def fingerprint(settings: Settings) -> str:
-    """Of the training data: what it was made with, and lengths and hashes of all its comparisons."""
-    made_of = hashlib.sha256()
-    for folder in settings.data or [DEFAULT_DATA]:
-        for name in ("dataset.json", "index.safetensors"):
-            made_of.update(hashlib.sha256(Path(folder, name).read_bytes()).digest())
-    return made_of.hexdigest()[:16]
-
-
 def check_checkpoint(checkpoint: Path, state: dict[str, torch.Tensor]) -> dict:
     """What run.json says of a checkpoint; UserError where it is not whole or not of this model.
 
     Every tensor of `state` has to be there, in pieces that cover its rows without a gap. Reads no more than headers:
     safetensors compares what they declare with the size of the file."""
-    pieces = {name: [] for name in state}
     with data.reading(checkpoint, "remove it"):
         run = json.loads((checkpoint / "run.json").read_bytes())
         for key, kind in (("step", int), ("settings", dict), ("data", str), ("files", dict)):
@@ -542,32 +734,29 @@ def check_checkpoint(checkpoint: Path, state: dict[str, torch.Tensor]) -> dict:
         there = {file.name: file.stat().st_size for file in checkpoint.glob("*.safetensors")}
         if run["step"] != step_of(checkpoint) or run["files"] != there:
             raise data.Unusable("its files are not those that run.json lists")
-        for name in there:
-            with safe_open(checkpoint / name, framework="pt") as file:
-                begins = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-                for key in file.keys():
-                    piece = file.get_slice(key)
-                    form = piece.get_dtype(), piece.get_shape()[1:]
-                    if key not in state or form != ("F32", list(state[key].shape[1:])):
-                        raise data.Unusable(f"{name}: {key} is none of this run's tensors")
-                    begin = begins[key]["saved_offsets"] if key in begins else [0] * len(piece.get_shape())
-                    pieces[key].append((*begin[:1], *piece.get_shape()[:1]))
-        for key, found in pieces.items():
+        saved = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata()
+        for piece, stored in saved.storage_data.items():
+            tensor = state.get(piece.fqn)
+            if tensor is None or (stored.dtype, stored.shape[1:]) != (tensor.dtype, tensor.shape[1:]):
+                raise data.Unusable(f"{Path(stored.relative_path).name}: {piece.fqn} is none of this run's tensors")
+        for name, tensor in state.items():
+            pieces = saved.state_dict_metadata[name].chunks if name in saved.state_dict_metadata else []
             end = 0
-            for begin, rows in sorted(found) if state[key].ndim else []:
-                if begin != end:
-                    raise data.Unusable(f"{key}: row {end} is missing")
-                end = begin + rows
-            if not found or state[key].ndim and end != len(state[key]):
-                raise data.Unusable(f"{key} is not all there")
+            for piece in sorted(pieces, key=lambda piece: piece.offsets) if tensor.ndim else []:
+                if piece.offsets[0] != end:
+                    raise data.Unusable(f"{name}: row {end} is missing")
+                end += piece.sizes[0]
+            if not pieces or tensor.ndim and end != len(tensor):
+                raise data.Unusable(f"{name} is not all there")
     return run
 
 
 def newest_whole(folder: Path, state: dict[str, torch.Tensor]) -> Path | None:
-    """The newest checkpoint that is whole; None where there is none. Says so where a newer one is damaged; raises
-    UserError where all are."""
-    damaged = []
-    for checkpoint in sorted(folder.glob("step_*"), key=step_of, reverse=True):
+    """The newest checkpoint that is whole, the same on all ranks; None where there is none. Says so where a newer one
+    is damaged; raises UserError where all are."""
+    there = sorted(folder.glob("step_*"), key=step_of, reverse=True) if dist.get_rank() == 0 else []
+    found, damaged = torch.tensor(0), []  # found: its step
+    for checkpoint in there:
         try:
             check_checkpoint(checkpoint, state)
         except UserError as error:
@@ -575,51 +764,83 @@ def newest_whole(folder: Path, state: dict[str, torch.Tensor]) -> Path | None:
             continue
         if damaged:
             print(f"{damaged[0]}; {checkpoint} is the newest whole one", flush=True)
-        return checkpoint
-    if damaged:
+        found += step_of(checkpoint)
+        break
+    if damaged and not found:
         raise UserError(f"no whole checkpoint: {damaged[0]}")
-    return None
+    dist.broadcast(found, 0)
+    return folder / f"step_{int(found):06d}" if found else None
 
 
-def load_checkpoint(folder: Path, model, optimizer, settings: Settings) -> int:
-    """Loads the newest whole checkpoint in place and returns its step, or 0 where there is none.
-
-    Raises UserError where it was made with other settings or data that change the run, and none asked for that."""
-    state = training_state(model, optimizer)
-    found = newest_whole(folder, state) if dist.get_rank() == 0 else None
-    step = torch.tensor(step_of(found) if found else 0, dtype=torch.long)
-    dist.broadcast(step, 0)  # all take the same
-    if not step:
-        return 0
-    checkpoint = folder / f"step_{step:06d}"
-    run = json.loads((checkpoint / "run.json").read_text())
-    same_run = "resume resume_changed non_finite out workers checkpoint_every validate_every validation validation_size"
-    same_run += " micro_tokens shard_size activation_checkpointing compile export_dtype export_file_size"
-    same_run += " plan gpus gpu_memory gpu_flops utilisation gpu_link plan_comparisons plan_lengths"
-    differ = [
-        f"--{key} {run['settings'].get(key)} (now {value})"
-        for key, value in dataclasses.asdict(settings).items()
-        if key not in same_run.split() and run["settings"].get(key) != value
-    ]
-    if run["data"] != fingerprint(settings):
-        differ.append("other data in --data than is there now")
-    if differ and not settings.resume_changed:
-        wanted = "give the same, continue so with --resume_changed, or start anew in another --out"
-        raise UserError(f"{checkpoint} was made with {', '.join(differ)}; {wanted}")
+def load_checkpoint(checkpoint: Path, state: dict[str, torch.Tensor]) -> None:
+    """Reads a checkpoint that is whole into the tensors of `state`, of which each rank has its shards."""
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
     for name, tensor in state.items():
-        if not local(tensor).isfinite().all():
+        if not (tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all():
             raise UserError(f"{checkpoint}: {name} has numbers that are not finite; remove it to continue from another")
-    return run["step"]
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Before anyone rents a GPU: the plan of a run, from the lengths in the shards and the shapes in config.json.
+# Where a run begins.
+
+
+def begin(settings: Settings, model, optimizer, about: dict) -> int:
+    """Readies --out for a run; with --resume loads its newest checkpoint, which has to be `about` the same settings and
+    data. Returns the step after which the run begins."""
+    checkpoints, log, start = Path(settings.out, "checkpoints"), Path(settings.out, "metrics.jsonl"), 0
+    refuse_unfinished(settings, checkpoints)
+    state = training_state(model, optimizer)
+    if settings.resume and (newest := newest_whole(checkpoints, state)):
+        if not settings.resume_changed:
+            check_same_run(newest, about)
+        load_checkpoint(newest, state)
+        start = step_of(newest)
+    dist.barrier()  # before what they have read is removed
+    if dist.get_rank() == 0:
+        if not settings.resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        for unfinished in checkpoints.glob(".*"):  # what a killed run was writing or removing
+            shutil.rmtree(unfinished)
+        # Its last line may be half written, after the checkpoint.
+        logged = log.read_text().splitlines()[:start] if start and log.is_file() else []
+        data.write_file(log, "".join(f"{line}\n" for line in logged))
+    return start
+
+
+def refuse_unfinished(settings: Settings, checkpoints: Path) -> None:
+    """Raises UserError where a new run would remove the checkpoints of one that has not been exported."""
+    found = sorted(checkpoints.glob("step_*"), key=step_of)
+    head = Path(settings.out, "reward_head.safetensors")
+    exported = head.is_file() and found and head.stat().st_mtime > found[-1].stat().st_mtime
+    if found and not exported and not settings.resume:
+        raise UserError(f"{found[-1]} is of a run that has not ended; --resume continues it, or remove {checkpoints}")
+
+
+def fingerprint(folders: list[str]) -> str:
+    """Of training data: what it was made with, and lengths and hashes of all its comparisons."""
+    made_of = hashlib.sha256()
+    for folder in folders:
+        for name in ("dataset.json", "index.safetensors"):
+            made_of.update(hashlib.sha256(Path(folder, name).read_bytes()).digest())
+    return made_of.hexdigest()[:16]
+
+
+def check_same_run(checkpoint: Path, about: dict) -> None:
+    """Raises UserError where a checkpoint was made with another recipe or other data."""
+    made_with, now = json.loads((checkpoint / "run.json").read_text()), about["settings"]
+    was = made_with["settings"]
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    differ = [f"--{name} {was.get(name)} (now {now[name]})" for name in names if was.get(name) != now[name]]
+    if made_with["data"] != about["data"]:
+        differ.append("other data in --data than is there now")
+    if differ:
+        wanted = "give the same, continue so with --resume_changed, or start anew in another --out"
+        raise UserError(f"{checkpoint} was made with {', '.join(differ)}; {wanted}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --plan, before anyone rents a GPU: what a run computes, needs and takes, from the lengths in the shards and the shapes
+# in config.json. Nothing above needs any of this.
 
 
 @dataclass
@@ -651,6 +872,32 @@ def work_of(config, prompts, responses, starts, grids, image_starts) -> np.ndarr
         summed(time * squares(height) * squares(width), image_starts),
     ]
     return np.stack(columns, axis=1)
+
+
+def work_to_plan(settings: Settings, config) -> tuple[np.ndarray, str]:
+    """The fields of Work for every comparison in the shards, or for the assumed one, [n, 6], and in words what they are
+    of. The tokenizer of the shards is not compared with the model's."""
+    if settings.plan_lengths:
+        if len(settings.plan_lengths) < 3 or settings.plan_lengths[1] and not hasattr(config, "vision_config"):
+            raise UserError("--plan_lengths: tokens of text, of an image (0 for a text-only model), of each response")
+        text, image, *responses = settings.plan_lengths
+        merge = config.vision_config.spatial_merge_size if image else 1
+        grids = np.full((int(image > 0), 3), [1, *[merge * image**0.5] * 2])  # square
+        starts, of_image = np.array([0, len(responses)]), np.array([0, len(grids)])
+        found = work_of(config, np.array([text + image]), np.array(responses), starts, grids, of_image)
+        return found, f"assumed: {text} tokens of text, {image} of an image, responses of {responses}"
+
+    def of_shard(shard) -> np.ndarray:
+        prompts, responses = np.diff(shard.offsets["prompts"]), np.diff(shard.offsets["responses"])
+        grids = shard.grids[shard.image_index]
+        return work_of(config, prompts, responses, shard.offsets["ranks"], grids, shard.offsets["image_index"])
+
+    sets, named = [data.Comparisons(folder) for folder in settings.data], ", ".join(settings.data)
+    found = [of_shard(each.open(k)) for each in sets for k in range(len(each.info["shards"]))]
+    if not found:
+        raise UserError(f"{named}: no comparisons in there; see rejected.jsonl for why")
+    found = np.concatenate(found)
+    return found, f"the mean of {len(found):,} in {named}"
 
 
 def flops(config, work: Work, freeze_vision: bool = False, activation_checkpointing: bool = False) -> dict[str, float]:
@@ -736,47 +983,26 @@ def memory(
     return {part: count / ranks for part, count in sharded.items()} | dict(zip(names, max(moments, key=sum)))
 
 
-def work_to_plan(settings: Settings, config) -> tuple[np.ndarray, str]:
-    """The fields of Work for every comparison in the shards, or for the assumed one, [n, 6], and in words what they are
-    of. The tokenizer of the shards is not compared with the model's."""
-    if settings.plan_lengths:
-        if len(settings.plan_lengths) < 3 or settings.plan_lengths[1] and not hasattr(config, "vision_config"):
-            raise UserError("--plan_lengths: tokens of text, of an image (0 for a text-only model), of each response")
-        text, image, *responses = settings.plan_lengths
-        merge = config.vision_config.spatial_merge_size if image else 1
-        grids = np.full((int(image > 0), 3), [1, *[merge * image**0.5] * 2])  # square
-        starts, of_image = np.array([0, len(responses)]), np.array([0, len(grids)])
-        found = work_of(config, np.array([text + image]), np.array(responses), starts, grids, of_image)
-        return found, f"assumed: {text} tokens of text, {image} of an image, responses of {responses}"
-
-    def of_shard(shard) -> np.ndarray:
-        prompts, responses = np.diff(shard.offsets["prompts"]), np.diff(shard.offsets["responses"])
-        grids = shard.grids[shard.file.get_tensor("image_index")]
-        return work_of(config, prompts, responses, shard.offsets["ranks"], grids, shard.offsets["image_index"])
-
-    folders = settings.data or [DEFAULT_DATA]
-    sets = [data.Comparisons(folder) for folder in folders]
-    found = [of_shard(each.open(k)) for each in sets for k in range(len(each.info["shards"]))]
-    if not found:
-        raise UserError(f"{', '.join(folders)}: no comparisons in there; see rejected.jsonl for why")
-    found = np.concatenate(found)
-    return found, f"the mean of {len(found):,} in {', '.join(folders)}"
+def model_to_plan(path: str):
+    """A naive reward model with the shapes of the config.json in `path`, on the meta device. Raises UserError where it
+    is of a kind or family whose cost is not known here."""
+    started = Path(path, model_stage.HEAD_FILE).is_file()
+    if started and (kind := model_stage.RewardModel.from_pretrained(path, empty=True).kind) != "naive":
+        raise UserError(f"{path}: only naive reward models are planned, and this one is {kind}")
+    backbone = model_stage.load_backbone(path, empty=True)
+    if not data.FAMILIES[backbone.config.model_type].planned:
+        known = ", ".join(name for name, family in data.FAMILIES.items() if family.planned)
+        raise UserError(f"{path}: a {backbone.config.model_type}, which --plan does not know; it knows {known}")
+    with torch.device("meta"):
+        head = model_stage.RewardHead(backbone.config.get_text_config().hidden_size)
+        return model_stage.RewardModel(backbone, head, None)
 
 
 def print_plan(settings: Settings) -> None:
     """Prints what the run that the settings describe computes, needs and takes, with every assumption. Reads lengths
     from the shards and shapes from config.json; loads no weights and trains nothing."""
-    started = Path(settings.model, model_stage.HEAD_FILE).is_file()
-    if started and (kind := model_stage.RewardModel.from_pretrained(settings.model, empty=True).kind) != "naive":
-        raise UserError(f"{settings.model}: only naive reward models are planned, and this one is {kind}")
-    backbone = model_stage.load_backbone(settings.model, empty=True)
-    config, how = backbone.config, (settings.freeze_vision, settings.activation_checkpointing)
-    if not data.FAMILIES[config.model_type].planned:
-        known = ", ".join(name for name, family in data.FAMILIES.items() if family.planned)
-        raise UserError(f"{settings.model}: a {config.model_type}, which --plan does not know; it knows {known}")
-    with torch.device("meta"):
-        model = model_stage.RewardModel(backbone, model_stage.RewardHead(config.get_text_config().hidden_size), None)
-    gpus = settings.gpus or dist.get_world_size()
+    model, gpus = model_to_plan(settings.model), settings.gpus or dist.get_world_size()
+    config, how = model.backbone.config, (settings.freeze_vision, settings.activation_checkpointing)
     work, source = work_to_plan(settings, config)
     count = settings.plan_comparisons or len(work)
     steps = settings.steps or math.ceil(count * settings.epochs / settings.batch_size)
@@ -785,272 +1011,58 @@ def print_plan(settings: Settings) -> None:
     # the first rank, so its are the largest, and the others wait for them. The longest comparison may be in none.
     order = order_of_training(len(work), dataclasses.replace(settings, steps=min(steps, 20)))
     tokens, patches = work[:, 0].astype(int), work[:, 3].astype(int)
-    cost = tokens + patches // 4
-    rows = [batch.comparisons for batch in plan(order, tokens, patches, settings.micro_tokens, 0, gpus)]
-    largest = max([*rows, [int(cost.argmax())]], key=lambda row: sum(cost[i] for i in row))
-    row = Work(*work[largest].sum(axis=0))
-    waiting = gpus * sum(cost[i] for row in rows for i in row) / cost[np.concatenate(order)].sum()  # 1: none
+    micro_batches = plan(order, tokens, patches, settings.micro_tokens, 0, gpus)
+    rows, cost = [batch.comparisons for batch in micro_batches], tokens + patches // 4
+    largest = max([*rows, [int(cost.argmax())]], key=lambda row: cost[row].sum())
+    row, mean = Work(*work[largest].sum(axis=0)), Work(*work.mean(axis=0))
+    waiting = 1 + imbalance(micro_batches)
 
-    mean = work.mean(axis=0)
     shards = settings.shard_size or gpus
     parts = memory(model, row, shards, *how)
-    spent = flops(config, Work(*mean), *how)  # on a comparison
+    spent = flops(config, mean, *how)  # on a comparison
     reached = gpus * settings.gpu_flops * settings.utilisation
     computing = sum(spent.values()) * settings.batch_size * waiting / reached
     everything = sum(p.numel() for p in model.parameters())
     # Of every micro-batch: parameters in bfloat16 for forward and backward, then gradients in float32. Within groups of
     # --shard_size, which have a fast network of their own, that is free; between them gradients are reduced and sent.
-    per_step = len(rows) / len(order)
+    per_step = len(micro_batches) / len(order)
     travelling = (2 * 2 + 4) * (gpus - 1) / gpus if shards == gpus else 2 * 4 / shards  # bytes of each parameter
     traffic = per_step * travelling * everything
     moving = traffic / settings.gpu_link
     hours = steps * max(computing, moving) / 3600
-    needed = sum(parts.values()) / 1e9
 
-    def table(title: str, unit: str, lines: list) -> None:
-        print(f"\n{title:<30}{unit:>14}")
-        for name, number, *notes in lines:
-            print(f"  {name:<28}{number:>14,.4g}", *notes)
+    heading = lambda title, unit: print(f"\n{title:<30}{unit:>14}")
+    line = lambda name, number, note="": print(f"  {name:<28}{number:>14,.4g}{note and f'  {note}'}")
 
-    kept = "recomputed" if settings.activation_checkpointing else "kept"
+    run = steps * settings.batch_size
+    tower, kept = ("frozen" if how[0] else "trained"), ("recomputed" if how[1] else "kept")
     print(f"model  {settings.model}: {everything:,} parameters with a reward head of two layers")
     print(f"data   {count:,} comparisons; {source}")
-    run = steps * settings.batch_size
     print(f"run    {steps:,} steps of {settings.batch_size}, {run / count:.2f} epochs, on {gpus} GPUs;", end=" ")
-    print(f"vision tower {'frozen' if settings.freeze_vision else 'trained'}, activations {kept}")
-    counts = {"tokens": mean[0], "image patches": mean[3]}
-    lines = [(name, each, f" {each * run:.3g} in the run") for name, each in counts.items()]
-    lines += [(f"TFLOP, {part}", each / 1e12, f" {each * run / 1e12:.3g}") for part, each in spent.items()]
-    table("work", "a comparison", lines)
+    print(f"vision tower {tower}, activations {kept}")
+    heading("work", "a comparison")
+    line("tokens", mean.tokens, f"{mean.tokens * run:.3g} in the run")
+    line("image patches", mean.patches, f"{mean.patches * run:.3g} in the run")
+    for part, each in spent.items():
+        line(f"TFLOP, {part}", each / 1e12, f"{each * run / 1e12:.3g}")
 
-    lines = [(part, each / 1e9) for part, each in parts.items()]
+    heading("memory of a GPU", "GB")
+    for part, each in parts.items():
+        line(part, each / 1e9)
+    needed = sum(parts.values()) / 1e9
     fits = "fits in" if needed < 0.9 * settings.gpu_memory else "does NOT fit in"
-    lines += [("all of it", needed, f" {fits} {settings.gpu_memory:g} GB, a tenth kept free for what is not counted")]
-    table("memory of a GPU", "GB", lines)
+    line("all of it", needed, f"{fits} {settings.gpu_memory:g} GB, a tenth kept free for what is not counted")
     print(f"  a step is {per_step:.1f} micro-batches; its largest {row.tokens:,.0f} tokens, {row.patches:,.0f} patches")
 
-    speed = f" at {settings.utilisation:.0%} of {settings.gpu_flops / 1e12:g} TFLOP/s"
-    lines = [("computing", computing, f"{speed}; the fullest GPU has {waiting:.2f} times the mean work")]
-    moved = f" {traffic / 1e9:.1f} GB through each GPU at {settings.gpu_link / 1e9:g} GB/s, while it computes"
-    table("time", "s a step", [*lines, ("communicating", moving, moved)])
+    heading("time", "s a step")
+    speed = f"at {settings.utilisation:.0%} of {settings.gpu_flops / 1e12:g} TFLOP/s"
+    line("computing", computing, f"{speed}; the fullest GPU has {waiting:.2f} times the mean work")
+    moved = f"{traffic / 1e9:.1f} GB through each GPU at {settings.gpu_link / 1e9:g} GB/s"
+    line("communicating", moving, f"{moved}, while it computes")
     print(f"{hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours: the longer of both, without validations and checkpoints")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop.
-
-
-def forward_backward(model, batch: MicroBatch, row, pairs: Pairs, settings: Settings) -> torch.Tensor:
-    """Adds a micro-batch's share to the gradients; returns its loss, right pairs and margin, summed over comparisons
-    [3]."""
-    loss, scores = losses(model, row, pairs, settings)
-    # FSDP averages gradients over all ranks, of all replicas; times their number that is the sum, and the sum over all
-    # comparisons of the step divided by their number is what one rank would have computed.
-    (loss * dist.get_world_size() / batch.size).backward()
-    with torch.no_grad():
-        margins = scores[pairs.better] - scores[pairs.worse]  # [pairs]
-        return torch.stack([loss, (pairs.weight * (margins > 0)).sum(), (pairs.weight * margins).sum()])
-
-
-def gradient_norm(model, largest: float = math.inf) -> torch.Tensor:
-    """Of all ranks' gradients together, before they are scaled down to the norm `largest`."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest).full_tensor()
-
-
-def not_finite(model, optimizer, micro_batches: list[MicroBatch], comparisons, device, settings: Settings) -> list[str]:
-    """The comparisons that made a step's loss or gradient not finite, in words, the same on all ranks: each micro-batch
-    is computed again by itself. Of one with losses that are finite, it is those of all ranks, whose gradients are
-    summed."""
-    named = []
-    for batch in micro_batches:
-        optimizer.zero_grad()
-        read, row = pack_micro_batch(batch, comparisons, model.processors)
-        loss = forward_backward(model, batch, row.to(device), pairs_of(read, row).to(device), settings)[0]
-        mine, everyone = (
-            (bool(loss.isfinite()), [str(each) for each in read if each.place]),
-            [None] * dist.get_world_size(),
-        )
-        dist.all_gather_object(everyone, mine)
-        if not gradient_norm(model).isfinite():
-            guilty = [names for finite, names in everyone if not finite] or [names for _, names in everyone]
-            named += [name for names in guilty for name in names]
-    optimizer.zero_grad()
-    return named
-
-
-@torch.no_grad()
-def validate(model, comparisons, micro_batches, device) -> dict[str, float]:
-    """Loss and pair accuracy over a fixed set of comparisons, each comparison counting once."""
-    model.eval()
-    sums = torch.zeros(3, device=device)
-    for _, row, pairs in load(comparisons, micro_batches, model.processors, device, 0):
-        scores = model(row)
-        right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
-        sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
-    dist.all_reduce(sums)
-    model.train()
-    model.reshard()  # without a backward the embeddings, of the root, stay gathered, and no checkpoint can have that
-    # The data's critiques, which a critic reads here, give away which response is better. Only 04 makes it write.
-    accuracy = "validation_accuracy" + ("_with_given_critiques" if model.kind == "critic" else "")
-    return {"validation_loss": (sums[0] / sums[2]).item(), accuracy: (sums[1] / sums[2]).item()}
-
-
-def open_data(settings: Settings, processors) -> tuple:
-    """The training comparisons, their sizes in tokens and patches [n], and the comparisons to validate on, or None.
-
-    Raises UserError where they are no training data for this model."""
-    folders = settings.data or [DEFAULT_DATA]
-    sets = [data.Comparisons(folder, processors.fingerprint) for folder in folders]
-    comparisons = torch.utils.data.ConcatDataset(sets)
-    tokens, patches = (np.concatenate(sizes) for sizes in zip(*(each.sizes() for each in sets)))
-    named = ", ".join(folders)
-    if not len(comparisons):
-        raise UserError(f"{named}: no comparisons in there; see rejected.jsonl for why")
-    for each in sets:
-        if metric := each.info["metric"]:
-            raise UserError(f"{each.folder}: the benchmark {metric}, which is to score models and not to train them")
-    if not all(np.concatenate([each.response_counts() for each in sets])):
-        raise UserError(f"{named}: has prompts without responses; a reward model is trained on pairs or rankings")
-    if processors.image is None and patches.any():
-        raise UserError(f"{named}: {(patches > 0).sum()} comparisons have images, and {settings.model} is text-only")
-    data.use_pixel_limits(processors, sets)
-    validation = settings.validation
-    if validation == "auto":
-        beside = f"{folders[0].rstrip('/')}_holdout"
-        validation = beside if Path(beside, "dataset.json").is_file() else ""
-    held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
-    return comparisons, tokens, patches, held_out if len(held_out) else None
-
-
-def refuse_unfinished(settings: Settings, checkpoints: Path) -> None:
-    """Raises UserError where a new run would remove the checkpoints of one that has not been exported."""
-    found = sorted(checkpoints.glob("step_*"), key=step_of)
-    head = Path(settings.out, "reward_head.safetensors")
-    exported = head.is_file() and found and head.stat().st_mtime > found[-1].stat().st_mtime
-    if found and not exported and not settings.resume:
-        raise UserError(f"{found[-1]} is of a run that has not ended; --resume continues it, or remove {checkpoints}")
-
-
-def train(settings: Settings) -> dict:
-    """Trains a reward model as the settings say and exports it to `settings.out`; returns the last line of metrics."""
-    rank, world, device = data.start_distributed()
-    torch.manual_seed(settings.seed)
-    model = model_stage.RewardModel.from_pretrained(settings.model, empty=True)
-    processors, began_with = model.processors, model.trained_with
-    comparisons, tokens, patches, held_out = open_data(settings, processors)
-    if model.reader:
-        comparisons = Read(comparisons, patches, model.reader, device)
-        tokens, patches = comparisons.sizes()
-        held_out = held_out and Read(held_out, held_out.sizes()[1], model.reader, device)
-    order = order_of_training(len(comparisons), settings)
-    steps = len(order)
-    micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world)
-    if held_out is not None:
-        chosen = list(range(min(settings.validation_size, len(held_out))))
-        validation_plan = plan([chosen], *held_out.sizes(), settings.micro_tokens, rank, world)
-
-    vision = model_stage.parts_of(model.backbone).vision
-    if settings.freeze_vision and vision is not None:
-        vision.requires_grad_(False)
-    how = {"activation_checkpointing": settings.activation_checkpointing, "compile": settings.compile}
-    heads = (model.head,) if model.head else ()
-    shard(model, model.backbone, device, in_float32=heads, shard_size=settings.shard_size, **how)
-    load_weights(model.backbone, settings.model, device)
-    model.train()
-    optimizer = make_optimizer(model, settings, device)
-    checkpoints, log = Path(settings.out, "checkpoints"), Path(settings.out, "metrics.jsonl")
-    refuse_unfinished(settings, checkpoints)
-    start = load_checkpoint(checkpoints, model, optimizer, settings) if settings.resume else 0
-    dist.barrier()  # before what they have read is removed
-    if rank == 0:
-        if not settings.resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        for unfinished in checkpoints.glob(".*"):  # what a killed run was writing or removing
-            shutil.rmtree(unfinished)
-        # Its last line may be half written, after the checkpoint.
-        logged = log.read_text().splitlines()[:start] if start and log.is_file() else []
-        data.write_file(log, "".join(f"{line}\n" for line in logged))
-        head = "a new head"
-        if began_with:
-            head = f"its head, trained on {', '.join(began_with['data'])} for {began_with['steps']} steps"
-        images = int((patches > 0).sum())
-        print(f"{settings.model} with {head}; {len(comparisons)} comparisons, {images} of them with images", flush=True)
-        print(f"steps {start + 1} to {steps} of {settings.batch_size} comparisons on {world} rank(s), ", end="")
-        print(f"whose work differs by {100 * imbalance(micro_batches):.1f}%", flush=True)
-
-    line, stop = {}, []
-    if settings.checkpoint_every:
-        signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    progress = tqdm(total=steps, initial=start, desc="train", unit=" step", disable=rank > 0, mininterval=1)
-    sums, began = torch.zeros(4, device=device), time.perf_counter()
-    asked, waited = began, 0.0
-    remaining = [batch for batch in micro_batches if batch.step >= start]
-    for batch, row, pairs in load(comparisons, remaining, processors, device, settings.workers):
-        waited += time.perf_counter() - asked
-        sums[:3] += forward_backward(model, batch, row, pairs, settings)
-        asked = time.perf_counter()
-        if not batch.last:
-            continue
-        norm = gradient_norm(model, settings.clip or math.inf)
-        sums[3] = len(stop)
-        dist.all_reduce(sums)
-        # On a GPU the only place in a step where the CPU waits for it. From here on all ranks know the same.
-        loss_sum, right, margin, stopping, norm = [*sums.tolist(), norm.item()]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(batch.step, steps, settings)
-        if skipped := not (math.isfinite(loss_sum) and math.isfinite(norm)):
-            of_step = [each for each in micro_batches if each.step == batch.step]
-            named = not_finite(model, optimizer, of_step, comparisons, device, settings)
-            what = f"step {batch.step + 1}: loss {loss_sum / batch.size:g}, norm of the gradient {norm:g}, from "
-            what += f"{len(named)} comparison(s): {', '.join(named)}"
-            if settings.non_finite == "stop":
-                raise UserError(f"{what}; the weights are as before. Mend the data, or go on with --non_finite skip")
-            if rank == 0:
-                print(f"{what}; its update is skipped", flush=True)
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
-
-        done = batch.step + 1
-        line = {
-            "step": done,
-            "loss": loss_sum / batch.size,  # with the regularisers, if any
-            "accuracy": right / batch.size,  # share of training pairs whose better response scores higher (a critic's
-            # with the data's critiques, which give it away)
-            "margin": margin / batch.size,  # mean score of the better response minus that of the worse
-            "grad_norm": norm,  # before clipping
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "tokens": int(tokens[order[batch.step]].sum()),  # of the packed rows, over all ranks
-            "seconds": time.perf_counter() - began,
-            "data_seconds": waited,  # of these, this rank's wait for the loader
-        }
-        if skipped:  # JSON has no word for what is not finite
-            line |= {"loss": None, "accuracy": None, "margin": None, "grad_norm": None, "skipped": named}
-        sums.zero_()
-        due = settings.validate_every and done % settings.validate_every == 0
-        if held_out is not None and (due or done == steps):
-            line |= validate(model, held_out, validation_plan, device)
-        if rank == 0:
-            with data.writing(log), open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        progress.update()
-        progress.set_postfix(loss=f"{loss_sum / batch.size:.3f}", accuracy=f"{right / batch.size:.2f}", refresh=False)
-        due = settings.checkpoint_every and done % settings.checkpoint_every == 0
-        if (due or stopping) and done < steps:
-            save_checkpoint(checkpoints, done, model, optimizer, settings)
-            if stopping:
-                raise UserError(f"stopped by SIGTERM after step {done}, which has a checkpoint; continue with --resume")
-        began, asked, waited = time.perf_counter(), time.perf_counter(), 0.0
-    progress.close()
-    if settings.checkpoint_every:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    model.trained_with = {"data": settings.data or [DEFAULT_DATA], "steps": began_with.get("steps", 0) + steps}
-    model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
-    with data.writing(settings.out):
-        model.save_pretrained(settings.out, model_stage.DTYPES[settings.export_dtype], settings.export_file_size)
-    dist.barrier()
-    return line
 
 
 def main(settings: Settings) -> None:
@@ -1061,8 +1073,9 @@ def main(settings: Settings) -> None:
     last = train(settings)
     if dist.get_rank() == 0:
         validated = f", validation accuracy {last['validation_accuracy']:.3f}" if "validation_accuracy" in last else ""
+        model = "" if settings.out == Settings.out else f" --model {settings.out}"
         print(f"{settings.out}: the trained reward model{validated}; metrics in {settings.out}/metrics.jsonl")
-        print("Next: torchrun --standalone --nproc_per_node=2 04_eval.py")
+        print(f"Next: torchrun --standalone --nproc_per_node=2 04_eval.py{model}")
 
 
 if __name__ == "__main__":

@@ -42,12 +42,9 @@ option, UserError = data.option, data.UserError
 class Settings:
     member: list[str] = option([], "reward models to combine, repeatable; none: artifacts/reward and one trained here")
     text_member: str = option(
-        "auto",
-        "text-only reward model for comparisons without images; '' for none; auto: one trained here if no --member",
+        "auto", "text-only reward model for comparisons without images; auto: one trained here if no --member; '': none"
     )
-    heldout: str = option(
-        "artifacts/data/train_holdout", "held-out training pairs on which the weights are fitted; never a benchmark"
-    )
+    heldout: str = option("artifacts/data/train_holdout", "held-out training pairs to fit the weights on; no benchmark")
     benchmark: list[str] = option([], "prepared comparisons to score, repeatable; none: the embedded held-out sets")
     out: str = option("artifacts/ensemble", "folder for the members trained here and summary.json")
     backbone: str = option("tests/tiny", "backbone of the members trained here")
@@ -115,18 +112,9 @@ def train_member(name: str, backbone: str, train_data: str, settings: Settings) 
         torch.manual_seed(settings.seed)
         model_stage.RewardModel.from_backbone(backbone, model_stage.HeadSettings()).save_pretrained(f"{out}/initial")
     dist.barrier()
-    training.train(
-        training.Settings(
-            model=f"{out}/initial",
-            data=[train_data],
-            out=out,
-            steps=settings.steps,
-            learning_rate=settings.learning_rate,
-            seed=settings.seed,
-            validate_every=0,
-            checkpoint_every=0,
-        )
-    )
+    how = {"steps": settings.steps, "learning_rate": settings.learning_rate, "seed": settings.seed}
+    how |= {"validate_every": 0, "checkpoint_every": 0}
+    training.train(training.Settings(model=f"{out}/initial", data=[train_data], out=out, **how))
     return out
 
 
@@ -213,7 +201,8 @@ def main(settings: Settings) -> None:
     fitted = {key: values.tolist() for key, values in weights.items()}
     summary = {"members": members, "text_member": text_member, "weights": fitted, "benchmarks": benchmarks}
     data.write_file(Path(settings.out, "summary.json"), json.dumps(summary, indent=1))
-    print(f"\n{settings.out}/summary.json has all metrics\nNext: torchrun --standalone --nproc_per_node=2 06_grpo.py")
+    print(f"\n{settings.out}/summary.json has all metrics")
+    print("Next: torchrun --standalone --nproc_per_node=2 06_grpo.py")
 
 
 if __name__ == "__main__":

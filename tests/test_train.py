@@ -1,6 +1,7 @@
 """Stage 3: the same gradient on any number of ranks, the same run after an interruption, the losses of the paper."""
 
 import ast
+import dis
 import json
 import math
 import os
@@ -97,7 +98,7 @@ def test_the_gradient_of_a_step_is_the_same_on_1_2_and_3_ranks_with_text_and_ima
     }
     gradients = {}
     for i, (name, (ranks, micro_tokens, checkpointing)) in enumerate(cases.items()):
-        torchrun(
+        done = torchrun(
             tmp_path / "gradient.py",
             world / "data/train",
             initial,
@@ -106,6 +107,7 @@ def test_the_gradient_of_a_step_is_the_same_on_1_2_and_3_ranks_with_text_and_ima
             checkpointing,
             ranks=ranks,
         )
+        assert "Warning" not in done.stderr, done.stderr  # of a library's, about which a user could do nothing
         gradients[name] = load_file(tmp_path / f"{i}.safetensors")
     for name, other in gradients.items():
         for parameter, expected in gradients["1 rank"].items():
@@ -264,9 +266,13 @@ DAMAGES = {
     "rows are missing": (rewrite(lambda t, o: t.__setitem__(NORM, t[NORM][:-1])), f"{NORM} is not all there"),
     "rows twice": (rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [0])), "row .* is missing"),
     "rows far away": (rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [2**60])), "row .* is missing"),
+    "offsets are missing": (
+        rewrite(lambda tensors, offsets: offsets.pop(NORM.replace("model.", "step.", 1))),
+        "missing: 'step.backbone.language_model.norm.weight'",
+    ),
     "half precision": (rewrite(lambda t, o: t.__setitem__(NORM, t[NORM].half())), "none of this run's tensors"),
     "a tensor of another model": (
-        rewrite(lambda t, o: t.__setitem__("x", t[NORM].clone())),
+        rewrite(lambda t, o: (t.__setitem__("x", t[NORM].clone()), o.__setitem__("x", o[NORM]))),
         "none of this run's tensors",
     ),
 }
@@ -405,6 +411,8 @@ def test_a_second_training_continues_with_the_trained_head(world, initial, tmp_p
         0,
         ranks=1,
     )
+    assert f"Next: torchrun --standalone --nproc_per_node=2 04_eval.py --model {tmp_path}/second\n" in again.stdout
+    assert "64/64 [" in again.stderr and "comparisons/s, loss=" in again.stderr
     second = load_file(tmp_path / "second/reward_head.safetensors")
     assert (
         all(torch.equal(tensor, first[name]) for name, tensor in second.items())
@@ -498,6 +506,39 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
         and rates[-1] < 0.001
     )
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def needs(names: list[str]) -> set[str]:
+    """What of the project these functions of stage 3 refer to, beside each other."""
+    made_here = {name for name, value in vars(train).items() if getattr(value, "__module__", "") == train.__name__}
+    codes = [
+        value.__code__
+        for name in names
+        for value in ([getattr(train, name), *vars(getattr(train, name)).values()])
+        if hasattr(value, "__code__")
+    ]
+    found = set()
+    for code in codes:
+        codes += [constant for constant in code.co_consts if hasattr(constant, "co_code")]
+        instructions = list(dis.get_instructions(code))
+        for instruction, following in zip(instructions, instructions[1:]):
+            if instruction.opname == "LOAD_GLOBAL" and instruction.argval in ("data", "model_stage"):
+                found.add(f"{instruction.argval}.{following.argval}")
+            elif instruction.opname == "LOAD_GLOBAL" and instruction.argval in made_here | {"UserError"}:
+                found.add(instruction.argval)
+    return found - set(names)
+
+
+def test_the_pieces_that_are_meant_for_copying_take_no_more_of_the_project_along_than_is_said():
+    assert needs(["MicroBatch", "deal", "plan", "imbalance"]) == set()
+    assert needs(["order_of_training"]) == needs(["learning_rate_at"]) == needs(["make_optimizer"]) == set()
+    assert needs(["ranking_loss", "ordered_pairs"]) == set()
+    assert needs(["Pairs", "pairs_of", "ordered_pairs"]) == {"model_stage.change_tensors", "model_stage.Written"}
+    assert needs(["load_weights", "checkpoint_tensors"]) == {"UserError"}
+    assert needs(["shard"]) == {"UserError", "model_stage.parts_of"}
+    saving, loading = ["save_checkpoint", "remove"], ["newest_whole", "check_checkpoint", "load_checkpoint"]
+    of_01 = {f"data.{name}" for name in ("writing", "reading", "write_file", "Unusable")}
+    assert needs(["training_state", "step_of", *saving, *loading]) == of_01 | {"UserError"}
 
 
 # ---- what a user can get wrong
