@@ -351,27 +351,7 @@ def read_world(source: str, split: str, count: int, seed: str) -> Iterator[Line]
         yield f"world/{source}/{split}", index + 1, partial(embedded_world().record, source, split, seed, index)
 
 
-@dataclass
-class Source:
-    """Where published data comes from: how its files are read, what they are called on the hub, how it is scored."""
-
-    read: Callable[[str], Iterator[Line]]  # of a downloaded file or folder
-    hub: str = ""  # "owner/name" of the data set, for the download
-    metric: str = ""  # of a benchmark: its official one, a name in 04 (of questions for a policy: in 06)
-
-
-# By the names that --source takes. All published ones are in the appendix, at the end of this file.
-SOURCES = {"jsonl": Source(read_rows), "world": Source(read_world)}
-
-
-def published(name: str, hub: str = "", pattern: str = "**/*", metric: str = "", with_file: bool = False) -> Callable:
-    """Enters the decorated function into SOURCES, as what converts the rows of such files (see read_rows)."""
-
-    def enter(convert: Callable) -> Callable:
-        SOURCES[name] = Source(partial(read_rows, convert=convert, pattern=pattern, with_file=with_file), hub, metric)
-        return convert
-
-    return enter
+# What --source says: a file of one's own, or a name that is looked up in SOURCES (in the appendix, behind main).
 
 
 def split_source(source: str) -> tuple[str, str, float]:
@@ -399,37 +379,6 @@ def open_source(source: str, seed: int = 0) -> Iterator[Line]:
         lines = itertools.islice(lines, int(limit))
     known = {} if name == "jsonl" else {"source": name}
     return ((file, number, partial(lambda read: known | read(), read)) for file, number, read in lines)
-
-
-@lru_cache
-def locate(name: str, path: str) -> str:
-    """PATH where something is there; otherwise the data set of that name on the hub, or the source's own, downloaded
-    into the hub's cache. Rank 0 goes first, so that what other ranks ask for is there already."""
-    if path and (Path(path).exists() or glob.glob(path)):
-        return path
-    repo = path or SOURCES[name].hub
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(DATA_FILES):
-        names = ", ".join(SOURCES)
-        raise UserError(f"--source {path or name}: nothing there. A source is a file or name:PATH, name one of {names}")
-    from huggingface_hub import snapshot_download  # comes with transformers
-
-    if dist.get_rank() > 0:
-        dist.barrier()
-    try:
-        return snapshot_download(repo, repo_type="dataset")
-    except Exception as error:  # offline, no such set, not logged in, disk full: the hub's client raises many kinds
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise UserError(
-            f"--source {path or name}: nothing there, nor could it be downloaded ({reason}). Where the hub can be "
-            f"reached: {download_command(repo, repo)}, then --source {name}:{repo}"
-        ) from None
-    finally:
-        if dist.get_rank() == 0:
-            dist.barrier()
-
-
-def download_command(repo: str, folder: str) -> str:
-    return f"hf download {repo} --repo-type dataset --local-dir {folder}"
 
 
 def data_folder(source: str) -> Path:
@@ -732,7 +681,7 @@ def text_of(message, what: str) -> str:
     return text_in(message, what)
 
 
-def check_messages(prompt) -> list[dict]:
+def check_messages(prompt, without_images: bool = False) -> list[dict]:
     """The prompt's turns, `content` a string where there is only text and a list of parts where there are images."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     require(isinstance(turns, list) and turns, "prompt: not a list of messages")
@@ -749,8 +698,9 @@ def check_messages(prompt) -> list[dict]:
             require(kind in ("text", "image"), f"prompt: a part of type {kind!r}; known are text and image")
             if kind == "text":
                 text_in(part.get("text"), "prompt")
-            # without what else a part says, which the chat template might take for an image
-            parts.append({key: part[key] for key in ("type", kind) if key in part})
+            if kind == "text" or not without_images:
+                # without what else a part says, which the chat template might take for an image
+                parts.append({key: part[key] for key in ("type", kind) if key in part})
         only_text = all(part["type"] == "text" for part in parts)
         content = "".join(part["text"] for part in parts) if only_text else parts
         messages.append({"role": turn["role"], "content": content})
@@ -920,10 +870,7 @@ def encode_record(
     prompt, images = record["prompt"], record.get("images") or []
     require(isinstance(images, list), "images: not a list")
     if without_images:
-        prompt, images = check_messages(prompt), []
-        for turn in prompt:
-            if isinstance(turn["content"], list):
-                turn["content"] = [part for part in turn["content"] if part["type"] == "text"]
+        prompt, images = check_messages(prompt, without_images), []
     prompt, files, grids = encode_prompt(prompt, images, processors, folder, within)
     responses = [encode_response(text, processors) for text in texts]
     longest = len(prompt) + max(map(len, responses), default=0)
@@ -934,16 +881,15 @@ def encode_record(
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards. A list of vectors lies flat, one behind the other, with offsets: vector i is flat[offset[i] : offset[i + 1]].
 
-RAGGED = {
+RAGGED = {  # one vector for each comparison, but for
     "prompts": np.int32,
-    "responses": np.int32,
-    "ranks": np.int32,  # one vector a comparison, as of all others; but as many responses as ranks, and images as grids
-    "images": np.uint8,
-    "image_index": np.int32,  # which of the shard's images are this comparison's
-    "records": np.uint8,
+    "responses": np.int32,  # one for each response; the offsets of the ranks say whose it is
+    "ranks": np.int32,
+    "images": np.uint8,  # one for each file
+    "image_index": np.int32,  # which of the files are this comparison's
+    "records": np.uint8,  # as JSON
 }
 SAFETENSORS = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}  # what we write, by its name there
-RECORD_NAME, SHARD_NAME = ".chunk-{:05d}.json".format, "shard-{:05d}.safetensors".format
 METADATA = {"comparisons": f"format {FORMAT}"}  # one key: the order of several is not fixed
 
 
@@ -973,7 +919,7 @@ def write_shard(path: Path, comparisons: list[Comparison], image_token: int | No
     items = {
         "prompts": [each.prompt for each in comparisons],
         "responses": [response for each in comparisons for response in each.responses],
-        "ranks": [each.ranks for each in comparisons],  # its offsets also say whose responses are whose
+        "ranks": [each.ranks for each in comparisons],
         "images": [np.frombuffer(file, np.uint8) for file in grids],
         "image_index": [[places[file] for file in each.images] for each in comparisons],
         "records": [np.frombuffer(json.dumps(each.record).encode(), np.uint8) for each in comparisons],
@@ -1073,9 +1019,8 @@ def write_index(folder: Path, shards: list[tuple[str, int]]) -> None:
         found = shard.planning() | {name: vector(shard.file, name, dtype) for name, dtype in HASHES.items()}
         for name, column in columns.items():
             column.append(found[name])
-    write_tensors(
-        folder / "index.safetensors", {name: np.concatenate(each) for name, each in columns.items()}, METADATA
-    )
+    index = {name: np.concatenate(column) for name, column in columns.items()}
+    write_tensors(folder / "index.safetensors", index, METADATA)
 
 
 def check_info(info: dict) -> None:
@@ -1194,6 +1139,8 @@ def open_images(comparison: Comparison, processors: Processors) -> list[Image.Im
 # ---------------------------------------------------------------------------------------------------------------------
 # All that this stage does: every rank makes shards of its own chunks of lines, then rank 0 says what became of them.
 
+RECORD_NAME, SHARD_NAME = ".chunk-{:05d}.json".format, "shard-{:05d}.safetensors".format  # of a chunk's number
+
 
 def prepare(
     name: str,
@@ -1233,10 +1180,8 @@ def prepare(
         progress.update(len(chunk))
         if number % world != rank:
             continue
-        record, shards = (
-            folders[name] / RECORD_NAME(number),
-            {each: folders[each] / SHARD_NAME(number) for each in folders},
-        )
+        record = folders[name] / RECORD_NAME(number)
+        shards = {each: folder / SHARD_NAME(number) for each, folder in folders.items()}
         made_of = fingerprint(chunk, processors, settings, holdout)
         made = json.loads(record.read_text()) if record.is_file() else {}
         if made.get("made_of") == made_of and all(shards[each].is_file() for each, n in made["kept"].items() if n):
@@ -1244,8 +1189,9 @@ def prepare(
         kept, rejected = {each: [] for each in folders}, []
         for file, line, read in chunk:
             try:
-                how = (settings.max_length, Path(file).parent, settings.without_images, within)
-                comparison = encode_record(read(), processors, *how)
+                comparison = encode_record(
+                    read(), processors, settings.max_length, Path(file).parent, settings.without_images, within
+                )
             except Unusable as error:
                 rejected.append({"file": file, "line": line, "reason": str(error)})
                 continue
@@ -1334,10 +1280,104 @@ def main(settings: Settings) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Appendix: published data sets, a catalogue to look things up in and add to rather than read through. An entry is a
-# function that makes a row as published a record in this project's JSON form, or raises Unusable with the reason; above
-# it stand its name for --source, the set's name on the hub, which of its files are read, and how a benchmark is scored.
-# Fields are those of the sets' cards on the hub or of their authors' loaders; "unconfirmed" marks what neither says.
+# Appendix: published data sets. First how they are found,
+
+
+@dataclass
+class Source:
+    """Where published data comes from: how its files are read, what they are called on the hub, how it is scored."""
+
+    read: Callable[[str], Iterator[Line]]  # of a downloaded file or folder
+    hub: str = ""  # "owner/name" of the data set, for the download
+    metric: str = ""  # of a benchmark: its official one, a name in 04 (of questions for a policy: in 06)
+
+
+# By the names that --source takes; all published ones enter themselves below.
+SOURCES = {"jsonl": Source(read_rows), "world": Source(read_world)}
+
+
+def published(
+    name: str, hub: str = "", pattern: str = "**/*", metric: str = "", with_file: bool = False, reader: bool = False
+) -> Callable:
+    """Enters the decorated function into SOURCES: what converts the rows of such files (see read_rows), or a `reader`
+    that is given PATH."""
+
+    def enter(function: Callable) -> Callable:
+        of_rows = partial(read_rows, convert=function, pattern=pattern, with_file=with_file)
+        SOURCES[name] = Source(function if reader else of_rows, hub, metric)
+        return function
+
+    return enter
+
+
+@lru_cache
+def locate(name: str, path: str) -> str:
+    """PATH where something is there; otherwise the data set of that name on the hub, or the source's own, downloaded
+    into the hub's cache. Rank 0 goes first, so that what other ranks ask for is there already."""
+    if path and (Path(path).exists() or glob.glob(path)):
+        return path
+    repo = path or SOURCES[name].hub
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(DATA_FILES):
+        names = ", ".join(SOURCES)
+        raise UserError(f"--source {path or name}: nothing there. A source is a file or name:PATH, name one of {names}")
+    from huggingface_hub import snapshot_download  # comes with transformers
+
+    if dist.get_rank() > 0:
+        dist.barrier()
+    try:
+        return snapshot_download(repo, repo_type="dataset")
+    except Exception as error:  # offline, no such set, not logged in, disk full: the hub's client raises many kinds
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise UserError(
+            f"--source {path or name}: nothing there, nor could it be downloaded ({reason}). Where the hub can be "
+            f"reached: {download_command(repo, repo)}, then --source {name}:{repo}"
+        ) from None
+    finally:
+        if dist.get_rank() == 0:
+            dist.barrier()
+
+
+def download_command(repo: str, folder: str) -> str:
+    return f"hf download {repo} --repo-type dataset --local-dir {folder}"
+
+
+# The paper's training data, 2.85 M pairs by its count: the seven sets that it keeps, whole, so none has a limit.
+MIXES = {
+    "basereward": [
+        "rlaif-v",  # 83 k
+        "mmpr",  # 2 M
+        # R1-Reward, 200 k, is not published as one set: the paper links MM-RLHF, its authors released R1-Reward-RL.
+        "mm-rlhf",
+        "r1-reward",
+        "tulu-3-if",  # 65 k
+        "olmo-2",  # 378 k
+        "ultrafeedback-hard",  # 63 k
+        # Others, 63 k: 5 k of chat, 41 k of UltraFeedback and 17 k of WildChat; which sets and splits is inferred from
+        # these numbers.
+        "swe-arena",
+        "tulu-3-ultrafeedback",
+        "wildchat:data/wildchat_reused_on_policy_70b-*",
+    ]
+}
+
+
+def mix_sources(mix: str, folder: str) -> list[str]:
+    """The sources of a mixture, in `folder` by their names on the hub; UserError says how to get what is missing."""
+    if mix not in MIXES:
+        raise UserError(f"--mix {mix}: not one of {', '.join(MIXES)}")
+    parts = [split_source(part)[:2] for part in MIXES[mix]]
+    repos = [(SOURCES[name].hub, f"{folder or '.'}/{SOURCES[name].hub}") for name, _ in parts]
+    missing = [download_command(*repo) for repo in repos if not Path(repo[1]).is_dir()]
+    if missing:
+        said = f"--mix {mix}: {len(missing)} of its sets are missing in --mix_folder:"
+        raise UserError("\n    ".join([said, *missing]))
+    return [f"{name}:{place}/{path}" for (name, path), (_, place) in zip(parts, repos)]
+
+
+# then a catalogue to look things up in and add to rather than read through. An entry is a function that makes a row as
+# published a record in this project's JSON form, or raises Unusable with the reason; above it stand its name for
+# --source, the set's name on the hub, which of its files are read, and how a benchmark is scored. Fields are those of
+# the sets' cards on the hub or of their authors' loaders; "unconfirmed" marks what neither says.
 
 
 def message(who: str, text: str | list) -> dict:
@@ -1350,6 +1390,10 @@ def with_images(text: str) -> list[dict]:
     stand before the text (encode_prompt)."""
     pieces = re.split("(<image>)", text)
     return [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces if piece]
+
+
+def question(text: str) -> list[dict]:
+    return [message("user", with_images(text))]
 
 
 def pair(row: dict, prompt, **more) -> dict:
@@ -1420,26 +1464,24 @@ def rlaif_v(row: dict) -> dict:
     return pair(row, row["question"], images=[row["image"]], id=row["idx"], category=row["origin_dataset"])
 
 
-def mmpr(row: dict, root: Path) -> dict:
-    """MMPR-v1.2: image is one path or several, below `root`; the question may have <image> marks."""
-    images = [str(root / image) for image in list_of(row["image"]) if image]
-    return pair(row, [message("user", with_images(row["question"]))], images=images)
-
-
+@published("mmpr", "OpenGVLab/MMPR-v1.2", reader=True)
 def read_mmpr(path: str) -> Iterator[Line]:
-    """MMPR-v1.2 (about 2 M pairs): meta.json is {name: {root, annotation}}, both below "MMPR-v1.2/". It comes packed:
+    """About 2 M pairs: meta.json is {name: {root, annotation}}, both below "MMPR-v1.2/"; image is one path or several,
+    below root, and the question may have <image> marks. It comes packed:
 
     cat images.zip_* > images.zip && unzip images.zip && unzip annotations.zip
     """
+
+    def convert(row: dict, root: Path) -> dict:
+        images = [str(root / image) for image in list_of(row["image"]) if image]
+        return pair(row, question(row["question"]), images=images)
+
     folder = Path(path).resolve()
     if not (folder / "meta.json").is_file():
         raise UserError(f"--source mmpr:{path}: no meta.json there; PATH is the set's folder")
     for entry in json.loads((folder / "meta.json").read_bytes()).values():
         root, annotation = (folder / entry[key].removeprefix("MMPR-v1.2/") for key in ("root", "annotation"))
-        yield from read_rows(str(annotation), partial(mmpr, root=root))
-
-
-SOURCES["mmpr"] = Source(read_mmpr, "OpenGVLab/MMPR-v1.2")
+        yield from read_rows(str(annotation), partial(convert, root=root))
 
 
 @published("mm-rlhf", "yifanzhang114/MM-RLHF", "dpo_pairs.jsonl", with_file=True)
@@ -1450,8 +1492,7 @@ def mm_rlhf(row: dict, file: Path) -> dict:
     path, reasons = row.get("image") or row["video"], [row.get("chosen_reason"), row.get("rejected_reason")]
     images = [path] if row.get("image") else video_frames(path, file.parent, 8)
     more = {"critiques": reasons} if all(reasons) else {}
-    prompt = [message("user", with_images(row["prompt"]))]
-    return pair(row, prompt, images=images, category=path.split("/")[0], **more)
+    return pair(row, question(row["prompt"]), images=images, category=path.split("/")[0], **more)
 
 
 @published("r1-reward", "yifanzhang114/R1-Reward-RL", "**/train-*.parquet")
@@ -1472,6 +1513,7 @@ def r1_reward(row: dict) -> dict:
     return one_of_two(row["question"], responses, ("1", "2"), better[1], images=[image] if image else [])
 
 
+@published("mmif", "ChrisDing1105/MMIF-23k", reader=True)
 def read_mmif(path: str) -> Iterator[Line]:
     """MMIF-23k: LLaMA-Factory's form, in a .json below dpo/ (beside one for fine-tuning); that picture paths are
     relative to the set's folder is unconfirmed."""
@@ -1482,9 +1524,6 @@ def read_mmif(path: str) -> Iterator[Line]:
         return record | {"images": [str(folder / image) for image in record["images"]]}
 
     return read_rows(path, convert, "**/dpo/*.json")
-
-
-SOURCES["mmif"] = Source(read_mmif, "ChrisDing1105/MMIF-23k")
 
 
 @published("omnialign-v-dpo", "PhoenixZ/OmniAlign-V-DPO", "*.jsonl")
@@ -1528,6 +1567,7 @@ def shp(row: dict) -> dict:
     return {"prompt": row["history"], "chosen": chosen, "rejected": rejected, **more}
 
 
+@published("shp", "stanfordnlp/SHP", reader=True)
 def read_shp(path: str) -> Iterator[Line]:
     """A folder for each of 18 subjects, JSON lines in train.json. Every rank reads all, to count a post's pairs."""
     pairs = Counter()
@@ -1540,9 +1580,6 @@ def read_shp(path: str) -> Iterator[Line]:
             pairs[post] += 1
             read = partial(require, False, "more than 5 pairs of this post") if pairs[post] > 5 else read
         yield file, number, read
-
-
-SOURCES["shp"] = Source(read_shp, "stanfordnlp/SHP")
 
 
 @published("olmo-2", "allenai/olmo-2-0425-1b-preference-mix", "**/*.parquet")  # 378,000
@@ -1576,39 +1613,6 @@ def hh_rlhf(row: dict) -> dict:
         return [message(who, text.strip()) for who, text in zip(pieces[::2], pieces[1::2])]
 
     return last_turns(turns(row["chosen"]), turns(row["rejected"]))
-
-
-# The paper's training data, 2.85 M pairs by its count: the seven sets that it keeps, whole, so none has a limit.
-MIXES = {
-    "basereward": [
-        "rlaif-v",  # 83 k
-        "mmpr",  # 2 M
-        # R1-Reward, 200 k, is not published as one set: the paper links MM-RLHF, its authors released R1-Reward-RL.
-        "mm-rlhf",
-        "r1-reward",
-        "tulu-3-if",  # 65 k
-        "olmo-2",  # 378 k
-        "ultrafeedback-hard",  # 63 k
-        # Others, 63 k: 5 k of chat, 41 k of UltraFeedback and 17 k of WildChat; which sets and splits is inferred from
-        # these numbers.
-        "swe-arena",
-        "tulu-3-ultrafeedback",
-        "wildchat:data/wildchat_reused_on_policy_70b-*",
-    ]
-}
-
-
-def mix_sources(mix: str, folder: str) -> list[str]:
-    """The sources of a mixture, in `folder` by their names on the hub; UserError says how to get what is missing."""
-    if mix not in MIXES:
-        raise UserError(f"--mix {mix}: not one of {', '.join(MIXES)}")
-    parts = [split_source(part)[:2] for part in MIXES[mix]]
-    repos = [(SOURCES[name].hub, f"{folder or '.'}/{SOURCES[name].hub}") for name, _ in parts]
-    missing = [download_command(*repo) for repo in repos if not Path(repo[1]).is_dir()]
-    if missing:
-        said = f"--mix {mix}: {len(missing)} of its sets are missing in --mix_folder:"
-        raise UserError("\n    ".join([said, *missing]))
-    return [f"{name}:{place}/{path}" for (name, path), (_, place) in zip(parts, repos)]
 
 
 # Benchmarks. What a benchmark calls right gets rank 1; the responses stay in the published order, so that another
@@ -1745,16 +1749,14 @@ def lettered(options: list[str]) -> str:
 
 @published("vstar", "craigwu/seal_vqa_data", "**/*_data.json")
 def vstar(row: dict) -> dict:
-    """V*, the training data of SEAL: GQA_data, vaw_attribute_data, spatial_relation_data and llava_focus_data.json,
-    lists of {image, conversations: [{from, value}, ...], target_instances: [{name, bbox}]}. `image` is a path below the
-    folder of the JSON file: gqa/images/, coco2014/train2014/, coco2017/train2017/.
-
-    The first turn names the objects to look at before the question, in front of which "<object>." ends the line; it is
-    cut off there, and rows without objects (negative_data and llava_instruct_data.json) are left out, both as DeepEyes
-    did (arXiv 2505.14362), whose three sets of prompts are the paper's. The answers are sentences. Of those that begin
-    with Yes or No that word is checked; the others have to be matched whole, which few policies will do, so it is the
-    reward model that tells their answers apart. (DeepEyes had a language model compare them.)
-    Fields as in SEAL's train.py and in readers of others; the files themselves we have not seen."""
+    """The training data of SEAL: GQA_data, vaw_attribute_data, spatial_relation_data and llava_focus_data.json, with
+    the pictures in gqa/images/, coco2014/train2014/ and coco2017/train2017/ beside them. The first turn names the
+    objects to look at before the question, in front of which "<object>." ends the line; it is cut off there, and rows
+    without objects (negative_data and llava_instruct_data.json) are left out, both as DeepEyes did (arXiv 2505.14362),
+    whose three sets of prompts are the paper's. The answers are sentences. Of those that begin with Yes or No that word
+    is checked; the others have to be matched whole, which few policies will do, so it is the reward model that tells
+    their answers apart. (DeepEyes had a language model compare them.) Fields as in SEAL's train.py and in readers of
+    others; the files themselves we have not seen."""
     require(row["target_instances"], "no target_instances: not a question about objects")
     asked, answered = (turn["value"] for turn in row["conversations"][:2])
     text = asked.split("<object>.\n")[-1].replace("<image>", "").strip()
@@ -1765,10 +1767,9 @@ def vstar(row: dict) -> dict:
 
 @published("arxivqa", "MMInstruction/ArxivQA", "**/*.jsonl")
 def arxivqa(row: dict) -> dict:
-    """arxivqa.jsonl and images.tgz: id, image (a path), question, options, label, rationale. Written by GPT-4V and not
-    cleaned: options with or without their letters ("A) red"), labels like "B", "B)", "[B]" or the whole option,
-    separators and headings among the options; rows with those are left out. The set has no prompt of its own. Fields
-    and flaws as in readers of others; the file itself we have not seen."""
+    """arxivqa.jsonl and images.tgz, written by GPT-4V and not cleaned: options with and without letters ("A) red");
+    labels like "B", "B)", "[B]" or the whole option; separators and headings among the options, rows with which are
+    left out. The set has no prompt of its own. Fields and flaws as in readers of others; the file we have not seen."""
     options = [option.strip() for option in row["options"]]
     odd = any(option in ("", "-") or option.startswith("#") for option in options)
     require(not odd, "options: one of them is empty, a separator or a heading")
@@ -1783,10 +1784,9 @@ def arxivqa(row: dict) -> dict:
 
 @published("thinklite-vl", "russwang/ThinkLite-VL-hard-11k", "**/*.parquet")
 def thinklite_vl(row: dict) -> dict:
-    """id, problem ("<image>", then the question with its options and instruction), answer, image (bytes); also
-    ground_truth and choices, which are not read: `answer` is what the authors' own search is given (mcts.py). What an
-    answer looks like decides its rule. Fields as in the authors' code; that a multiple choice's answer is its letter is
-    unconfirmed."""
+    """The problem is "<image>", then the question with its options and instruction. There are also ground_truth and
+    choices; `answer` is what the authors' own search is given (mcts.py). What it looks like decides its rule. Fields as
+    in the authors' code; that a multiple choice's answer is its letter is unconfirmed."""
     answer = str(row["answer"]).strip()
     kinds = {"letter": r"[A-Z]", "yes_no": r"(?i)yes|no", "number": r"-?[\d,]*\.?\d+"}
     rule = next((kind for kind, form in kinds.items() if re.fullmatch(form, answer)), "text")
@@ -1797,6 +1797,7 @@ def thinklite_vl(row: dict) -> dict:
 # Questions to judge a policy by; the metrics are in 06.
 
 
+@published("mmbench", metric="circular", reader=True)
 def read_mmbench(path: str) -> Iterator[Line]:
     """MMBench (MMBench_DEV_EN.tsv and its like from VLMEvalKit). To save space the rotations of a question have the
     index of another row where the picture should be; that row stands before them."""
@@ -1827,31 +1828,26 @@ def mmbench(row: dict) -> dict:
     return ask(text, base64.b64decode(given["image"], validate=True), **more)
 
 
-SOURCES["mmbench"] = Source(read_mmbench, metric="circular")
-
-
 @published("mme", "lmms-lab/MME", "**/*.parquet", "mme")
 def mme(row: dict) -> dict:
-    """question_id, image, question, answer, category; two questions with the same question_id for each picture, one
-    answered Yes and one No. "Please answer yes or no." is part of the question."""
+    """Two questions with the same question_id for each picture, one answered Yes and one No. "Please answer yes or no."
+    is part of the question."""
     more = {"id": row["question_id"], "group": row["question_id"], "category": row["category"]}
     return ask(row["question"], row["image"], answer=row["answer"].strip(), rule="yes_no", **more)
 
 
 @published("mmstar", "Lin-Chen/MMStar", "**/*.parquet", "accuracy")
 def mmstar(row: dict) -> dict:
-    """index, question (its options in it, "Options: A: ..., B: ..."), image, answer (a letter), category (6),
-    l2_category (18), meta_info."""
+    """The question has its options in it, "Options: A: ..., B: ..."; there are 6 categories, and 18 l2_category."""
     more = {"id": row["index"], "category": row["category"], "answer": row["answer"].strip(), "rule": "letter"}
     return ask(f"{row['question'].strip()}\n{LETTER}", row["image"], **more)
 
 
 @published("mathvista", "AI4Math/MathVista", "**/testmini*.parquet", "accuracy")
 def mathvista(row: dict) -> dict:
-    """pid, question, image (a path), decoded_image, choices, unit, precision (a float), answer, question_type,
-    answer_type, metadata {task, ...}, query. `query` is the benchmark's zero-shot prompt, built from the others: a hint
-    about the form, the question with its unit, the choices. The answer to a multiple choice is the choice's text; the
-    test split has no answers."""
+    """`query` is the benchmark's zero-shot prompt: a hint about the form, the question with its unit, the choices.
+    `image` is a path, precision a float. The answer to a multiple choice is the choice's text; the test split has no
+    answers."""
     answer = row["answer"]
     require(answer not in (None, ""), "no answer: the answers of the test split are not published; testmini has them")
     if row["question_type"] == "multi_choice":
@@ -1870,9 +1866,8 @@ def mathvista(row: dict) -> dict:
 
 @published("vstar-bench", "craigwu/vstar_bench", "**/test_questions.jsonl", "accuracy")
 def vstar_bench(row: dict) -> dict:
-    """test_questions.jsonl, its pictures beside it; or lmms-lab/vstar-bench's parquet: image, text (the question and
-    its options, "(A) rubber"), category (direct_attributes, relative_position), question_id, label. SEAL's own
-    evaluation compares the options' likelihoods instead of asking for a letter."""
+    """test_questions.jsonl, its pictures beside it; or lmms-lab/vstar-bench's parquet. The text has the options in it,
+    "(A) rubber". SEAL's own evaluation compares the options' likelihoods instead of asking for a letter."""
     text = row["text"].strip()
     text = text if text.endswith(LETTER) else f"{text}\n{LETTER}"  # there are copies with and without it
     more = {"id": row["question_id"], "category": row["category"], "answer": row["label"].strip(), "rule": "letter"}
@@ -1885,7 +1880,7 @@ def vstar_bench(row: dict) -> dict:
 
 @published("llava-in-the-wild", "liuhaotian/llava-bench-in-the-wild", "**/questions.jsonl", "llava-in-the-wild")
 def llava_in_the_wild(row: dict) -> dict:
-    """question_id, image (a name in images/), text, category (conv, detail, complex)."""
+    """The image is a name in images/; the categories are conv, detail and complex."""
     judged = {"question_id": row["question_id"], "prompt": row["text"]}
     more = {"id": row["question_id"], "category": row["category"]}
     return ask(row["text"], f"images/{row['image']}", judged=judged, **more)
@@ -1893,7 +1888,7 @@ def llava_in_the_wild(row: dict) -> dict:
 
 @published("wildvision", "WildVision/wildvision-bench", "**/vision_bench_0617/*.parquet", "wildvision")
 def wildvision(row: dict) -> dict:
-    """question_id, instruction, image, language."""
+    """The version of 0617."""
     judged = {key: row[key] for key in ("question_id", "instruction", "language")}
     return ask(row["instruction"], row["image"], judged=judged, id=row["question_id"], category="wildvision")
 
