@@ -289,7 +289,7 @@ def rows_of(path: str) -> Iterator[Callable[[], dict]]:
     with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
         if path.endswith(".json") and file.peek()[:64].lstrip().startswith(b"["):
             with explaining(f"{path}: not a list in JSON", (ValueError, RecursionError), UserError):
-                rows = json.load(file)
+                rows = json.load(file)  # to the end
             yield from (partial(dict, row) for row in rows)
         while line := file.readline(LONGEST_LINE + 1):
             yield partial(read_json, line)
@@ -316,9 +316,9 @@ def read_rows(path: str, convert: Callable = dict, pattern: str = "**/*", with_f
     if not files:
         raise UserError(f"--source {path}: no data files there{f' that match {pattern}' if pattern != '**/*' else ''}")
     for name in files:
-        own = partial(convert, file=Path(name)) if with_file else convert
+        convert_one = partial(convert, file=Path(name)) if with_file else convert
         for _, number, read in read_file(name):
-            yield name, number, partial(convert_row, read, own)
+            yield name, number, partial(convert_row, read, convert_one)
 
 
 def convert_row(read: Callable[[], dict], convert: Callable[[dict], dict]) -> dict:
@@ -478,8 +478,9 @@ class Processors:
     fingerprint: str  # of the vocabulary, the merges and the chat template: shards of another tokenizer are noise
 
     def save(self, folder: str) -> None:
-        for part in filter(None, (self.tokenizer, self.image)):
-            part.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.image is not None:
+            self.image.save_pretrained(folder)
 
     @property
     def pixels(self) -> dict | None:
@@ -734,7 +735,7 @@ def encode_prompt(
     ids = tokenize_chat(messages, processors.tokenizer)
     if files:
         names = ([name] if name else [] for name in processors.family.around)
-        before, after = map(processors.tokenizer.convert_tokens_to_ids, names)
+        before, after = map(processors.tokenizer.convert_tokens_to_ids, names)  # one id each, or none
         counts = grids.prod(1) // processors.vision.merge**2
         expanded = iter([[*before, *[processors.image_token] * count, *after] for count in counts])
         pieces = (next(expanded) if token == processors.image_token else [token] for token in ids)
@@ -783,32 +784,11 @@ CARRIED = {
     "source": (str, "a text"),
     "group": (str | int | float, "a text or a number"),
     "answer": (str | int | float | None, "a text or a number"),
-    "rule": None,  # see check_rule
+    "rule": None,  # see check_rule, in the appendix
     "truth": None,
     "judged": None,
     "critiques": (list | None, "a list"),
 }
-RULES = {  # how 06 can check an answer: what the answer looks like, and what a rule may say beside its kind
-    "text": (r"(?s).*\w.*", {}),
-    "letter": (r"[A-Z]", {"options": list}),
-    "yes_no": (r"(?i)yes|no", {}),
-    "number": (r".*\d.*", {"type": str, "precision": int, "unit": str}),
-}
-
-
-def check_rule(rule, answer) -> None:
-    """Raises Unusable unless `rule`, a kind of RULES or {"kind": ..., and what it may say}, can check `answer`."""
-    said = rule if isinstance(rule, dict) else {"kind": rule}
-    kind, text = said.get("kind"), str(answer).strip()
-    require(isinstance(kind, str) and kind in RULES, f"rule: {kind!r}; known are {', '.join(RULES)}")
-    form, may_say = RULES[kind]
-    for key, value in said.items():
-        if key != "kind" and not isinstance(value, may_say.get(key, ())):
-            raise Unusable(f"rule: {kind} with {key} = {value!r}")
-    require(re.fullmatch(form, text), f"answer: {answer!r} is none that the rule {kind} can check")
-    if said.get("options"):
-        count = len(said["options"])
-        require(ord(text) - ord("A") < count, f"answer: {answer!r} of {count} options")
 
 
 def check_carried(record: dict, responses: int) -> dict:
@@ -965,7 +945,7 @@ class Shard:
             fits = SAFETENSORS.get(flat.get_dtype()) == dtype and 0 < len(offsets) == items.get(name, comparisons) + 1
             require(fits, f"{name}: {flat.get_dtype()}, {len(offsets) - 1} items")
             lengths = np.diff(offsets)
-            fits = [offsets[0], [offsets[-1]]] == [0, flat.get_shape()] and lengths.min(initial=0) >= 0
+            fits = offsets[0] == 0 and flat.get_shape() == [offsets[-1]] and lengths.min(initial=0) >= 0
             require(fits, f"{name}: offsets that do not fit its {flat.get_shape()} numbers")
             filled = name not in ("prompts", "responses") or lengths.min(initial=1) > 0
             require(filled, f"{name}: one of them is empty")
@@ -1161,13 +1141,14 @@ def prepare(
     it is written.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    folders = {each: Path(settings.out, each) for each in (name, f"{name}_holdout")[: 1 + (holdout > 0)]}
+    names = [name, f"{name}_holdout"] if holdout > 0 else [name]
+    folders = {each: Path(settings.out, each) for each in names}
     if rank == 0:
         finished = (folders[name] / "dataset.json").is_file()
         for folder in folders.values():
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            for pattern in ("dataset.json", ".chunk-*", "shard-*")[: 3 if finished else 1]:
+            for pattern in ("dataset.json", ".chunk-*", "shard-*") if finished else ("dataset.json",):
                 for old in folder.glob(pattern):
                     old.unlink()
     dist.barrier()
@@ -1733,7 +1714,28 @@ def llmbar(row: dict, file: Path) -> dict:
 # Questions for a policy: the prompt in the words of the benchmark, `answer`, and the `rule` by which 06 checks it. One
 # without an answer, as in most test splits, is rejected. First three sets to train on.
 
+RULES = {  # how 06 can check an answer: what the answer looks like, and what a rule may say beside its kind
+    "text": (r"(?s).*\w.*", {}),
+    "letter": (r"[A-Z]", {"options": list}),
+    "yes_no": (r"(?i)yes|no", {}),
+    "number": (r".*\d.*", {"type": str, "precision": int, "unit": str}),
+}
 LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA's words, since then everyone's
+
+
+def check_rule(rule, answer) -> None:
+    """Raises Unusable unless `rule`, a kind of RULES or {"kind": ..., and what it may say}, can check `answer`."""
+    said = rule if isinstance(rule, dict) else {"kind": rule}
+    kind, text = said.get("kind"), str(answer).strip()
+    require(isinstance(kind, str) and kind in RULES, f"rule: {kind!r}; known are {', '.join(RULES)}")
+    form, may_say = RULES[kind]
+    for key, value in said.items():
+        if key != "kind" and not isinstance(value, may_say.get(key, ())):
+            raise Unusable(f"rule: {kind} with {key} = {value!r}")
+    require(re.fullmatch(form, text), f"answer: {answer!r} is none that the rule {kind} can check")
+    if said.get("options"):
+        count = len(said["options"])
+        require(ord(text) - ord("A") < count, f"answer: {answer!r} of {count} options")
 
 
 def ask(text: str, image: str | bytes | dict, **more) -> dict:
