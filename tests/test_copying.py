@@ -20,19 +20,21 @@ from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
 from transformers.modeling_utils import AttentionInterface
 
 PIECES = {  # piece: {script: what stands at its top level and is copied}
-    "shared-prefix attention": {"02_model": "change_tensors Segments PackedRow has_varlen shared_prefix_attention"},
+    "shared-prefix attention": {
+        "02_model": "PackedRow READ_ON_CPU change_tensors Segments has_varlen shared_prefix_attention"
+    },
     "packed position ids": {"02_model": "prompt_positions"},
     "reward head": {"01_data": "UserError", "02_model": "ACTIVATIONS RewardHead"},
     "batch planner": {"03_train": "MicroBatch deal plan imbalance"},
-    "ranking loss": {"02_model": "change_tensors", "03_train": "Pairs ordered_pairs pairs_of ranking_loss"},
+    "ranking loss": {"02_model": "READ_ON_CPU change_tensors", "03_train": "Pairs ordered_pairs pairs_of ranking_loss"},
     "sharded loading": {"01_data": "UserError", "03_train": "checkpoint_tensors load_weights"},
     "resumable checkpoint": {
-        "01_data": "UserError Unusable writing in_place_of write_file reading",
-        "03_train": "DEFAULT_DATA make_optimizer training_state step_of save_checkpoint remove fingerprint "
-        "check_checkpoint newest_whole load_checkpoint local",
+        "01_data": "UserError Unusable explaining reading writing in_place_of write_file",
+        "03_train": "make_optimizer training_state step_of save_checkpoint remove check_checkpoint newest_whole "
+        "load_checkpoint",
     },
-    "benchmark metrics": {"04_eval": "Items wilson accuracy acc_plus mean_of count_pairs by_group by_category metrics"},
-    "advantages": {"06_grpo": "reward_of advantage_of phantom_share"},
+    "benchmark metrics": {"04_eval": "Items right_pairs wilson row accuracy acc_plus mean_of by_category metrics"},
+    "GRPO": {"06_grpo": "reward_of advantage_of phantom_share grpo_loss"},
 }
 OPTIONAL = {"ranking loss": {"Written"}}  # not copied, since only a branch needs it: rows of critics and judges
 OTHERS = "data = model_stage = training"  # the scripts as later ones name them; to the copy all is its own
@@ -121,8 +123,7 @@ def test_packed_position_ids_of_a_prompt_with_two_images(lift):
     token, grids = backbone.config.image_token_id, np.array([[1, 4, 6], [1, 8, 2]])
     pieces = [[5, 6], [token] * 6, [7], [token] * 4, [8, 9, 10]]  # 2 x 2 patches are one token
     ids = np.concatenate(pieces)
-    about = SimpleNamespace(image_token=token, vision=SimpleNamespace(merge=2), family=SimpleNamespace(mrope=True))
-    found = lift("packed position ids").prompt_positions(ids, grids, about)  # [3, P]
+    found = lift("packed position ids").prompt_positions(ids, grids // [1, 2, 2], token)  # [3, P]
     tensors = torch.from_numpy(ids)[None], (torch.from_numpy(ids) == token).int()[None]
     expected, _ = backbone.get_rope_index(*tensors, image_grid_thw=torch.from_numpy(grids))
     assert np.array_equal(found, expected[:, 0].numpy()) and found.max() < len(ids) - 1
@@ -216,29 +217,26 @@ def test_sharded_loading(tmp_path):
 
 TRAIN = """
 import sys
+from types import SimpleNamespace
 from safetensors.torch import save_file
-@dataclass
-class Settings:
-    data: list
-    learning_rate: float = 0.1
-    weight_decay: float = 0.1
-    beta2: float = 0.95
-    resume_changed: bool = False
-settings, out, steps = Settings([sys.argv[1]]), Path(sys.argv[2]), int(sys.argv[3])
+out, steps = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
 fully_shard(model)
+settings = SimpleNamespace(learning_rate=0.1, weight_decay=0.1, beta2=0.95)
 optimizer = make_optimizer(model, settings, torch.device("cpu"))
-start = load_checkpoint(out, model, optimizer, settings)
-print("from step", start)
+state, start = training_state(model, optimizer), 0
+if found := newest_whole(out, state):
+    load_checkpoint(found, state)
+    start = step_of(found)
 for step in range(start, steps):
     torch.manual_seed(step)
     model(torch.randn(4, 6)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
     if step % 2:
-        save_checkpoint(out, step + 1, model, optimizer, settings)
+        save_checkpoint(out, step + 1, state, {"settings": vars(settings), "data": "random"})
 weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
 if dist.get_rank() == 0:
     save_file(weights, out / "weights.safetensors")
@@ -249,16 +247,13 @@ dist.destroy_process_group()
 
 def test_resumable_checkpoint(tmp_path):
     """Five steps on two ranks are three, and two more from a checkpoint of the second on one rank or on two."""
-    data, whole, parted = (tmp_path / name for name in ("data", "whole", "parted"))
-    data.mkdir()
-    for name in ("dataset.json", "index.safetensors"):
-        (data / name).write_text("what it was made with")
-    run_on_ranks("resumable checkpoint", TRAIN, tmp_path, data, whole, 5, ranks=2)
-    run_on_ranks("resumable checkpoint", TRAIN, tmp_path, data, parted, 3, ranks=2)
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    run_on_ranks("resumable checkpoint", TRAIN, tmp_path, whole, 5, ranks=2)
+    run_on_ranks("resumable checkpoint", TRAIN, tmp_path, parted, 3, ranks=2)
     expected = load_file(whole / "weights.safetensors")
     for ranks in (1, 2):
         assert json.loads((parted / "step_000002/run.json").read_text())["step"] == 2
-        run_on_ranks("resumable checkpoint", TRAIN, tmp_path, data, parted, 5, ranks=ranks)
+        run_on_ranks("resumable checkpoint", TRAIN, tmp_path, parted, 5, ranks=ranks)
         found = load_file(parted / "weights.safetensors")
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)
@@ -288,7 +283,7 @@ def test_benchmark_metrics(lift):
 
 
 def test_advantages_of_the_hybrid_reward(lift):
-    copied = lift("advantages")
+    copied = lift("GRPO")
     match, closed = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]), torch.tensor([[True], [True], [False]])
     score = torch.tensor([[3.0, 1, 0], [0, 1, 2], [-1, 0, 4]])
     reward = copied.reward_of("hybrid", match, closed, score, 0.5)
@@ -301,3 +296,16 @@ def test_advantages_of_the_hybrid_reward(lift):
         np.testing.assert_allclose(copied.advantage_of(reward, scale), centred / deviation, rtol=3e-3)
     share = copied.phantom_share(copied.advantage_of(reward, "centred"), match, closed)
     assert share == pytest.approx(np.abs(centred[1]).sum() / np.abs(centred).sum(), abs=1e-5)
+
+
+def test_grpo_loss(lift):
+    """Its gradient is that of REINFORCE with these advantages, and of the KL divergence to the start."""
+    loss_of = lift("GRPO").grpo_loss
+    p, q = torch.tensor([0.2, 0.5, 0.9], requires_grad=True), torch.tensor([0.3, 0.5, 0.6])
+    advantage = torch.tensor([1.0, -0.5, 0.25])
+    loss, kl = loss_of(p.log(), q.log(), advantage, 0.1)
+    expected = q / p - (q / p).log() - 1
+    torch.testing.assert_close(kl, expected.sum().detach())
+    torch.testing.assert_close(loss, 0.1 * expected.sum() - advantage.sum())
+    reinforce = 0.1 * expected.sum() - (advantage * p.log()).sum()
+    torch.testing.assert_close(*(torch.autograd.grad(each, p, retain_graph=True) for each in (loss, reinforce)))
