@@ -180,7 +180,10 @@ def explaining(what: str, errors: tuple | type, kind: type = Unusable, then: str
     except errors as error:
         if isinstance(error, kind):  # has been explained
             raise
-        reason = f"missing: {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or str(error)
+        reason = f"missing: {error}" if isinstance(error, KeyError) else str(error)
+        if getattr(error, "strerror", None):  # the system's words, and the file where it is another; not a temporary
+            name = Path(str(error.filename or what)).name
+            reason = error.strerror if name in what or name.startswith(".") else f"{name}: {error.strerror}"
         raise kind(f"{what}: {reason.splitlines()[0] if reason else type(error).__name__}{then}") from None
 
 

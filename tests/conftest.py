@@ -107,10 +107,13 @@ RESPONSES = ["A red circle.", "I see a blue square at the top left, and much els
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _memory():
-    """After each file, what only cycles of references hold is freed, and what malloc keeps of it given back."""
+def _clean():
+    """After each file, a process group that its tests have joined is left, what only cycles of references hold is
+    freed, and what malloc keeps of it given back."""
     yield
     gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
         libc.malloc_trim(0)
 

@@ -33,7 +33,9 @@ PIECES = {  # piece: {script: what stands at its top level and is copied}
         "03_train": "make_optimizer training_state step_of save_checkpoint remove check_checkpoint newest_whole "
         "load_checkpoint",
     },
-    "benchmark metrics": {"04_eval": "Items right_pairs wilson row accuracy acc_plus mean_of by_category metrics"},
+    "benchmark metrics": {
+        "04_eval": "Items right_pairs wilson with_interval accuracy acc_plus mean_of by_category metrics"
+    },
     "GRPO": {"06_grpo": "reward_of advantage_of phantom_share grpo_loss"},
 }
 OPTIONAL = {"ranking loss": {"Written"}}  # not copied, since only a branch needs it: rows of critics and judges

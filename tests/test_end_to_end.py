@@ -146,7 +146,7 @@ def test_help_explains_every_setting(script):
         ("01_data.py", ["--source", "no/such.jsonl"], "no/such.jsonl: nothing there"),
         ("02_model.py", ["--backbone", "no/such"], "no/such: no model in the Hugging Face layout"),
         ("03_train.py", ["--model", "no/such"], "no/such: no reward model there"),
-        ("04_eval.py", ["--model", "no/such"], "no/such: no reward model there"),
+        ("04_eval.py", ["--benchmark", "no/such"], "no/such: no prepared data set there"),
         ("05_ensemble.py", ["--member", "no/such", "--member", "no/other"], "no/such: no reward model there"),
         ("06_grpo.py", ["--model", "no/such"], "no/such: no reward model there"),
     ],

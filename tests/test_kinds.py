@@ -290,7 +290,8 @@ def test_a_head_file_of_no_kind_is_refused_with_its_reason(reward, tmp_path):
 
 @pytest.mark.parametrize("kind", ["critic", "generative"])
 def test_each_kind_goes_through_all_stages_and_two_ranks_train_what_one_trains(kind, world, tmp_path):
-    torchrun("02_model.py", "--out", tmp_path / "model", "--kind", kind, "--critique_tokens", 10, ranks=1)
+    told = ["--kind", kind, "--critique_tokens", 10, "--data", world / "data/train"]
+    torchrun("02_model.py", "--out", tmp_path / "model", *told, ranks=1)
     runs = []
     for ranks in (1, 2):
         arguments = {"model": tmp_path / "model", "data": world / "data/train", "out": tmp_path / f"reward{ranks}"}
