@@ -189,16 +189,17 @@ def make_tokenizer(vocabulary: int) -> Qwen2Tokenizer:
     return made
 
 
-def make_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def make_model(tokenizer, width: int, depth: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Language model and vision tower are `width` wide, a multiple of 64; the language model has `depth` layers."""
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=-(-len(tokenizer) // 64) * 64,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 64,
             max_position_embeddings=32768,
             rms_norm_eps=1e-6,
             tie_word_embeddings=True,
@@ -210,10 +211,10 @@ def make_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
         ),
         vision_config=dict(
             depth=2,
-            hidden_size=128,
-            intermediate_size=256,
-            num_heads=4,
-            out_hidden_size=128,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_heads=width // 32,
+            out_hidden_size=width,
             patch_size=14,
             spatial_merge_size=2,
             temporal_patch_size=2,
@@ -300,12 +301,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(HERE), help="folder for the checkpoint")
     parser.add_argument("--phase", type=int, choices=(1, 2), help="only this phase; 2 continues from what is in --out")
+    parser.add_argument("--width", type=int, default=128, help="of the language model and the vision tower")
+    parser.add_argument("--depth", type=int, default=4, help="layers of the language model")
     parser.add_argument("--steps", type=int, nargs=2, default=(1100, 400), help="steps of phase 1 and phase 2")
     arguments = parser.parse_args()
     save = lambda part: part.save_pretrained(arguments.out)
     if arguments.phase != 2:
         tokenizer = make_tokenizer(vocabulary=640)
-        policy = make_model(tokenizer)
+        policy = make_model(tokenizer, arguments.width, arguments.depth)
         for part in (tokenizer, Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056), policy):
             save(part)
         processors = data.load_processors(arguments.out)
