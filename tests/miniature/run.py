@@ -27,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -63,10 +64,11 @@ SOURCES = ("scenes", "captions", "noisy", "wordy", "text")  # of the world; each
 SELECTED = {"scenes": 2400, "captions": 160, "text": 640}  # without the two flawed ones
 SHORT = "--steps 80"  # of 64 comparisons, half of the default data once
 LANGUAGE_HALF = "artifacts/miniature/language_half"
-SIZES = {  # of the backbone, each pretrained for a quarter of the steps of the embedded one
-    f"{depth} layers of {width}": f"--width {width} --depth {depth} --steps 300 100"
-    for width, depth in ((64, 2), (128, 4), (192, 6))
+SIZES = {
+    f"{depth} layers of {width}": f"--width {width} --depth {depth}" for width, depth in ((64, 2), (128, 4), (192, 6))
 }
+FAMILIES = {"Qwen2-VL": "--family qwen2_vl", "Qwen3-VL": "--family qwen3_vl", "InternVL": "--family internvl"}
+BACKBONES = SIZES | FAMILIES  # each pretrained for a quarter of the steps of the embedded one
 
 
 def prepare() -> Run:
@@ -125,9 +127,10 @@ def combine() -> Run:
     return Run([line], measure, ("full", "other", "language model"))
 
 
-def improve(reward: str, model: str = "full") -> Run:
+def improve(reward: str, model: str = "full", advantage: str = "centred") -> Run:
     """A policy trained by GRPO with the reward model of another run."""
     line = f"06_grpo.py --reward {reward} --model {{work}}/{model.replace(' ', '_')}/reward --out {{run}}/policy "
+    line += f"--advantage {advantage} "
     line += "--data {work}/data/questions --benchmark {work}/data/new_questions --seed {seed}"
 
     def measure(folder: Path) -> dict[str, float]:
@@ -136,6 +139,8 @@ def improve(reward: str, model: str = "full") -> Run:
         for when, prefix in (("before", "start: "), ("after", "")):
             closed, open = found[when]["exact_match"], found[when]["open_grade"]
             measured |= {f"{prefix}closed": closed, f"{prefix}open": open, f"{prefix}average": (closed + open) / 2}
+        steps = list(map(json.loads, (folder / "policy/metrics.jsonl").read_text().splitlines()))
+        measured["phantom advantage"] = sum(step["phantom"] for step in steps) / len(steps)
         return measured
 
     return Run([line], measure, (model,))
@@ -159,7 +164,7 @@ RUNS |= {name: train(model=head(name)) for name in HEADS if name != "2 silu"}
 RUNS |= {f"zero {c}": train(training=f"{SHORT} --zero_coefficient {c}") for c in (0.001, 0.01, 0.1)}
 RUNS |= {"length normalisation": train(training=f"{SHORT} --length_normalisation")}
 RUNS |= {f"only {part}": train(part) for part in (*SOURCES, "everything", "selected")}
-RUNS |= {size: train(backbone=f"artifacts/miniature/{size.replace(' ', '_')}") for size in SIZES}
+RUNS |= {name: train(backbone=f"artifacts/miniature/{name.replace(' ', '_')}") for name in BACKBONES}
 RUNS |= {"full": train(training=""), "other": train("train_other", training="")}
 RUNS |= {"vlm on text": train("train_text", training="")}
 RUNS |= {"language model": train("train_text", LANGUAGE_HALF, training="", text_only=True)}
@@ -168,6 +173,7 @@ RUNS |= {"generative full": train(model="--kind generative", training="")}
 RUNS |= {"ensemble": combine()}
 RUNS |= {reward: improve(reward) for reward in ("rule", "model", "hybrid")}
 RUNS |= {"judge": improve("model", "generative full")}
+RUNS |= {f"hybrid {scale}": improve("hybrid", advantage=scale) for scale in ("group", "batch")}
 
 LOOK = ["new scenes", "unseen combinations", "new text", "mean", "Acc+"]
 STUDIES = {
@@ -204,6 +210,12 @@ STUDIES = {
         ],
     ),
     "size": Study(LOOK, "", [(size, size, "", "") for size in SIZES]),
+    "family": Study(
+        LOOK,
+        "multimodal / text average",
+        [("Qwen2.5-VL", "4 layers of 128", "", "81.0 / 74.8"), ("InternVL3", "InternVL", "", "78.1 / 81.1")]
+        + [(name, name, "", "") for name in ("Qwen2-VL", "Qwen3-VL")],
+    ),
     "ensemble": Study(
         ["new scenes", "unseen combinations", "new text", "mean"],
         "multimodal / text",
@@ -227,6 +239,15 @@ STUDIES = {
             ("hybrid", "hybrid", "", ""),
         ],
     ),
+    "advantage": Study(
+        ["closed", "open", "average", "phantom advantage"],
+        "",
+        [
+            ("less the group's mean", "hybrid", "", ""),
+            ("divided by the batch's deviation", "hybrid batch", "", ""),
+            ("divided by the group's deviation", "hybrid group", "", ""),
+        ],
+    ),
 }
 
 
@@ -243,21 +264,25 @@ def filled(run: str, seed: int) -> list[str]:
     return [line.format(work=folder.parent, run=folder, seed=seed) for line in RUNS[run].commands]
 
 
-def make_backbones(runs: set[str]) -> None:
+def make_backbone(name: str) -> None:
+    folder = Path("artifacts/miniature", name.replace(" ", "_"))
+    if (folder / "done").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    options = [*BACKBONES[name].split(), "--steps", "300", "100"]
+    command = [sys.executable, "tests/tiny/make_tiny.py", "--out", str(folder), *options]
+    with open(folder / "log.txt", "w") as log:
+        if subprocess.run(command, stdout=log, stderr=log).returncode:
+            sys.exit(f"{folder}/log.txt: the backbone could not be made")
+    (folder / "done").touch()
+
+
+def make_backbones(runs: set[str], workers: int) -> None:
     """The backbones that these runs use beside the embedded one."""
     if not Path(LANGUAGE_HALF).exists():
         importlib.import_module("05_ensemble").language_half("tests/tiny", LANGUAGE_HALF)
-    making = []
-    for name in SIZES.keys() & runs:
-        folder = Path("artifacts/miniature", name.replace(" ", "_"))
-        if not (folder / "done").exists():
-            command = [sys.executable, "tests/tiny/make_tiny.py", "--out", str(folder), *SIZES[name].split()]
-            folder.mkdir(parents=True, exist_ok=True)
-            making.append((folder, subprocess.Popen(command, stdout=open(folder / "log.txt", "w"))))
-    for folder, process in making:
-        if process.wait():
-            sys.exit(f"{folder}/log.txt: the backbone could not be made")
-        (folder / "done").touch()
+    with ThreadPool(workers) as pool:
+        pool.map(make_backbone, BACKBONES.keys() & runs, chunksize=1)
 
 
 def depth(run: str) -> int:
@@ -316,7 +341,7 @@ def main() -> None:
     for run, seed in itertools.product(rows, arguments.seeds):
         if (run, seed) not in done:
             want(run, seed)
-    make_backbones({run for run, _ in wanted})
+    make_backbones({run for run, _ in wanted}, arguments.workers)
     tasks = [(run, seed) for run in RUNS for seed in arguments.seeds if (run, seed) in wanted]
     print(f"{len(tasks)} runs to do, {arguments.workers} at a time")
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
