@@ -171,8 +171,9 @@ RUNS |= {"language model": train("train_text", LANGUAGE_HALF, training="", text_
 RUNS |= {"critic": train(model="--kind critic"), "generative": train(model="--kind generative")}
 RUNS |= {"generative full": train(model="--kind generative", training="")}
 RUNS |= {"ensemble": combine()}
-RUNS |= {reward: improve(reward) for reward in ("rule", "model", "hybrid")}
-RUNS |= {"judge": improve("model", "generative full")}
+RUNS |= {reward: improve(reward) for reward in ("rule", "hybrid")}
+# Raw scores have any scale, and the KL coefficient means the same beside them only once they are divided by something.
+RUNS |= {"model": improve("model", advantage="batch"), "judge": improve("model", "generative full", "batch")}
 RUNS |= {f"hybrid {scale}": improve("hybrid", advantage=scale) for scale in ("group", "batch")}
 
 LOOK = ["new scenes", "unseen combinations", "new text", "mean", "Acc+"]
