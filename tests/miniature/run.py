@@ -62,7 +62,7 @@ class Study:
 
 SOURCES = ("scenes", "captions", "noisy", "wordy", "text")  # of the world; each alone is 3,200 comparisons
 SELECTED = {"scenes": 2400, "captions": 160, "text": 640}  # without the two flawed ones
-SHORT = "--steps 80"  # of 64 comparisons, half of the default data once
+STEPS = "--steps 80"  # of 64 comparisons: half of the default data once, a quarter of the default training
 LANGUAGE_HALF = "artifacts/miniature/language_half"
 SIZES = {
     f"{depth} layers of {width}": f"--width {width} --depth {depth}" for width, depth in ((64, 2), (128, 4), (192, 6))
@@ -81,14 +81,14 @@ def prepare() -> Run:
 
 
 def train(
-    data: str = "train", backbone: str = "tests/tiny", model: str = "", training: str = SHORT, text_only: bool = False
+    data: str = "train", backbone: str = "tests/tiny", model: str = "", training: str = "", text_only: bool = False
 ) -> Run:
     """A reward model and its scores; `model` and `training` are more arguments of 02 and 03."""
     sets = " ".join(f"--benchmark {{work}}/data/{name}" for name in BENCHMARKS if not text_only or "text" in name)
     lines = [
         f"02_model.py --backbone {backbone} --data {{work}}/data/{data} --out {{run}}/model --seed {{seed}} {model}",
         f"03_train.py --model {{run}}/model --data {{work}}/data/{data} --out {{run}}/reward --seed {{seed}} "
-        f"--validation= --validate_every 0 --checkpoint_every 0 --workers 0 {training}",
+        f"--validation= --validate_every 0 --checkpoint_every 0 --workers 0 {STEPS} {training}",
         f"04_eval.py --model {{run}}/reward --out {{run}}/scores {sets}",
     ]
     return Run(lines, accuracies)
@@ -111,12 +111,12 @@ def accuracies(folder: Path) -> dict[str, float]:
 def combine() -> Run:
     """Two members of different data and a text-only one, trained as 05 does without --member, and all combinations."""
     sets = " ".join(f"--benchmark {{work}}/data/{benchmark}" for benchmark in BENCHMARKS)
-    members = "--member {work}/full/reward --member {work}/other/reward --text_member {work}/language_model/reward"
+    members = "--member {work}/base/reward --member {work}/other/reward --text_member {work}/language_model/reward"
     line = f"05_ensemble.py {members} --heldout {{work}}/data/train_holdout --out {{run}} {sets}"
 
     def measure(folder: Path) -> dict[str, float]:
         found = json.loads((folder / "summary.json").read_text())["benchmarks"]
-        systems = ("full", "other", "mean", "by accuracy", "by confidence", "mean, text routed")
+        systems = ("base", "other", "mean", "by accuracy", "by confidence", "mean, text routed")
         measured = {}
         for system in systems:
             shares = {name.replace("_", " "): found[name][system]["overall"]["accuracy"] for name in BENCHMARKS}
@@ -124,10 +124,10 @@ def combine() -> Run:
             measured |= {f"{system}: {name}": share for name, share in shares.items()}
         return measured
 
-    return Run([line], measure, ("full", "other", "language model"))
+    return Run([line], measure, ("base", "other", "language model"))
 
 
-def improve(reward: str, model: str = "full", advantage: str = "centred") -> Run:
+def improve(reward: str, model: str = "base", advantage: str = "centred") -> Run:
     """A policy trained by GRPO with the reward model of another run."""
     line = f"06_grpo.py --reward {reward} --model {{work}}/{model.replace(' ', '_')}/reward --out {{run}}/policy "
     line += f"--advantage {advantage} "
@@ -159,21 +159,19 @@ def head(name: str) -> str:
     return "--head_layers {} --head_activation {}".format(*name.split())
 
 
-RUNS = {"data": prepare(), "2 silu": train()}
+RUNS = {"data": prepare(), "base": train()}
 RUNS |= {name: train(model=head(name)) for name in HEADS if name != "2 silu"}
-RUNS |= {f"zero {c}": train(training=f"{SHORT} --zero_coefficient {c}") for c in (0.001, 0.01, 0.1)}
-RUNS |= {"length normalisation": train(training=f"{SHORT} --length_normalisation")}
+RUNS |= {f"zero {c}": train(training=f"--zero_coefficient {c}") for c in (0.001, 0.01, 0.1)}
+RUNS |= {"length normalisation": train(training="--length_normalisation")}
 RUNS |= {f"only {part}": train(part) for part in (*SOURCES, "everything", "selected")}
 RUNS |= {name: train(backbone=f"artifacts/miniature/{name.replace(' ', '_')}") for name in BACKBONES}
-RUNS |= {"full": train(training=""), "other": train("train_other", training="")}
-RUNS |= {"vlm on text": train("train_text", training="")}
-RUNS |= {"language model": train("train_text", LANGUAGE_HALF, training="", text_only=True)}
+RUNS |= {"other": train("train_other"), "vlm on text": train("train_text")}
+RUNS |= {"language model": train("train_text", LANGUAGE_HALF, text_only=True)}
 RUNS |= {"critic": train(model="--kind critic"), "generative": train(model="--kind generative")}
-RUNS |= {"generative full": train(model="--kind generative", training="")}
 RUNS |= {"ensemble": combine()}
 RUNS |= {reward: improve(reward) for reward in ("rule", "hybrid")}
 # Raw scores have any scale, and the KL coefficient means the same beside them only once they are divided by something.
-RUNS |= {"model": improve("model", advantage="batch"), "judge": improve("model", "generative full", "batch")}
+RUNS |= {"model": improve("model", advantage="batch"), "judge": improve("model", "generative", "batch")}
 RUNS |= {f"hybrid {scale}": improve("hybrid", advantage=scale) for scale in ("group", "batch")}
 
 LOOK = ["new scenes", "unseen combinations", "new text", "mean", "Acc+"]
@@ -181,17 +179,17 @@ STUDIES = {
     "kind": Study(
         [*LOOK, "GFLOP a comparison", "read a comparison", "written a comparison"],
         "",
-        [("naive", "2 silu", "", ""), ("critic", "critic", "", ""), ("generative", "generative", "", "")],
+        [("naive", "base", "", ""), ("critic", "critic", "", ""), ("generative", "generative", "", "")],
     ),
     "head": Study(
         LOOK,
         "VL-RewardBench / MM-RLHF",
-        [(f"{name.replace(' ', ', ')}", name, "", paper) for name, paper in HEADS.items()],
+        [(name.replace(" ", ", "), "base" if name == "2 silu" else name, "", paper) for name, paper in HEADS.items()],
     ),
     "regularisers": Study(
         LOOK,
         "",
-        [("none", "2 silu", "", "")]
+        [("none", "base", "", "")]
         + [(f"zero-coefficient {c}", f"zero {c}", "", "") for c in (0.001, 0.01, 0.1)]
         + [("length normalisation", "length normalisation", "", "")],
     ),
@@ -205,7 +203,7 @@ STUDIES = {
         ["new text"],
         "text average",
         [
-            ("multimodal backbone, pictures and text", "full", "", ""),
+            ("multimodal backbone, pictures and text", "base", "", ""),
             ("multimodal backbone, text alone", "vlm on text", "", ""),
             ("language model, text alone", "language model", "", ""),
         ],
@@ -221,7 +219,7 @@ STUDIES = {
         ["new scenes", "unseen combinations", "new text", "mean"],
         "multimodal / text",
         [
-            ("first member", "ensemble", "full: ", "81.0 / 74.8"),
+            ("first member", "ensemble", "base: ", "81.0 / 74.8"),
             ("second member, other data", "ensemble", "other: ", "78.1 / 81.1"),
             ("weighted by accuracy", "ensemble", "by accuracy: ", "81.2 / 77.6"),
             ("weighted by confidence", "ensemble", "by confidence: ", "80.4 / 77.7"),
@@ -262,7 +260,8 @@ def folder_of(run: str, seed: int) -> Path:
 
 def filled(run: str, seed: int) -> list[str]:
     folder = folder_of(run, seed)
-    return [line.format(work=folder.parent, run=folder, seed=seed) for line in RUNS[run].commands]
+    lines = [line.format(work=folder.parent, run=folder, seed=seed) for line in RUNS[run].commands]
+    return [" ".join(line.split()) for line in lines]
 
 
 def make_backbone(name: str) -> None:
