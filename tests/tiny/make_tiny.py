@@ -199,8 +199,8 @@ def make_tokenizer(vocabulary: int, family: str) -> Qwen2Tokenizer:
 
 
 def make_model(tokenizer, family: str, width: int, depth: int):
-    """A model of this family. Language model and vision tower are `width` wide, a multiple of 64; the language model has
-    `depth` layers, the tower two. Heads of 32, patches of 14 and merging by 2 are the same in all families."""
+    """A model of this family. Language model and vision tower are `width` wide, a multiple of 64; the language model
+    has `depth` layers, the tower two. Heads of 32, patches of 14 and merging by 2 are the same in all families."""
     token = tokenizer.convert_tokens_to_ids
     decoder = dict(
         vocab_size=-(-len(tokenizer) // 64) * 64,
