@@ -68,7 +68,16 @@ SIZES = {
     f"{depth} layers of {width}": f"--width {width} --depth {depth}" for width, depth in ((64, 2), (128, 4), (192, 6))
 }
 FAMILIES = {"Qwen2-VL": "--family qwen2_vl", "Qwen3-VL": "--family qwen3_vl", "InternVL": "--family internvl"}
-BACKBONES = SIZES | FAMILIES  # each pretrained for a quarter of the steps of the embedded one
+BACKBONES = (
+    SIZES | FAMILIES | {"LLM": "--family qwen2"}
+)  # each pretrained for a quarter of the steps of the embedded one
+
+
+VLM = "4 layers of 128"  # of the embedded backbone's size
+
+
+def folder_of_backbone(name: str) -> str:
+    return f"artifacts/miniature/{name.replace(' ', '_')}"
 
 
 def prepare() -> Run:
@@ -164,9 +173,9 @@ RUNS |= {name: train(model=head(name)) for name in HEADS if name != "2 silu"}
 RUNS |= {f"zero {c}": train(training=f"--zero_coefficient {c}") for c in (0.001, 0.01, 0.1)}
 RUNS |= {"length normalisation": train(training="--length_normalisation")}
 RUNS |= {f"only {part}": train(part) for part in (*SOURCES, "everything", "selected")}
-RUNS |= {name: train(backbone=f"artifacts/miniature/{name.replace(' ', '_')}") for name in BACKBONES}
-RUNS |= {"other": train("train_other"), "vlm on text": train("train_text")}
-RUNS |= {"language model": train("train_text", LANGUAGE_HALF, text_only=True)}
+RUNS |= {name: train(backbone=folder_of_backbone(name)) for name in (*SIZES, *FAMILIES)}
+RUNS |= {f"{name}, text": train("train_text", folder_of_backbone(name), text_only=True) for name in (VLM, "LLM")}
+RUNS |= {"other": train("train_other"), "language model": train("train_text", LANGUAGE_HALF, text_only=True)}
 RUNS |= {"critic": train(model="--kind critic"), "generative": train(model="--kind generative")}
 RUNS |= {"ensemble": combine()}
 RUNS |= {reward: improve(reward) for reward in ("rule", "hybrid")}
@@ -203,16 +212,16 @@ STUDIES = {
         ["new text"],
         "text average",
         [
-            ("multimodal backbone, pictures and text", "base", "", ""),
-            ("multimodal backbone, text alone", "vlm on text", "", ""),
-            ("language model, text alone", "language model", "", ""),
+            ("multimodal backbone, pictures and text", VLM, "", ""),
+            ("multimodal backbone, text alone", f"{VLM}, text", "", ""),
+            ("language backbone, text alone", "LLM, text", "", ""),
         ],
     ),
     "size": Study(LOOK, "", [(size, size, "", "") for size in SIZES]),
     "family": Study(
         LOOK,
         "multimodal / text average",
-        [("Qwen2.5-VL", "4 layers of 128", "", "81.0 / 74.8"), ("InternVL3", "InternVL", "", "78.1 / 81.1")]
+        [("Qwen2.5-VL", VLM, "", "81.0 / 74.8"), ("InternVL3", "InternVL", "", "78.1 / 81.1")]
         + [(name, name, "", "") for name in ("Qwen2-VL", "Qwen3-VL")],
     ),
     "ensemble": Study(
@@ -255,7 +264,7 @@ STUDIES = {
 
 
 def folder_of(run: str, seed: int) -> Path:
-    return Path("artifacts/miniature", str(seed), run.replace(" ", "_"))
+    return Path("artifacts/miniature", str(seed), run.replace(" ", "_").replace(",", ""))
 
 
 def filled(run: str, seed: int) -> list[str]:
@@ -265,7 +274,7 @@ def filled(run: str, seed: int) -> list[str]:
 
 
 def make_backbone(name: str) -> None:
-    folder = Path("artifacts/miniature", name.replace(" ", "_"))
+    folder = Path(folder_of_backbone(name))
     if (folder / "done").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -341,7 +350,7 @@ def main() -> None:
     for run, seed in itertools.product(rows, arguments.seeds):
         if (run, seed) not in done:
             want(run, seed)
-    make_backbones({run for run, _ in wanted}, arguments.workers)
+    make_backbones({run.split(",")[0] for run, _ in wanted}, arguments.workers)
     tasks = [(run, seed) for run in RUNS for seed in arguments.seeds if (run, seed) in wanted]
     print(f"{len(tasks)} runs to do, {arguments.workers} at a time")
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForImageTextToText, GotOcr2ImageProcessorPil
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GotOcr2ImageProcessorPil
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +34,8 @@ sys.path.insert(0, str(HERE.parent.parent))
 data, model = importlib.import_module("01_data"), importlib.import_module("02_model")
 world = data.embedded_world()
 
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "qwen2")  # the last for text alone
+TEXT = 0.12  # share of the groups of lessons that have no picture
 TILE = 56  # side of InternVL's tiles, in pixels: 4 tokens
 SPECIAL = [
     "<|endoftext|>",
@@ -112,11 +113,12 @@ def drill(cells, rng: random.Random, split: str) -> Lesson:
     return f"drill: {kind}", [f"List the {kind}."], ", ".join(items) or "none"
 
 
-def lessons(seed: int, split: str, verdicts: float = 0.5, briefly: float = 0.5, each: int = 8):
-    """Endless groups of lessons that begin alike: (picture or None, `each` lessons about it)."""
+def lessons(seed: int, split: str, verdicts: float = 0.5, briefly: float = 0.5, each: int = 8, text: float = TEXT):
+    """Endless groups of lessons that begin alike: (picture or None, `each` lessons about it). A share of `text` of them
+    has no picture."""
     rng = random.Random(f"lessons/{split}/{seed}")
     while True:
-        if rng.random() < 0.12:
+        if rng.random() < text:
             yield (
                 None,
                 [
@@ -199,8 +201,8 @@ def make_tokenizer(vocabulary: int, family: str) -> Qwen2Tokenizer:
 
 
 def make_model(tokenizer, family: str, width: int, depth: int):
-    """A model of this family. Language model and vision tower are `width` wide, a multiple of 64; the language model
-    has `depth` layers, the tower two. Heads of 32, patches of 14 and merging by 2 are the same in all families."""
+    """A model of this family with LM head. Language model and vision tower are `width` wide, a multiple of 64; the
+    language model has `depth` layers, the tower two. Heads of 32, patches of 14 and merging by 2 are everywhere."""
     token = tokenizer.convert_tokens_to_ids
     decoder = dict(
         vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -220,7 +222,9 @@ def make_model(tokenizer, family: str, width: int, depth: int):
     )
     tower = dict(depth=2, num_heads=width // 32, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
     wide = dict(hidden_size=width, intermediate_size=2 * width)
-    if family == "qwen2_5_vl":
+    if family == "qwen2":
+        decoder |= dict(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    elif family == "qwen2_5_vl":
         tower |= wide | dict(out_hidden_size=width, window_size=112, fullatt_block_indexes=[1])
     elif family == "qwen2_vl":
         tower |= dict(embed_dim=width, hidden_size=width, mlp_ratio=2)
@@ -228,7 +232,7 @@ def make_model(tokenizer, family: str, width: int, depth: int):
         decoder |= dict(head_dim=32)
         decoder["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}
         tower |= wide | dict(out_hidden_size=width, num_position_embeddings=64, deepstack_visual_indexes=[0])
-    else:  # internvl: tiles of 56 x 56 pixels, 4 tokens each
+    elif family == "internvl":  # tiles of 56 x 56 pixels, 4 tokens each
         decoder |= dict(model_type="qwen2", rope_parameters={"rope_type": "default", "rope_theta": 100.0})
         tower = wide | dict(num_hidden_layers=2, num_attention_heads=width // 32, attention_bias=True)
         tower |= dict(image_size=[TILE, TILE], patch_size=[14, 14], use_absolute_position_embeddings=True)
@@ -237,11 +241,13 @@ def make_model(tokenizer, family: str, width: int, depth: int):
     else:
         names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
         about = {f"{name}_token_id": token(f"<|{special}|>") for name, special in names.items()}
-    config = AutoConfig.for_model(family, text_config=decoder, vision_config=tower, tie_word_embeddings=True, **about)
+    if family == "qwen2":
+        config, auto = AutoConfig.for_model(family, **decoder), AutoModelForCausalLM
+    else:
+        about |= dict(text_config=decoder, vision_config=tower, tie_word_embeddings=True)
+        config, auto = AutoConfig.for_model(family, **about), AutoModelForImageTextToText
     torch.manual_seed(0)
-    made = AutoModelForImageTextToText.from_config(
-        config, dtype=torch.float32, attn_implementation=model.attention_of(config)
-    )
+    made = auto.from_config(config, dtype=torch.float32, attn_implementation=model.attention_of(config))
     made.generation_config.update(
         bos_token_id=token("<|endoftext|>"),
         eos_token_id=[token("<|im_end|>"), token("<|endoftext|>")],
@@ -252,6 +258,9 @@ def make_model(tokenizer, family: str, width: int, depth: int):
 
 
 def make_image_processor(family: str):
+    """None for a family without pictures."""
+    if family == "qwen2":
+        return None
     if family == "internvl":
         tile = {"height": TILE, "width": TILE}
         return GotOcr2ImageProcessorPil(size=tile, crop_to_patches=True, min_patches=1, max_patches=12)
@@ -278,7 +287,8 @@ def learn(policy, groups: list, processors) -> tuple[torch.Tensor, list[list[boo
 @torch.no_grad()
 def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[str, float]:
     """Share of lessons whose every token is the likeliest one, by kind: what greedy decoding would get right."""
-    stream, exact = lessons(seed=2, split=split), {}
+    text = TEXT if processors.vision else 1.0
+    stream, exact = lessons(seed=2, split=split, text=text), {}
     for _ in range(groups // 20):
         batch = [next(stream) for _ in range(20)]
         for (kind, _, _), tokens in zip(
@@ -299,7 +309,8 @@ def train(policy, processors, steps: int, peak: float, verdicts_at, briefly: flo
     started = time.time()
     for step in range(steps):
         if step % 50 == 0:
-            stream = lessons(seed + step, "train", verdicts_at(step), briefly)
+            text = TEXT if processors.vision else 1.0
+            stream = lessons(seed + step, "train", verdicts_at(step), briefly, text=text)
         loss, outcomes = learn(policy, [next(stream) for _ in range(24)], processors)
         loss.backward()
         for part in (muon, adam, *schedules):
@@ -328,7 +339,7 @@ def main() -> None:
     if arguments.phase != 2:
         tokenizer = make_tokenizer(640, arguments.family)
         policy = make_model(tokenizer, arguments.family, arguments.width, arguments.depth)
-        for part in (tokenizer, make_image_processor(arguments.family), policy):
+        for part in filter(None, (tokenizer, make_image_processor(arguments.family), policy)):
             save(part)
         processors = data.load_processors(arguments.out)
         print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
