@@ -26,13 +26,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GotOcr2ImageProcessorPil
+from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 data, model = importlib.import_module("01_data"), importlib.import_module("02_model")
 world = data.embedded_world()
 
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "qwen2")  # the last for text alone
+TEXT = 0.12  # share of the groups of lessons that have no picture
+TILE = 56  # side of InternVL's tiles, in pixels: 4 tokens
 SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -109,11 +113,12 @@ def drill(cells, rng: random.Random, split: str) -> Lesson:
     return f"drill: {kind}", [f"List the {kind}."], ", ".join(items) or "none"
 
 
-def lessons(seed: int, split: str, verdicts: float = 0.5, briefly: float = 0.5, each: int = 8):
-    """Endless groups of lessons that begin alike: (picture or None, `each` lessons about it)."""
+def lessons(seed: int, split: str, verdicts: float = 0.5, briefly: float = 0.5, each: int = 8, text: float = TEXT):
+    """Endless groups of lessons that begin alike: (picture or None, `each` lessons about it). A share of `text` of them
+    has no picture."""
     rng = random.Random(f"lessons/{split}/{seed}")
     while True:
-        if rng.random() < 0.12:
+        if rng.random() < text:
             yield (
                 None,
                 [
@@ -162,8 +167,10 @@ def encode(picture: bytes | None, group: list[Lesson], processors):
     return data.Comparison(rows[0][0][:shared], responses, [], files, grids), answers
 
 
-def make_tokenizer(vocabulary: int) -> Qwen2Tokenizer:
+def make_tokenizer(vocabulary: int, family: str) -> Qwen2Tokenizer:
     """Byte-level BPE trained on the world's text, its special tokens after the ordinary ones as in Qwen's."""
+    internvl = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    special = SPECIAL + (list(internvl.values()) if family == "internvl" else [])
     stream, texts = lessons(seed=1, split="train"), []
     for _ in range(1000):
         for _, turns, answer in next(stream)[1]:
@@ -181,55 +188,66 @@ def make_tokenizer(vocabulary: int) -> Qwen2Tokenizer:
         merges=[tuple(merge) for merge in bpe["merges"]],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL,
+        additional_special_tokens=special,
         model_max_length=32768,
+        **({"extra_special_tokens": internvl} if family == "internvl" else {}),
     )
-    made.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    made.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     made.chat_template = CHAT_TEMPLATE
+    if family == "internvl":
+        picture = "<|vision_start|><|image_pad|><|vision_end|>"
+        made.chat_template = CHAT_TEMPLATE.replace(picture, "<IMG_CONTEXT>\\n")
     return made
 
 
-def make_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def make_model(tokenizer, family: str, width: int, depth: int):
+    """A model of this family with LM head. Language model and vision tower are `width` wide, a multiple of 64; the
+    language model has `depth` layers, the tower two. Heads of 32, patches of 14 and merging by 2 are everywhere."""
     token = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=-(-len(tokenizer) // 64) * 64,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32768,
-            rms_norm_eps=1e-6,
-            tie_word_embeddings=True,
-            use_sliding_window=False,
-            bos_token_id=token("<|endoftext|>"),
-            eos_token_id=token("<|im_end|>"),
-            pad_token_id=token("<|endoftext|>"),
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
-        ),
-        vision_config=dict(
-            depth=2,
-            hidden_size=128,
-            intermediate_size=256,
-            num_heads=4,
-            out_hidden_size=128,
-            patch_size=14,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            window_size=112,
-            fullatt_block_indexes=[1],
-        ),
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+    decoder = dict(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
         tie_word_embeddings=True,
+        use_sliding_window=False,
+        bos_token_id=token("<|endoftext|>"),
+        eos_token_id=token("<|im_end|>"),
+        pad_token_id=token("<|endoftext|>"),
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
     )
+    tower = dict(depth=2, num_heads=width // 32, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+    wide = dict(hidden_size=width, intermediate_size=2 * width)
+    if family == "qwen2":
+        decoder |= dict(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    elif family == "qwen2_5_vl":
+        tower |= wide | dict(out_hidden_size=width, window_size=112, fullatt_block_indexes=[1])
+    elif family == "qwen2_vl":
+        tower |= dict(embed_dim=width, hidden_size=width, mlp_ratio=2)
+    elif family == "qwen3_vl":  # published with patches of 16, which do not fit the world's cells of 28 pixels
+        decoder |= dict(head_dim=32)
+        decoder["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}
+        tower |= wide | dict(out_hidden_size=width, num_position_embeddings=64, deepstack_visual_indexes=[0])
+    elif family == "internvl":  # tiles of 56 x 56 pixels, 4 tokens each
+        decoder |= dict(model_type="qwen2", rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+        tower = wide | dict(num_hidden_layers=2, num_attention_heads=width // 32, attention_bias=True)
+        tower |= dict(image_size=[TILE, TILE], patch_size=[14, 14], use_absolute_position_embeddings=True)
+    if family == "internvl":
+        about = dict(image_token_id=token("<IMG_CONTEXT>"), image_seq_length=(TILE // 28) ** 2, downsample_ratio=0.5)
+    else:
+        names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+        about = {f"{name}_token_id": token(f"<|{special}|>") for name, special in names.items()}
+    if family == "qwen2":
+        config, auto = AutoConfig.for_model(family, **decoder), AutoModelForCausalLM
+    else:
+        about |= dict(text_config=decoder, vision_config=tower, tie_word_embeddings=True)
+        config, auto = AutoConfig.for_model(family, **about), AutoModelForImageTextToText
     torch.manual_seed(0)
-    made = Qwen2_5_VLForConditionalGeneration._from_config(
-        config, dtype=torch.float32, attn_implementation=model.attention_of(config)
-    )
+    made = auto.from_config(config, dtype=torch.float32, attn_implementation=model.attention_of(config))
     made.generation_config.update(
         bos_token_id=token("<|endoftext|>"),
         eos_token_id=[token("<|im_end|>"), token("<|endoftext|>")],
@@ -237,6 +255,16 @@ def make_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     )
     model.prepare_vision(made)
     return made
+
+
+def make_image_processor(family: str):
+    """None for a family without pictures."""
+    if family == "qwen2":
+        return None
+    if family == "internvl":
+        tile = {"height": TILE, "width": TILE}
+        return GotOcr2ImageProcessorPil(size=tile, crop_to_patches=True, min_patches=1, max_patches=12)
+    return Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056)
 
 
 def learn(policy, groups: list, processors) -> tuple[torch.Tensor, list[list[bool]]]:
@@ -259,7 +287,8 @@ def learn(policy, groups: list, processors) -> tuple[torch.Tensor, list[list[boo
 @torch.no_grad()
 def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[str, float]:
     """Share of lessons whose every token is the likeliest one, by kind: what greedy decoding would get right."""
-    stream, exact = lessons(seed=2, split=split), {}
+    text = TEXT if processors.vision else 1.0
+    stream, exact = lessons(seed=2, split=split, text=text), {}
     for _ in range(groups // 20):
         batch = [next(stream) for _ in range(20)]
         for (kind, _, _), tokens in zip(
@@ -280,7 +309,8 @@ def train(policy, processors, steps: int, peak: float, verdicts_at, briefly: flo
     started = time.time()
     for step in range(steps):
         if step % 50 == 0:
-            stream = lessons(seed + step, "train", verdicts_at(step), briefly)
+            text = TEXT if processors.vision else 1.0
+            stream = lessons(seed + step, "train", verdicts_at(step), briefly, text=text)
         loss, outcomes = learn(policy, [next(stream) for _ in range(24)], processors)
         loss.backward()
         for part in (muon, adam, *schedules):
@@ -300,13 +330,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(HERE), help="folder for the checkpoint")
     parser.add_argument("--phase", type=int, choices=(1, 2), help="only this phase; 2 continues from what is in --out")
+    parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="model_type of the checkpoint")
+    parser.add_argument("--width", type=int, default=128, help="of the language model and the vision tower")
+    parser.add_argument("--depth", type=int, default=4, help="layers of the language model")
     parser.add_argument("--steps", type=int, nargs=2, default=(1100, 400), help="steps of phase 1 and phase 2")
     arguments = parser.parse_args()
     save = lambda part: part.save_pretrained(arguments.out)
     if arguments.phase != 2:
-        tokenizer = make_tokenizer(vocabulary=640)
-        policy = make_model(tokenizer)
-        for part in (tokenizer, Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056), policy):
+        tokenizer = make_tokenizer(640, arguments.family)
+        policy = make_model(tokenizer, arguments.family, arguments.width, arguments.depth)
+        for part in filter(None, (tokenizer, make_image_processor(arguments.family), policy)):
             save(part)
         processors = data.load_processors(arguments.out)
         print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)

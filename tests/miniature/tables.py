@@ -1,0 +1,55 @@
+"""Writes the tables of the studies into the README, from results.jsonl: mean and standard error over the seeds.
+
+    python tests/miniature/tables.py             # writes them; with --check only says whether they are up to date
+
+In the README a table stands between <!-- study: NAME --> and <!-- end -->.
+"""
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from run import ROOT, STUDIES, read_results  # noqa: E402
+
+README = ROOT / "README.md"
+
+
+def cell(column: str, values: list[float]) -> str:
+    """Mean ± standard error of the mean (with n - 1), in percent; of what a comparison costs, the mean."""
+    if not values:
+        return "-"
+    if column.endswith("a comparison"):
+        return f"{statistics.mean(values):.3g}"
+    error = f" ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{error}"
+
+
+def table(name: str) -> str:
+    """A study as Markdown: rows down, what was measured across, then the paper's figures."""
+    study, results = STUDIES[name], read_results()
+    runs = {run for _, run, _, _ in study.rows}
+    of = {run: [line["measured"] for (each, _), line in results.items() if each == run] for run in runs}
+    seeds = sorted({len(found) for found in of.values()})
+    seeds = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    lines = [[f"percent, {seeds}", *study.columns, *([f"paper: {study.paper}"] if study.paper else [])]]
+    for label, run, part, paper in study.rows:
+        cells = [cell(column, [found[part + column] for found in of[run]]) for column in study.columns]
+        lines.append([label, *cells, *([paper] if study.paper else [])])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def filled_in(readme: str) -> str:
+    """The README with every study's table as results.jsonl has it."""
+    fill = lambda found: f"{found[1]}\n{table(found[2])}\n<!-- end -->"
+    return re.sub(r"(<!-- study: (\w+) -->)\n.*?<!-- end -->", fill, readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    readme = README.read_text()
+    if filled_in(readme) != readme:
+        if "--check" in sys.argv:
+            sys.exit("the README's tables are not those of results.jsonl; run python tests/miniature/tables.py")
+        README.write_text(filled_in(readme))
