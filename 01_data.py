@@ -46,11 +46,13 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -59,7 +61,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils.hub import cached_file
@@ -67,7 +76,7 @@ from transformers.utils.hub import cached_file
 FORMAT = 3  # of the shards; raise it when their layout changes
 
 
-def option(default, help: str, **more):
+def option(default: Any, help: str, **more) -> Any:
     """A field of a stage's settings: its default and what --help says of it. A list may be given repeatedly."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, "action": "extend", **more})
@@ -114,7 +123,7 @@ class Unusable(ValueError):
     """Why one line of data, or one comparison, cannot be used."""
 
 
-def require(fine, reason: str) -> None:
+def require(fine: object, reason: str) -> None:
     """Raises Unusable with that reason unless `fine`."""
     if not fine:
         raise Unusable(reason)
@@ -173,7 +182,7 @@ def say_once(message: str) -> None:
 
 
 @contextmanager
-def explaining(what: str, errors: tuple | type, kind: type = Unusable, then: str = ""):
+def explaining(what: str, errors: tuple | type, kind: type = Unusable, then: str = "") -> Iterator[None]:
     """Turns such errors into one line of that `kind`: what is wrong, why, and what to do then."""
     try:
         yield
@@ -187,20 +196,20 @@ def explaining(what: str, errors: tuple | type, kind: type = Unusable, then: str
         raise kind(f"{what}: {reason.splitlines()[0] if reason else type(error).__name__}{then}") from None
 
 
-def reading(path: Path, then: str = "run 01_data.py again"):
+def reading(path: Path, then: str = "run 01_data.py again") -> AbstractContextManager:
     """What is wrong with a file that an earlier stage wrote, but may come from anywhere, ends in one line."""
     damage = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError)
     return explaining(f"{path}: damaged", damage, UserError, f"; {then}")
 
 
-def writing(path: str | Path):
+def writing(path: str | Path) -> AbstractContextManager:
     """What goes wrong while `path` is written, a full disk or somebody else's folder, ends in one line."""
     then = "; free space, or another --out, then again"
     return explaining(f"{path}: could not be written", (OSError, SafetensorError), UserError, then)
 
 
 @contextmanager
-def in_place_of(path: Path):
+def in_place_of(path: Path) -> Iterator[Path]:
     """Gives a temporary name to write under, then renames, so that the file is there whole or not at all, whenever the
     process is killed or the machine stops."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -256,11 +265,11 @@ def read_json(line: bytes) -> dict:
     return record
 
 
-def not_json(constant: str):
+def not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def parquet_file(path: str):
+def parquet_file(path: str) -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -340,7 +349,7 @@ WORLD = Path(__file__).parent / "tests" / "tiny" / "world.py"
 
 
 @lru_cache
-def embedded_world():
+def embedded_world() -> ModuleType:
     if not WORLD.is_file():
         raise UserError(f"{WORLD}: the embedded world is not there; give your own data with --source")
     spec = importlib.util.spec_from_file_location("embedded_world", WORLD)
@@ -444,7 +453,7 @@ FAMILIES = {
 }
 
 
-def family_of(config, path: str) -> Family:
+def family_of(config: PreTrainedConfig, path: str) -> Family:
     """The family of a backbone by its config; raises UserError with what is supported where it is none of them."""
     text = config.get_text_config()
     family = FAMILIES.get(config.model_type)
@@ -532,7 +541,7 @@ def load_processors(backbone: str, max_pixels: int = 0) -> Processors:
     return Processors(tokenizer, image, family, image_token, end_of_turn(tokenizer), vision, fingerprint)
 
 
-def end_of_turn(tokenizer) -> int:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the first special token that the chat template sets behind an assistant's turn. It need not be the
     tokenizer's eos token, which is <|endoftext|> in Qwen's base models."""
     turns = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
@@ -586,7 +595,7 @@ PICTURES = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 LARGEST_FILE = 2**28  # bytes of an encoded picture
 
 
-def read_image(image, folder: Path, within: list[Path] | None = None) -> bytes:
+def read_image(image: object, folder: Path, within: list[Path] | None = None) -> bytes:
     """An image as its encoded bytes: a path relative to `folder`, the bytes themselves, a PIL image, or either of the
     first two as parquet files of the hub have it, {"bytes": ..., "path": ...}.
 
@@ -659,7 +668,7 @@ def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int,
 # then its texts, its prompt,
 
 
-def text_in(value, what: str) -> str:
+def text_in(value: object, what: str) -> str:
     """A text that can be encoded: JSON's \\ud800 alone is half of a character."""
     require(isinstance(value, str), f"{what}: {type(value).__name__} where a text should be")
     try:
@@ -669,7 +678,7 @@ def text_in(value, what: str) -> str:
     return value
 
 
-def text_of(message, what: str) -> str:
+def text_of(message: object, what: str) -> str:
     """The text of a response: a string, one assistant message, or a list of exactly one."""
     if isinstance(message, list) and len(message) == 1:
         message = message[0]
@@ -685,7 +694,7 @@ def text_of(message, what: str) -> str:
     return text_in(message, what)
 
 
-def check_messages(prompt, without_images: bool = False) -> list[dict]:
+def check_messages(prompt: object, without_images: bool = False) -> list[dict]:
     """The prompt's turns, `content` a string where there is only text and a list of parts where there are images."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     require(isinstance(turns, list) and turns, "prompt: not a list of messages")
@@ -746,7 +755,7 @@ def encode_prompt(
     return ids, files, grids
 
 
-def tokenize_chat(messages: list[dict], tokenizer) -> np.ndarray:
+def tokenize_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """The chat template's rendering as token ids [P], ending where the assistant's answer begins.
 
     The template's own special tokens become single ids; the same strings inside a user's text stay text. For that they
@@ -770,7 +779,7 @@ def tokenize_chat(messages: list[dict], tokenizer) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
-def tokenize_text(text: str, tokenizer) -> list[int]:
+def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
@@ -876,7 +885,7 @@ SAFETENSORS = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint6
 METADATA = {"comparisons": f"format {FORMAT}"}  # one key: the order of several is not fixed
 
 
-def flatten(items: list, dtype) -> tuple[np.ndarray, np.ndarray]:
+def flatten(items: list, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     flat = np.concatenate([np.asarray(item, dtype) for item in items]) if items else np.zeros(0, dtype)
     return flat, np.cumsum([0, *map(len, items)], dtype=np.int64)
 
@@ -918,7 +927,7 @@ def write_shard(path: Path, comparisons: list[Comparison], image_token: int | No
     write_tensors(path, tensors, METADATA)
 
 
-def vector(file, name: str, dtype) -> np.ndarray:
+def vector(file, name: str, dtype: type) -> np.ndarray:
     """A vector of an open safetensors file; raises Unusable before it is read if its dtype or shape is another."""
     found = file.get_slice(name)
     fits = SAFETENSORS.get(found.get_dtype()) == dtype and len(found.get_shape()) == 1
@@ -1380,7 +1389,7 @@ def question(text: str) -> list[dict]:
     return [message("user", with_images(text))]
 
 
-def pair(row: dict, prompt, **more) -> dict:
+def pair(row: dict, prompt: object, **more) -> dict:
     """A record of a row that calls its two responses chosen and rejected."""
     return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"], **more}
 
@@ -1393,7 +1402,7 @@ def last_turns(chosen: list[dict], rejected: list[dict], **more) -> dict:
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:], **more}
 
 
-def list_of(image) -> list:
+def list_of(image: object) -> list:
     return image if isinstance(image, list) else [image]
 
 
@@ -1611,7 +1620,7 @@ def several_of_each(row: dict, **more) -> dict:
     return {"prompt": row["prompt"], "responses": [*chosen, *rejected], "ranks": ranks, "id": row["id"], **more}
 
 
-def one_of_two(prompt, responses: list, labels: tuple, label, **more) -> dict:
+def one_of_two(prompt: object, responses: list, labels: tuple, label: object, **more) -> dict:
     """`label` is the one of the two `labels` that says that the first, or the second, response is right."""
     if label not in labels or len(responses) != 2:
         raise Unusable(f"{label!r} does not say which of two is better; there are {len(responses)} responses")
@@ -1726,7 +1735,7 @@ RULES = {  # how 06 can check an answer: what the answer looks like, and what a 
 LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA's words, since then everyone's
 
 
-def check_rule(rule, answer) -> None:
+def check_rule(rule: object, answer: object) -> None:
     """Raises Unusable unless `rule`, a kind of RULES or {"kind": ..., and what it may say}, can check `answer`."""
     said = rule if isinstance(rule, dict) else {"kind": rule}
     kind, text = said.get("kind"), str(answer).strip()

@@ -43,12 +43,12 @@ import math
 import os
 import shutil
 from collections import Counter, namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,9 +58,17 @@ import torch.nn.functional as F
 from huggingface_hub import split_torch_state_dict_into_shards  # comes with transformers
 from safetensors import safe_open
 from safetensors.torch import save, save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, vision_utils
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    vision_utils,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as transformers_logging
@@ -107,9 +115,9 @@ class PackedRow:
     """Comparisons one behind the other: T tokens in all, N responses in all, no padding."""
 
     lengths: list[tuple[int, list[int]]]  # per comparison: P, [R_1, ..., R_N]
-    input_ids: torch.Tensor  # [1, T]
-    position_ids: torch.Tensor  # [3, 1, T]: time, height, width of M-RoPE; equal for text, and where there is none
-    last: torch.Tensor  # [N] where each response's last token stands in the row
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [3, 1, T]: time, height, width of M-RoPE; equal for text, and where there is none
+    last: Tensor  # [N] where each response's last token stands in the row
     segments: "Segments"  # which of its tokens attend to which
     images: "Images | None" = None
 
@@ -118,13 +126,13 @@ class PackedRow:
 
     def pin_memory(self) -> "PackedRow":
         """For the loader: only from pinned memory is a copy to the GPU made while it computes."""
-        return change_tensors(self, torch.Tensor.pin_memory)
+        return change_tensors(self, Tensor.pin_memory)
 
-    def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """What the attention of decoder layer `layer` computes over the row, as `Segments.attend`."""
         return self.segments.attend(query, key, value, scale)
 
-    def response_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def response_tokens(self) -> tuple[Tensor, Tensor]:
         """For language modelling, where each response token stands in the row, and where the one stands that predicts
         it: the token before it, for a response's first the prompt's last. Both [all response tokens]."""
         places, predictors, end = [], [], 0
@@ -142,9 +150,9 @@ class PackedRow:
 READ_ON_CPU = ("grid_thw", "image_cu_seqlens", "image_cu_window_seqlens")  # by us or by transformers: they stay there
 
 
-def change_tensors(value, change):
+def change_tensors(value: Any, change: Callable) -> Any:
     """The same dataclass with `change` applied to its tensors, and to those of dataclasses and dicts in it."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
         return {name: part if name in READ_ON_CPU else change_tensors(part, change) for name, part in value.items()}
@@ -166,11 +174,11 @@ class Segments:
 
     lengths: list[int]
     prefixes: list[int | None]  # of each the segment whose keys stand before its own, or None
-    starts: torch.Tensor  # [segments + 1] int32, in the row
-    keys: torch.Tensor | None  # [all keys] where each segment's keys stand in the row; None: the segments themselves
-    key_starts: torch.Tensor  # [segments + 1] int32, in `keys`
+    starts: Tensor  # [segments + 1] int32, in the row
+    keys: Tensor | None  # [all keys] where each segment's keys stand in the row; None: the segments themselves
+    key_starts: Tensor  # [segments + 1] int32, in `keys`
     longest_keys: int
-    masks: dict[int, torch.Tensor] = field(default_factory=dict)  # [R, P + R] of those with a prefix, for a CPU
+    masks: dict[int, Tensor] = field(default_factory=dict)  # [R, P + R] of those with a prefix, for a CPU
 
     @classmethod
     def of(cls, lengths: list[int], prefixes: list[int | None] = ()) -> "Segments":
@@ -193,13 +201,13 @@ class Segments:
             segments += [P, *Rs]
         return cls.of(segments, prefixes)
 
-    def attend(self, query, key, value, scale: float) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d]."""
         if has_varlen(query):
             return self.in_one_call(query, key, value, scale)
         return self.one_by_one(query, key, value, scale) if self.prefixes else self.in_batches(query, key, value, scale)
 
-    def in_one_call(self, query, key, value, scale: float) -> torch.Tensor:
+    def in_one_call(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """For a GPU: a variable-length call, for which the prompt's keys are copied to stand before each response's.
         Causal is aligned at the bottom right there: a response's first token sees all of its prompt and itself."""
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, d]
@@ -210,7 +218,7 @@ class Segments:
         more = {"scale": scale, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
         return varlen_attn(q, k, v, *ends, **more).transpose(0, 1)[None]
 
-    def one_by_one(self, query, key, value, scale: float) -> torch.Tensor:
+    def one_by_one(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """For text on a CPU: a call for each segment against [its prefix's keys | its own]. `split` rather than slices:
         the backward of a slice fills a whole row with zeros, that of `split` is one concatenation."""
         attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
@@ -228,7 +236,7 @@ class Segments:
             outputs.append(attention(q[i], keys, values, attn_mask=self.masks[i]))
         return torch.cat(outputs, dim=2)
 
-    def in_batches(self, query, key, value, scale: float) -> torch.Tensor:
+    def in_batches(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """For images on a CPU: neighbours of equal length are one batch."""
         runs = [(length, len(list(run))) for length, run in itertools.groupby(self.lengths)]
         parts = (tensor[0].split([length * count for length, count in runs], dim=1) for tensor in (query, key, value))
@@ -239,7 +247,7 @@ class Segments:
         return torch.cat(outputs).transpose(0, 1)[None]
 
 
-def has_varlen(query: torch.Tensor) -> bool:
+def has_varlen(query: Tensor) -> bool:
     """Flash attention for segments of different lengths: on a GPU, in half precision."""
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
@@ -330,11 +338,9 @@ class Images:
     patch takes the four nearest, weighted. InternVL's gets tiles of one size, a batch like any other.
     """
 
-    pixel_values: torch.Tensor  # [patches, 3 * 2 * 14 * 14]; of tiles [tiles, 3, 448, 448]
-    grid_thw: torch.Tensor  # [images, 3] in patches
-    layout: dict[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # by `forward`'s names, what more it takes; tiles: none
+    pixel_values: Tensor  # [patches, 3 * 2 * 14 * 14]; of tiles [tiles, 3, 448, 448]
+    grid_thw: Tensor  # [images, 3] in patches
+    layout: dict[str, Tensor] = field(default_factory=dict)  # by `forward`'s names, what more it takes; tiles: none
     whole: Segments | None = None  # the images; None: tiles
     windows: Segments | None = None  # None: a tower without windows
 
@@ -357,7 +363,7 @@ def image_layout(height: int, width: int, shape: data.VisionShape) -> tuple:
     return positions, torch.cat(windows), [len(window) for window in windows]
 
 
-def pack_images(pixel_values: torch.Tensor, grids: torch.Tensor, shape: data.VisionShape) -> Images:
+def pack_images(pixel_values: Tensor, grids: Tensor, shape: data.VisionShape) -> Images:
     """The tower is told that all patches are one segment, which it hands to `image_attention` in one call, instead of
     looping over windows and waiting for the GPU to learn where they end."""
     layouts = [image_layout(height, width, shape) for _, height, width in grids.tolist()]
@@ -395,7 +401,7 @@ def blank_comparison(processors: Processors) -> Comparison:
 # From a row to scores.
 
 
-def run_backbone(backbone: nn.Module, row: PackedRow) -> torch.Tensor:
+def run_backbone(backbone: nn.Module, row: PackedRow) -> Tensor:
     """One forward of a transformers backbone, with or without an LM head -> its last hidden states [T, hidden].
 
     Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
@@ -427,7 +433,7 @@ class RewardHead(nn.Module):
         nn.init.normal_(last.weight, std=1 / math.sqrt(sizes[-1] + 1))  # small scores at first (arXiv 2009.01325)
         self.mlp = nn.Sequential(*parts, last)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         if self.mlp[0].weight.dtype != torch.float32:
             raise UserError(
                 "the reward head is to stay float32; `place(reward, device, dtype)` makes only the backbone less"
@@ -452,14 +458,14 @@ class RewardModel(nn.Module):
         self.asks = asks or {}  # of a critic or a judge: its request and how long a critique may be
         self.cost = Counter()  # of all that it has scored: tokens read and written, image patches
 
-    def hidden_states(self, row: PackedRow) -> torch.Tensor:
+    def hidden_states(self, row: PackedRow) -> Tensor:
         """The backbone's last hidden states, [T, hidden]."""
         return run_backbone(self.backbone, row)
 
-    def forward(self, row: PackedRow) -> torch.Tensor:
+    def forward(self, row: PackedRow) -> Tensor:
         return self.head(self.hidden_states(row)[row.last])  # [T, hidden] -> [N, hidden] -> [N]
 
-    def score(self, messages: list[dict], responses: list[str], images: list = ()) -> torch.Tensor:
+    def score(self, messages: list[dict], responses: list[str], images: list = ()) -> Tensor:
         """Scores N responses to one prompt, [N] float32 on the CPU; they do not depend on their order, nor on each
         other, unless it is a judge that compares them. The model computes where and in what it is; on a GPU,
         `place(reward, "cuda")` is the fast way.
@@ -482,7 +488,7 @@ class RewardModel(nn.Module):
         return Comparison(prompt, responses, [1] * len(responses), files, grids)
 
     @torch.inference_mode()
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
+    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
         """The scores of all responses of all comparisons, one behind the other, [N] float32 on the model's device, in
         forwards of at most `micro_tokens` tokens each."""
         scores = [self(self.row_of(row)) for row in rows_of(comparisons, micro_tokens)]
@@ -581,7 +587,7 @@ def rows_of(comparisons: list[Comparison], micro_tokens: int) -> Iterator[list[C
 # Checkpoints in the Hugging Face layout, in and out.
 
 
-def attention_of(config) -> str | dict[str, str]:
+def attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
     """The names under which a model's attention layers find our functions, for `attn_implementation`. Tiles of one size
     need none of ours."""
     family = data.FAMILIES[config.model_type]
@@ -608,7 +614,7 @@ class PatchProjection(nn.Conv3d):
     """The vision tower's first layer. Its kernel is as large as a patch, so it is one matrix product, for which
     PyTorch's 3-D convolution takes several times as long."""
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:  # [patches, channels, time, height, width]
+    def forward(self, patches: Tensor) -> Tensor:  # [patches, channels, time, height, width]
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)  # [patches, hidden]
 
 
@@ -659,13 +665,20 @@ def check_finite(module: nn.Module) -> None:
             raise data.Unusable(f"{name} has weights that are not finite")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP may have sharded, gathered; then all ranks call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def export(model, processors: Processors, folder: str, dtype=torch.float32, file_size="5GB", head_file=b"") -> None:
+def export(
+    model: nn.Module,
+    processors: Processors,
+    folder: str,
+    dtype: torch.dtype = torch.float32,
+    file_size: str = "5GB",
+    head_file: bytes = b"",
+) -> None:
     """Writes a transformers model and its processors as `from_pretrained` reads them: weights under their published
     names, tied ones once, in several files with an index where they are more than `file_size`.
 
@@ -752,7 +765,7 @@ class RewardRouter(nn.Module):
         in_text = any(isinstance(turn["content"], list) for turn in data.check_messages(messages))  # a list has images
         return self.model_for(in_text or bool(images)).encode(messages, texts, images, folder)
 
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
+    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
         """As `RewardModel.score_encoded`."""
         scores = {}
         for images in (True, False):
@@ -795,12 +808,23 @@ def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | Non
     return model
 
 
-def load_reward(model: str, text_model: str = "") -> RewardModel | RewardRouter:
+Reward = RewardModel | RewardRouter
+
+
+def load_reward(model: str, text_model: str = "") -> Reward:
     """The reward model of the command line's --model, or the router of --model and --text_model."""
     return RewardRouter.from_pretrained(model, text_model) if text_model else RewardModel.from_pretrained(model)
 
 
-def trl_reward(reward, prompts: list, completions: list, images=None, image=None, log_metric=None, **_) -> list[float]:
+def trl_reward(
+    reward: Reward,
+    prompts: list,
+    completions: list,
+    images: list | None = None,
+    image: list | None = None,
+    log_metric: Callable | None = None,
+    **_,
+) -> list[float]:
     """A reward function of TRL's GRPOTrainer: GRPOTrainer(..., reward_funcs=partial(trl_reward, reward)).
 
     TRL gives a prompt anew with each of its completions. Prompts that are equal, images included, become one comparison
@@ -827,7 +851,7 @@ def trl_reward(reward, prompts: list, completions: list, images=None, image=None
     return [scores[i] for i in range(len(prompts))]
 
 
-def hashable(value):
+def hashable(value: Any) -> Hashable:
     """A prompt as something that is equal, and has the same hash, where two prompts are the same."""
     if isinstance(value, dict):
         return tuple((key, hashable(part)) for key, part in sorted(value.items()))
@@ -854,7 +878,7 @@ class Writer(nn.Module):
         forbidden.remove(processors.end_token)
         self.register_buffer("forbidden", torch.tensor(sorted(forbidden)), persistent=False)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, vocabulary], float32, at the temperature; what must not be written is at -inf."""
         logits = self.lm.lm_head(hidden).float() / self.temperature
         return logits.index_fill(-1, self.forbidden, -math.inf)
@@ -880,7 +904,7 @@ class DecodeRow:
 
     images = None
 
-    def __init__(self, row: KeptRow, texts: list[torch.Tensor], group: int, max_new_tokens: int):
+    def __init__(self, row: KeptRow, texts: list[Tensor], group: int, max_new_tokens: int):
         lengths, device = list(map(len, texts)), row.input_ids.device
         self.prompts, self.group, self.longest = len(lengths), group, max(lengths)
         self.padding = torch.arange(self.longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
@@ -895,7 +919,7 @@ class DecodeRow:
         self.prompt_cache = {layer: (pad(key), pad(value)) for layer, (key, value) in row.cache.items()}
         self.answer_cache = {layer: (room(key), room(key)) for layer, (key, _) in row.cache.items()}
 
-    def advance(self, alive: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, t: int) -> "DecodeRow":
+    def advance(self, alive: Tensor, tokens: Tensor, positions: Tensor, t: int) -> "DecodeRow":
         """The next row: `tokens` [n] at `positions` [n], the t-th of the samples `alive` [n]."""
         self.alive, self.t = alive, t
         self.input_ids, self.position_ids = tokens[None], positions.expand(3, 1, -1)
@@ -928,7 +952,7 @@ class DecodeRow:
 
 
 @torch.inference_mode()
-def write(writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise=None) -> torch.Tensor:
+def write(writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise: np.ndarray | None = None) -> Tensor:
     """Goes on `group` times behind every response of a row, or behind a prompt that has none: token ids [texts, group,
     max_new_tokens], -1 after the end-of-turn token.
 
@@ -963,7 +987,7 @@ def write(writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise
     return tokens.view(len(texts), group, max_new_tokens)
 
 
-def texts_of(tokens: torch.Tensor, processors: Processors) -> list[str]:
+def texts_of(tokens: Tensor, processors: Processors) -> list[str]:
     """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
     answers = [[t for t in sample if t not in (-1, processors.end_token)] for sample in tokens.tolist()]
     return [processors.tokenizer.decode(answer) for answer in answers]
@@ -989,9 +1013,9 @@ class Asked(Comparison):
 class Written:
     """The tokens in a row that the model has to write itself."""
 
-    predictors: torch.Tensor  # [tokens] where in the row each is predicted
-    tokens: torch.Tensor  # [tokens] token ids
-    weight: torch.Tensor  # [tokens] in the loss; they sum to 1 for each comparison, which counts once
+    predictors: Tensor  # [tokens] where in the row each is predicted
+    tokens: Tensor  # [tokens] token ids
+    weight: Tensor  # [tokens] in the loss; they sum to 1 for each comparison, which counts once
 
     @classmethod
     def of(cls, row: PackedRow, comparisons: list[Comparison]) -> "Written":
@@ -1002,7 +1026,7 @@ class Written:
         places, weight = torch.tensor(places, dtype=torch.long), np.concatenate([(), *learned]).astype(np.float32)
         return cls(places - 1, row.input_ids[0, places], torch.from_numpy(weight))
 
-    def log_probabilities(self, lm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def log_probabilities(self, lm: nn.Module, hidden: Tensor) -> Tensor:
         """Of the tokens, [tokens], from the row's hidden states [T, hidden]."""
         log_p = lm.lm_head(hidden[self.predictors]).float().log_softmax(-1)  # [tokens, vocabulary]
         return log_p.gather(-1, self.tokens[:, None]).sum(-1)  # of one element; a view would trip FSDP's backward hooks
@@ -1086,7 +1110,7 @@ class Critic(RewardModel):
             critiques += [np.array([*each, end], np.int32) for each in written]
         return critiques
 
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
+    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
         critiques = iter(self.write_critiques(comparisons, micro_tokens))
         made = [with_critiques(each, [next(critiques) for _ in each.responses], self.request) for each in comparisons]
         return super().score_encoded(made, micro_tokens)
@@ -1114,7 +1138,7 @@ class Judge(RewardModel):
         odds = hidden[row.last - 1].float() @ (a - b)  # in float32 like the head's scores
         return (odds, written.log_probabilities(self.backbone, hidden)) if written else odds
 
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> torch.Tensor:
+    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
         """As `RewardModel.score_encoded`. A row may have some pairs of a comparison and the next row the others."""
         asked, scores = [self.reader(comparison) for comparison in comparisons], []
         odds = super().score_encoded(asked, micro_tokens)  # [ordered pairs]

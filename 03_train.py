@@ -45,28 +45,35 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
-option, UserError = data.option, data.UserError
+option, Processors, UserError = data.option, data.Processors, data.UserError
+PackedRow, RewardModel = model_stage.PackedRow, model_stage.RewardModel
 
 
 @dataclass
@@ -200,17 +207,17 @@ def imbalance(micro_batches: list[MicroBatch]) -> float:
 class Pairs:
     """All (better, worse) pairs within the comparisons of a row, as indices into its N scores."""
 
-    better: torch.Tensor  # [pairs]
-    worse: torch.Tensor  # [pairs]
-    weight: torch.Tensor  # [pairs] 1 / (pairs of the same comparison): each comparison counts once
-    lengths: torch.Tensor  # [N] tokens of each response
+    better: Tensor  # [pairs]
+    worse: Tensor  # [pairs]
+    weight: Tensor  # [pairs] 1 / (pairs of the same comparison): each comparison counts once
+    lengths: Tensor  # [N] tokens of each response
     written: model_stage.Written | None = None  # what a critic or a judge has to write in the row
 
-    def to(self, device) -> "Pairs":
+    def to(self, device: torch.device) -> "Pairs":
         return model_stage.change_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Pairs":
-        return model_stage.change_tensors(self, torch.Tensor.pin_memory)
+        return model_stage.change_tensors(self, Tensor.pin_memory)
 
 
 def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
@@ -218,7 +225,7 @@ def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
 
 
-def pairs_of(comparisons: list, row: model_stage.PackedRow | None = None) -> Pairs:
+def pairs_of(comparisons: list, row: PackedRow | None = None) -> Pairs:
     """Of comparisons, or of what a judge makes of them; and of their row what is to be written in it."""
     better, worse, weight, start = [], [], [], 0
     for comparison in comparisons:
@@ -234,8 +241,8 @@ def pairs_of(comparisons: list, row: model_stage.PackedRow | None = None) -> Pai
 
 
 def ranking_loss(
-    scores: torch.Tensor, pairs: Pairs, zero_coefficient: float = 0.0, length_normalisation: bool = False
-) -> torch.Tensor:
+    scores: Tensor, pairs: Pairs, zero_coefficient: float = 0.0, length_normalisation: bool = False
+) -> Tensor:
     """The paper's loss (Algorithm 1), summed over comparisons; the caller divides by their number.
 
     Args: scores [N], pairs within them. Each comparison counts once, however many pairs it has.
@@ -247,7 +254,7 @@ def ranking_loss(
     return (pairs.weight * loss).sum()
 
 
-def losses(model, row, pairs: Pairs, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+def losses(model: nn.Module, row: PackedRow, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
     """What a kind of reward model learns from, summed over comparisons like the ranking loss, and the scores [N]."""
     scores, log_p = (model(row), None) if model.kind == "naive" else model(row, pairs.written)
     ranking = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
@@ -261,7 +268,7 @@ def losses(model, row, pairs: Pairs, settings: Settings) -> tuple[torch.Tensor, 
 # Loading: from the comparisons of a micro-batch to tensors on the device, in processes of its own, ahead of the step.
 
 
-def pack_micro_batch(batch: MicroBatch, comparisons, processors) -> tuple[list, model_stage.PackedRow]:
+def pack_micro_batch(batch: MicroBatch, comparisons: Dataset, processors: Processors) -> tuple[list, PackedRow]:
     """The comparisons and the row of a planned micro-batch. Where there are fewer comparisons than ranks, one that
     nobody reads: all ranks step together."""
     read = [comparisons[i] for i in batch.comparisons]
@@ -270,10 +277,10 @@ def pack_micro_batch(batch: MicroBatch, comparisons, processors) -> tuple[list, 
     return read, model_stage.pack(read, processors, batch.dummy_image)
 
 
-class MicroBatches(torch.utils.data.Dataset):
+class MicroBatches(Dataset):
     """Reads, decodes and packs the micro-batches of a plan; runs in the loader's worker processes."""
 
-    def __init__(self, comparisons, micro_batches: list[MicroBatch], processors):
+    def __init__(self, comparisons: Dataset, micro_batches: list[MicroBatch], processors: Processors):
         self.comparisons, self.plan, self.processors = comparisons, micro_batches, processors
 
     def __len__(self) -> int:
@@ -293,7 +300,9 @@ def ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def load(comparisons, micro_batches: list[MicroBatch], processors, device: torch.device, workers: int):
+def load(
+    comparisons: Dataset, micro_batches: list[MicroBatch], processors: Processors, device: torch.device, workers: int
+) -> Iterator[tuple[MicroBatch, PackedRow, Pairs]]:
     """Yields (micro-batch, row, pairs) with the tensors on the device."""
     dataset = MicroBatches(comparisons, micro_batches, processors)
     pin = device.type == "cuda"
@@ -305,11 +314,11 @@ def load(comparisons, micro_batches: list[MicroBatch], processors, device: torch
         yield batch, row.to(device), pairs.to(device)
 
 
-class Read(torch.utils.data.Dataset):
+class Read(Dataset):
     """Comparisons as a critic or a judge reads them, with what it is asked and has to write. Those in which there is
     nothing to write are left out. To know which, and how long each is, every rank reads its share of them first."""
 
-    def __init__(self, comparisons, patches: np.ndarray, reader, device: torch.device):
+    def __init__(self, comparisons: Dataset, patches: np.ndarray, reader, device: torch.device):
         self.comparisons, self.reader = comparisons, reader
         tokens, rank = torch.zeros(len(comparisons), dtype=torch.long, device=device), dist.get_rank()
         mine, bar = range(rank, len(tokens), dist.get_world_size()), {"desc": "measure", "unit": " comparisons"}
@@ -336,7 +345,7 @@ class Read(torch.utils.data.Dataset):
         return self.size
 
 
-def open_data(settings: Settings, processors) -> tuple:
+def open_data(settings: Settings, processors: Processors) -> tuple:
     """The training comparisons, their sizes in tokens and patches [n], and the comparisons to validate on, or None.
 
     Raises UserError where they are no training data for this model."""
@@ -368,8 +377,8 @@ def open_data(settings: Settings, processors) -> tuple:
 
 
 def shard(
-    model,
-    backbone,
+    model: nn.Module,
+    backbone: nn.Module,
     device: torch.device,
     activation_checkpointing: bool = False,
     in_float32: tuple = (),
@@ -411,7 +420,7 @@ def shard(
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def checkpoint_tensors(backbone, path: str):
+def checkpoint_tensors(backbone: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:
     """Yields every tensor of a Hugging Face checkpoint, a directory or a hub name: its name there, its name in the
     transformers model, and a slice, of which only the rows are read that are asked for.
 
@@ -436,7 +445,7 @@ def checkpoint_tensors(backbone, path: str):
 
 
 @torch.no_grad()
-def load_weights(backbone, path: str, device: torch.device) -> None:
+def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
     """Fills a transformers model that was built empty and then sharded, from its checkpoint, whatever the dtype stored.
 
     A rank has memory for its own shards only, and reads only their rows of the memory-mapped files, tensor by tensor.
@@ -472,7 +481,7 @@ def load_weights(backbone, path: str, device: torch.device) -> None:
 # The loop.
 
 
-def make_optimizer(model, settings: Settings, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> torch.optim.AdamW:
     """AdamW with its state allocated at once, so that a checkpoint has something to load into. Decay on matrices
     only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -495,7 +504,7 @@ def learning_rate_at(step: int, steps: int, settings: Settings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def forward_backward(model, batch: MicroBatch, row, pairs: Pairs, settings: Settings) -> torch.Tensor:
+def forward_backward(model: nn.Module, batch: MicroBatch, row: PackedRow, pairs: Pairs, settings: Settings) -> Tensor:
     """Adds a micro-batch's share to the gradients; returns its loss, right pairs and margin, summed over comparisons
     [3]."""
     loss, scores = losses(model, row, pairs, settings)
@@ -511,7 +520,7 @@ def train(settings: Settings) -> dict:
     """Trains a reward model as the settings say and exports it to `settings.out`; returns the last line of metrics."""
     rank, world, device = data.start_distributed()
     torch.manual_seed(settings.seed)
-    model = model_stage.RewardModel.from_pretrained(settings.model, empty=True)
+    model = RewardModel.from_pretrained(settings.model, empty=True)
     processors, began_with = model.processors, model.trained_with
     comparisons, tokens, patches, held_out = open_data(settings, processors)
     if model.reader:  # a critic or a judge
@@ -623,7 +632,7 @@ def train(settings: Settings) -> dict:
 
 
 @torch.no_grad()
-def validate(model, comparisons, settings: Settings, device: torch.device) -> dict[str, float]:
+def validate(model: nn.Module, comparisons: Dataset, settings: Settings, device: torch.device) -> dict[str, float]:
     """Loss and pair accuracy over the first --validation_size comparisons, each counting once."""
     chosen = list(range(min(settings.validation_size, len(comparisons))))
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -643,7 +652,13 @@ def validate(model, comparisons, settings: Settings, device: torch.device) -> di
 
 
 def stop_or_skip(
-    loss: float, norm: float, model, micro_batches: list[MicroBatch], comparisons, device, settings: Settings
+    loss: float,
+    norm: float,
+    model: nn.Module,
+    micro_batches: list[MicroBatch],
+    comparisons: Dataset,
+    device: torch.device,
+    settings: Settings,
 ) -> dict:
     """Names the comparisons that made a step's loss or gradient not finite, and raises UserError, or with --non_finite
     skip returns what the log says of the step; the same on all ranks.
@@ -676,7 +691,7 @@ def stop_or_skip(
 # takes `writing`, `reading` and `write_file` of 01, and an optimizer whose state is allocated (`make_optimizer`).
 
 
-def training_state(model, optimizer) -> dict[str, torch.Tensor]:
+def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """All that a step changes, as one flat dict of tensors, each the very one in use."""
     state = {}
     for name, parameter in model.named_parameters():
@@ -689,7 +704,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, torch.Tensor], about: dict, keep: int = 2) -> None:
+def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor], about: dict, keep: int = 2) -> None:
     """Writes `step_000050/` under a temporary name and renames it when all ranks are done; then removes old ones, again
     by renaming first. So what is called step_... is whole, and there is one at any moment after the first. Its run.json
     says what the run is `about`, its settings and data, as `begin` wants to know."""
@@ -721,7 +736,7 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".old_{checkpoint.name}")))
 
 
-def check_checkpoint(checkpoint: Path, state: dict[str, torch.Tensor]) -> dict:
+def check_checkpoint(checkpoint: Path, state: dict[str, Tensor]) -> dict:
     """What run.json says of a checkpoint; UserError where it is not whole or not of this model.
 
     Every tensor of `state` has to be there, in pieces that cover its rows without a gap. Reads no more than headers:
@@ -751,7 +766,7 @@ def check_checkpoint(checkpoint: Path, state: dict[str, torch.Tensor]) -> dict:
     return run
 
 
-def newest_whole(folder: Path, state: dict[str, torch.Tensor]) -> Path | None:
+def newest_whole(folder: Path, state: dict[str, Tensor]) -> Path | None:
     """The newest checkpoint that is whole, the same on all ranks; None where there is none. Says so where a newer one
     is damaged; raises UserError where all are."""
     there = sorted(folder.glob("step_*"), key=step_of, reverse=True) if dist.get_rank() == 0 else []
@@ -772,7 +787,7 @@ def newest_whole(folder: Path, state: dict[str, torch.Tensor]) -> Path | None:
     return folder / f"step_{int(found):06d}" if found else None
 
 
-def load_checkpoint(checkpoint: Path, state: dict[str, torch.Tensor]) -> None:
+def load_checkpoint(checkpoint: Path, state: dict[str, Tensor]) -> None:
     """Reads a checkpoint that is whole into the tensors of `state`, of which each rank has its shards."""
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
     for name, tensor in state.items():
@@ -784,7 +799,7 @@ def load_checkpoint(checkpoint: Path, state: dict[str, torch.Tensor]) -> None:
 # Where a run begins.
 
 
-def begin(settings: Settings, model, optimizer, about: dict) -> int:
+def begin(settings: Settings, model: nn.Module, optimizer: Optimizer, about: dict) -> int:
     """Readies --out for a run; with --resume loads its newest checkpoint, which has to be `about` the same settings and
     data. Returns the step after which the run begins."""
     checkpoints, log, start = Path(settings.out, "checkpoints"), Path(settings.out, "metrics.jsonl"), 0
@@ -855,7 +870,14 @@ class Work:
     window_pairs: np.ndarray  # in one that attends within windows
 
 
-def work_of(config, prompts, responses, starts, grids, image_starts) -> np.ndarray:
+def work_of(
+    config: PreTrainedConfig,
+    prompts: np.ndarray,
+    responses: np.ndarray,
+    starts: np.ndarray,
+    grids: np.ndarray,
+    image_starts: np.ndarray,
+) -> np.ndarray:
     """The fields of Work, [n, 6], of n comparisons: tokens of their prompts [n], of all responses [N], and where each
     one's responses begin [n + 1]; all images' grids in patches [images, 3], and where each one's begin [n + 1]."""
     summed = lambda values, starts: np.diff(np.concatenate([[0], np.cumsum(values)])[starts])
@@ -874,7 +896,7 @@ def work_of(config, prompts, responses, starts, grids, image_starts) -> np.ndarr
     return np.stack(columns, axis=1)
 
 
-def work_to_plan(settings: Settings, config) -> tuple[np.ndarray, str]:
+def work_to_plan(settings: Settings, config: PreTrainedConfig) -> tuple[np.ndarray, str]:
     """The fields of Work for every comparison in the shards, or for the assumed one, [n, 6], and in words what they are
     of. The tokenizer of the shards is not compared with the model's."""
     if settings.plan_lengths:
@@ -900,7 +922,9 @@ def work_to_plan(settings: Settings, config) -> tuple[np.ndarray, str]:
     return found, f"the mean of {len(found):,} in {named}"
 
 
-def flops(config, work: Work, freeze_vision: bool = False, activation_checkpointing: bool = False) -> dict[str, float]:
+def flops(
+    config: PreTrainedConfig, work: Work, freeze_vision: bool = False, activation_checkpointing: bool = False
+) -> dict[str, float]:
     """Floating-point operations of forward and backward, by part; a multiply-add is two.
 
     A matmul's backward is two of its size. Activation checkpointing repeats each layer's forward but for the last
@@ -930,7 +954,11 @@ def flops(config, work: Work, freeze_vision: bool = False, activation_checkpoint
 
 
 def activations(
-    config, row: Work, freeze_vision: bool = False, activation_checkpointing: bool = False, width: int = 2
+    config: PreTrainedConfig,
+    row: Work,
+    freeze_vision: bool = False,
+    activation_checkpointing: bool = False,
+    width: int = 2,
 ) -> dict[str, float]:
     """Bytes that autograd keeps of one micro-batch, by part; `width` is the bytes of a number in the layers.
 
@@ -954,7 +982,12 @@ def activations(
 
 
 def memory(
-    model, row: Work, ranks: int, freeze_vision: bool = False, activation_checkpointing: bool = False, width: int = 2
+    model: nn.Module,
+    row: Work,
+    ranks: int,
+    freeze_vision: bool = False,
+    activation_checkpointing: bool = False,
+    width: int = 2,
 ) -> dict[str, float]:
     """Bytes on one of the `ranks` that share `model` (it may be on the meta device), by part, at the moment of a step
     when they are most, with micro-batches like `row`; `width` is 2 where layers compute in bfloat16, 4 in float32.
@@ -983,11 +1016,11 @@ def memory(
     return {part: count / ranks for part, count in sharded.items()} | dict(zip(names, max(moments, key=sum)))
 
 
-def model_to_plan(path: str):
+def model_to_plan(path: str) -> RewardModel:
     """A naive reward model with the shapes of the config.json in `path`, on the meta device. Raises UserError where it
     is of a kind or family whose cost is not known here."""
     started = Path(path, model_stage.HEAD_FILE).is_file()
-    if started and (kind := model_stage.RewardModel.from_pretrained(path, empty=True).kind) != "naive":
+    if started and (kind := RewardModel.from_pretrained(path, empty=True).kind) != "naive":
         raise UserError(f"{path}: only naive reward models are planned, and this one is {kind}")
     backbone = model_stage.load_backbone(path, empty=True)
     if not data.FAMILIES[backbone.config.model_type].planned:
@@ -995,7 +1028,7 @@ def model_to_plan(path: str):
         raise UserError(f"{path}: a {backbone.config.model_type}, which --plan does not know; it knows {known}")
     with torch.device("meta"):
         head = model_stage.RewardHead(backbone.config.get_text_config().hidden_size)
-        return model_stage.RewardModel(backbone, head, None)
+        return RewardModel(backbone, head, None)
 
 
 def print_plan(settings: Settings) -> None:

@@ -48,11 +48,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
-option, UserError = data.option, data.UserError
+option, Comparison, Comparisons, UserError = data.option, data.Comparison, data.Comparisons, data.UserError
+Reward = model_stage.Reward
 
 DEFAULT_BENCHMARKS = ["artifacts/data/new_scenes", "artifacts/data/unseen_combinations", "artifacts/data/new_text"]
 
@@ -93,7 +95,9 @@ def models_of(settings: Settings) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def score_comparisons(model, comparisons, device: torch.device, micro_tokens: int = 8192) -> list[np.ndarray]:
+def score_comparisons(
+    model: Reward, comparisons: Comparisons, device: torch.device, micro_tokens: int = 8192
+) -> list[np.ndarray]:
     """Scores every comparison; all ranks share the work, every rank returns all scores."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model_stage.place(model, device)
@@ -117,7 +121,7 @@ def score_comparisons(model, comparisons, device: torch.device, micro_tokens: in
     return np.split(flat.cpu().numpy(), starts[1:-1])
 
 
-def cost_of(model, comparisons: int, seconds: float, device: torch.device) -> dict[str, float]:
+def cost_of(model: Reward, comparisons: int, seconds: float, device: torch.device) -> dict[str, float]:
     """What so many comparisons have cost the model on all ranks, divided by their number; the next call counts anew.
 
     Tokens read (a critic's twice, to write a critique and to score it) and written, image patches, operations and
@@ -138,7 +142,7 @@ def cost_of(model, comparisons: int, seconds: float, device: torch.device) -> di
     return dict(zip(("read", "written", "patches", "GFLOP", "seconds"), (spent / comparisons).tolist()))
 
 
-def read_scores(path: str, comparisons) -> list[np.ndarray]:
+def read_scores(path: str, comparisons: Comparisons) -> list[np.ndarray]:
     """Another system's scores: one JSON list of N numbers a line. Raises UserError with the line that does not fit."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -164,7 +168,7 @@ def read_scores(path: str, comparisons) -> list[np.ndarray]:
     return scores
 
 
-def save_scores(path: Path, scores: list[np.ndarray], comparisons, model: str) -> None:
+def save_scores(path: Path, scores: list[np.ndarray], comparisons: Comparisons, model: str) -> None:
     flat, offsets = data.flatten(scores, np.float32)
     made_of = {"model": model, "benchmark": str(comparisons.folder), "made": comparisons.info["tokenizer"]}
     # One key of metadata: the order of several is not fixed.
@@ -189,7 +193,7 @@ class Items:
     ids: list[str] = field(default_factory=list)  # they need not be unique
 
     @classmethod
-    def of(cls, comparisons) -> "Items":
+    def of(cls, comparisons: Comparisons) -> "Items":
         read = [(comparison.ranks, comparison.record) for comparison in comparisons]  # not the images
         records = [record for _, record in read]
         return cls(
@@ -463,7 +467,7 @@ def baselines(items: Items, measure: Callable = metrics, draws: int = 200) -> di
     return {"longer wins": measure(longer, items), "random": random}
 
 
-def benchmark_title(comparisons) -> str:
+def benchmark_title(comparisons: Comparisons) -> str:
     """A benchmark's name in tables and summaries, with what makes its numbers other than the published benchmark's."""
     info, but = comparisons.info, []
     if info["without_images"]:
@@ -506,7 +510,7 @@ def overall_table(benchmarks: dict[str, dict[str, dict]]) -> str:
 # What training data and a benchmark share.
 
 
-def overlap(comparisons, training: list[str], distance: int = 2) -> dict[str, int]:
+def overlap(comparisons: Comparisons, training: list[str], distance: int = 2) -> dict[str, int]:
     """How many of a benchmark's comparisons share with prepared training sets: the exact text of a prompt without
     pictures, the exact bytes of a picture, the look of a picture (a perceptual hash that differs in at most `distance`
     of 64 bits: scaled or recompressed copies, and drawings that are alike)."""
@@ -521,7 +525,7 @@ def overlap(comparisons, training: list[str], distance: int = 2) -> dict[str, in
     return {what: int(count) for what, count in found.items()}
 
 
-def warn_of_overlap(name: str, model, comparisons) -> None:
+def warn_of_overlap(name: str, model: Reward, comparisons: Comparisons) -> None:
     """Prints what a benchmark shares with the data its model was trained on, where that is still there."""
     there = [folder for folder in model.trained_with.get("data", []) if Path(folder, "dataset.json").is_file()]
     try:
@@ -633,7 +637,7 @@ def learning_curves(model: str) -> str:
     return f"<h1>Training of {escape(model)}</h1><div class=side>{''.join(made)}</div>" if made else ""
 
 
-def shaded(tokens: np.ndarray, scores: np.ndarray, tokenizer) -> str:
+def shaded(tokens: np.ndarray, scores: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
     """A response's words, coloured by how the score moves when they are read: [R] token ids, [1 + R] scores."""
     moves = np.diff(scores)[:-1]  # without the end-of-turn token
     strongest = np.abs(moves).max(initial=0) or 1.0
@@ -649,7 +653,7 @@ def shaded(tokens: np.ndarray, scores: np.ndarray, tokenizer) -> str:
 
 
 @torch.inference_mode()
-def scores_while_reading(model, comparison) -> list[np.ndarray]:
+def scores_while_reading(model: Reward, comparison: Comparison) -> list[np.ndarray]:
     """The head applied at the prompt's last token and at every token of each response, N x [1 + R], in one forward.
 
     It was trained at a response's last token only; elsewhere it is an aid to look with, no measurement."""
@@ -660,7 +664,9 @@ def scores_while_reading(model, comparison) -> list[np.ndarray]:
     return [np.concatenate([read[:1], response]) for response in responses]
 
 
-def article(comparison, scores: np.ndarray, margin: float, model, tokenizer) -> str:
+def article(
+    comparison: Comparison, scores: np.ndarray, margin: float, model: Reward, tokenizer: PreTrainedTokenizerBase
+) -> str:
     """One comparison: pictures, prompt, and its responses from the best ranked to the worst, with their scores."""
     prompt = tokenizer.decode(comparison.prompt.tolist()).replace("\ufffd", "")
     prompt = re.sub(r"(<\|image_pad\|>|<IMG_CONTEXT>)+", "[picture]", prompt)
@@ -684,7 +690,15 @@ def article(comparison, scores: np.ndarray, margin: float, model, tokenizer) -> 
     return "".join([*made, "</div></article>"])
 
 
-def section(title: str, systems: dict, scores: list[np.ndarray], comparisons, model, tokenizer, worst: int = 12) -> str:
+def section(
+    title: str,
+    systems: dict,
+    scores: list[np.ndarray],
+    comparisons: Comparisons,
+    model: Reward,
+    tokenizer: PreTrainedTokenizerBase,
+    worst: int = 12,
+) -> str:
     """What the page shows of one benchmark. `model` is None where only scores are known."""
     margins, wrong = [], []
     for i, (score, comparison) in enumerate(zip(scores, comparisons)):
@@ -769,7 +783,7 @@ def to_score(record: dict) -> tuple[list, list[str], list]:
     return record["prompt"], [data.text_of(response, name) for name, response in named.items()], images
 
 
-def scored_lines(model, lines: Iterable[bytes], folder: Path, micro_tokens: int) -> Iterator[dict]:
+def scored_lines(model: Reward, lines: Iterable[bytes], folder: Path, micro_tokens: int) -> Iterator[dict]:
     """The records of JSONL lines, in order, each with `scores`, one for each of `responses` or for chosen and rejected,
     or with `error`, why it has none. Image paths are relative to `folder`. As many lines are held as make some rows."""
     waiting, tokens = [], 0  # [(record, comparison, or None where there is an error)]

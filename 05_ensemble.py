@@ -35,7 +35,7 @@ data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
 evaluation = importlib.import_module("04_eval")
-option, UserError = data.option, data.UserError
+option, Comparisons, UserError = data.option, data.Comparisons, data.UserError
 
 
 @dataclass
@@ -155,7 +155,7 @@ def score_text(text_member: str, folders: list[str], device: torch.device) -> di
     return scores
 
 
-def has_no_image(comparisons) -> np.ndarray:
+def has_no_image(comparisons: Comparisons) -> np.ndarray:
     """For each response [responses], whether its comparison is text-only."""
     return np.repeat(comparisons.sizes()[1] == 0, comparisons.response_counts())
 

