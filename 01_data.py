@@ -588,7 +588,7 @@ class Comparison:
         return len(self.prompt) + sum(map(len, self.responses))
 
 
-# First its pictures,
+# From a record to a comparison, 1: its pictures.
 
 # Not all that pillow reads: for EPS it would start Ghostscript.
 PICTURES = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
@@ -665,7 +665,7 @@ def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int,
     return 1, height // patch, width // patch
 
 
-# then its texts, its prompt,
+# 2: its texts and its prompt.
 
 
 def text_in(value: object, what: str) -> str:
@@ -788,7 +788,7 @@ def encode_response(text: str, processors: Processors) -> np.ndarray:
     return np.array(tokenize_text(text, processors.tokenizer) + [processors.end_token], np.int32)
 
 
-# and what is carried along with it, unchanged: {field: what it has to be}; null is like not saying it.
+# 3: what is carried along with it, unchanged: {field: what it has to be}; null is like not saying it.
 CARRIED = {
     "id": (str | int | float | None, "a text or a number"),
     "category": (str, "a text"),

@@ -168,9 +168,9 @@ def change_tensors(value: Any, change: Callable) -> Any:
 
 @dataclass
 class Segments:
-    """Stretches of a row, one behind the other. With `prefixes` they are text and causal: each sees itself; one with a
-    prefix, which is an earlier one, all of that as well: a response its prompt. Without, they are images or windows of
-    images, in which every patch sees every other."""
+    """Consecutive stretches of a row. With `prefixes` they are text and causal: a token sees the earlier tokens of its
+    own stretch and, if the stretch has a prefix (the number of an earlier one), all of that too: a response its prompt.
+    Without, they are images or windows of images, in which every patch sees every other."""
 
     lengths: list[int]
     prefixes: list[int | None]  # of each the segment whose keys stand before its own, or None
@@ -253,7 +253,7 @@ def has_varlen(query: Tensor) -> bool:
 
 
 # What transformers calls in every layer of the decoder with the `row`, of the vision tower with the `images` that we
-# pass to `forward`. Lengths differ from row to row: kept out of torch.compile's graphs, they make it compile no more.
+# pass to `forward`. Lengths differ from row to row: kept out of torch.compile's graphs, they cause no recompilation.
 
 
 @torch.compiler.disable
@@ -438,7 +438,7 @@ class RewardHead(nn.Module):
             raise UserError(
                 "the reward head is to stay float32; `place(reward, device, dtype)` makes only the backbone less"
             )
-        return self.mlp(hidden.float()).sum(-1)  # of one element; a view would trip FSDP's backward hooks
+        return self.mlp(hidden.float()).sum(-1)  # of one; a squeezed view would trip FSDP's backward hooks
 
 
 class RewardModel(nn.Module):
@@ -933,7 +933,7 @@ class DecodeRow:
         own_k, own_v = self.answer_cache[layer]
         own_k[self.alive, :, self.t], own_v[self.alive, :, self.t] = key[0].transpose(0, 1), value[0].transpose(0, 1)
         own_k, own_v = own_k[self.alive, :, : self.t + 1], own_v[self.alive, :, : self.t + 1]  # [n, kv, t + 1, d]
-        q = query[0].transpose(0, 1).reshape(n, kv, shared, d) * scale
+        q = query[0].transpose(0, 1).reshape(n, kv, shared, d) * scale  # [1, heads, n, d] -> [n, kv, shared, d]
 
         def by_prompt(x):  # [n, kv, shared, ...] -> [prompts, kv, group * shared, ...], zeros for ended samples
             grid = x.new_zeros(self.prompts * self.group, *x.shape[1:])
@@ -943,11 +943,11 @@ class DecodeRow:
         def by_sample(x):  # and back
             return x.unflatten(2, (self.group, shared)).transpose(1, 2).flatten(0, 1)[self.alive]
 
-        to_prompt = by_prompt(q) @ prompt_k.transpose(-1, -2)  # [prompts, kv, group * shared, longest]
-        to_prompt = by_sample(to_prompt.masked_fill(self.padding[:, None, None], -math.inf))
-        weights = torch.cat([to_prompt, q @ own_k.transpose(-1, -2)], dim=-1)  # [n, kv, shared, longest + t + 1]
-        to_prompt, to_own = weights.softmax(-1).split([self.longest, self.t + 1], dim=-1)
-        out = by_sample(by_prompt(to_prompt) @ prompt_v) + to_own @ own_v
+        scores = by_prompt(q) @ prompt_k.transpose(-1, -2)  # [prompts, kv, group * shared, longest]
+        scores = by_sample(scores.masked_fill(self.padding[:, None, None], -math.inf))  # [n, kv, shared, longest]
+        scores = torch.cat([scores, q @ own_k.transpose(-1, -2)], dim=-1)  # [n, kv, shared, longest + t + 1]
+        to_prompt, to_own = scores.softmax(-1).split([self.longest, self.t + 1], dim=-1)
+        out = by_sample(by_prompt(to_prompt) @ prompt_v) + to_own @ own_v  # [n, kv, shared, d]
         return out.reshape(1, n, heads, d).transpose(1, 2)
 
 
@@ -1029,7 +1029,9 @@ class Written:
     def log_probabilities(self, lm: nn.Module, hidden: Tensor) -> Tensor:
         """Of the tokens, [tokens], from the row's hidden states [T, hidden]."""
         log_p = lm.lm_head(hidden[self.predictors]).float().log_softmax(-1)  # [tokens, vocabulary]
-        return log_p.gather(-1, self.tokens[:, None]).sum(-1)  # of one element; a view would trip FSDP's backward hooks
+        return log_p.gather(-1, self.tokens[:, None]).sum(
+            -1
+        )  # of one; a squeezed view would trip FSDP's backward hooks
 
 
 def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
@@ -1067,10 +1069,12 @@ def in_ordered_pairs(comparison: Comparison, request: np.ndarray, processors: Pr
     encode = lambda text: np.array(data.tokenize_text(text, processors.tokenizer), np.int32)
     a, b, before_a, before_b = map(encode, ("A", "B", "A:\n", "\nB:\n"))
     ranks = comparison.ranks or [1] * len(comparison.responses)
-    shown = {pair: k for k, pair in enumerate(itertools.permutations(range(len(ranks)), 2))}
+    shown = {pair: k for k, pair in enumerate(itertools.permutations(range(len(ranks)), 2))}  # (A, B): place in the row
+    # Of each two that do not tie, where the better is A, and where it is B.
     pairs = [(k, shown[j, i]) for (i, j), k in shown.items() if ranks[i] < ranks[j]]
     responses, learned = [], []
     for i, j in shown:
+        # A without its end-of-turn token: the turn goes on.
         first, second, letter = comparison.responses[i][:-1], comparison.responses[j], a if ranks[i] < ranks[j] else b
         responses.append(np.concatenate([before_a, first, before_b, second, request, letter]))
         learned.append([0.5 / len(pairs) if ranks[i] != ranks[j] else 0.0])

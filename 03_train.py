@@ -9,12 +9,12 @@ Out   artifacts/reward/: the trained reward model; metrics.jsonl, one line a ste
       continues the very same run, on the same or another number of ranks. SIGTERM, which a machine that is taken away
       sends, ends the run with a checkpoint.
 
-The loss is -log sigmoid(r_chosen - r_rejected), the mean over the batch, and nothing else, as in the paper. Of a
-ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155). Both regularisers of
-the paper (Algorithm 1) are there and off, as it found neither to help: a penalty on (r_w + r_l)^2, and
-r / log(length + 1). The other kinds of reward model (02, --kind) learn to write as well: a critic the data's critiques,
-beside the ranking of responses with these critiques; a judge the letter of the better response, in both orders, and
-nothing else.
+The loss is -log sigmoid(r_w - r_l), w the better response and l the worse, the mean over the batch, and nothing else,
+as in the paper. Of a ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155).
+Both regularisers of the paper (Algorithm 1) are there and off, as it found neither to help: a penalty on (r_w + r_l)^2,
+and r / log(length + 1). The other kinds of reward model (02, --kind) learn to write as well: a critic the data's
+critiques, beside the ranking of responses with these critiques; a judge the letter of the better response, in both
+orders, and nothing else.
 
 The paper trains with learning rate 3e-6 and batches of 128 pairs on 64 GPUs. It does not state epochs, optimizer,
 schedule or whether the vision tower was frozen. The defaults fill that in from the authors' public command for a
@@ -176,7 +176,7 @@ def plan(
 
     Args: the comparisons of each step; of all comparisons the tokens and image patches, [n] each.
     """
-    cost = tokens + patches // 4  # a patch is cheaper than a token: the vision tower is the smaller model
+    cost = tokens + patches // 4  # a patch counts as a quarter of a token: the vision tower is the smaller model
     work, micro_batches = lambda comparisons: int(cost[comparisons].sum()), []
     for step, indices in enumerate(steps):
         count = max(1, -(-work(indices) // (micro_tokens * world)))
@@ -588,7 +588,7 @@ def train(settings: Settings) -> dict:
 
         line = {
             "step": done,
-            "loss": loss,  # with the regularisers, if any
+            "loss": loss,  # all that is trained: ranking, regularisers, what a critic or a judge writes
             "accuracy": accuracy,  # share of training pairs whose better response scores higher (a critic's with the
             # data's critiques, which give it away)
             "margin": margin,  # mean score of the better response minus that of the worse
@@ -633,7 +633,8 @@ def train(settings: Settings) -> dict:
 
 @torch.no_grad()
 def validate(model: nn.Module, comparisons: Dataset, settings: Settings, device: torch.device) -> dict[str, float]:
-    """Loss and pair accuracy over the first --validation_size comparisons, each counting once."""
+    """Ranking loss, without regularisers and what is written, and pair accuracy over the first --validation_size
+    comparisons, each counting once."""
     chosen = list(range(min(settings.validation_size, len(comparisons))))
     rank, world = dist.get_rank(), dist.get_world_size()
     micro_batches = plan([chosen], *comparisons.sizes(), settings.micro_tokens, rank, world)

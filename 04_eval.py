@@ -193,7 +193,7 @@ class Items:
     ids: list[str] = field(default_factory=list)  # they need not be unique
 
     @classmethod
-    def of(cls, comparisons: Comparisons) -> "Items":
+    def of(cls, comparisons: Iterable) -> "Items":
         read = [(comparison.ranks, comparison.record) for comparison in comparisons]  # not the images
         records = [record for _, record in read]
         return cls(

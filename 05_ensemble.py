@@ -48,7 +48,7 @@ class Settings:
     benchmark: list[str] = option([], "prepared comparisons to score, repeatable; none: the embedded held-out sets")
     out: str = option("artifacts/ensemble", "folder for the members trained here and summary.json")
     backbone: str = option("tests/tiny", "backbone of the members trained here")
-    steps: int = option(0, "training steps of each member trained here; 0: one pass over its data")
+    steps: int = option(0, "training steps of each member trained here; 0: two passes over its data, 03's default")
     learning_rate: float = option(2e-4, "of the members trained here")
     seed: int = option(1, "of the members trained here")
 

@@ -232,7 +232,9 @@ def test_the_order_of_the_responses_decides_nothing(metric):
 
 def test_the_metrics_can_be_copied_and_need_nothing_but_numpy():
     source = Path(evaluation.__file__).read_text()
-    imports = "import numpy as np\nfrom collections import defaultdict\nfrom collections.abc import Callable\n"
+    imports = (
+        "import numpy as np\nfrom collections import defaultdict\nfrom collections.abc import Callable, Iterable\n"
+    )
     imports += "from dataclasses import dataclass, field, replace\n"
     copied = {"__name__": "copied"}
     exec(imports + source[source.index("@dataclass\nclass Items") : source.index("def baselines")], copied)

@@ -135,7 +135,10 @@ def test_the_loss_is_that_of_grpo_by_hand():
 
 def test_rewards_advantages_and_loss_can_be_copied_and_need_nothing_but_torch():
     source, copied = Path(grpo.__file__).read_text(), {}
-    exec("import torch\n" + source[source.index("def reward_of(") : source.index("# Rules: ")], copied)
+    exec(
+        "import torch\nfrom torch import Tensor\n" + source[source.index("def reward_of(") : source.index("# Rules: ")],
+        copied,
+    )
     match, closed = (torch.rand(4, 8) > 0.5).float(), torch.tensor([[True], [False]] * 2)
     found = []
     for of in (copied.get, vars(grpo).get):

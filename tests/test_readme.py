@@ -4,11 +4,12 @@ the scripts, its links lead somewhere."""
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, stages
+from conftest import ROOT, picture, stages, torchrun
 from test_plan import QWEN2_5_VL_7B
 from transformers import HfArgumentParser
 
@@ -44,6 +45,33 @@ def test_a_plan_is_printed_as_the_readme_has_it(command, tmp_path):
     shown = re.match(r"(?:    .*\n|\n)+", shown)[0].rstrip()
     printed = "\n".join("    " + line if line else "" for line in printed.rstrip().splitlines())
     assert printed.endswith(shown) and len(shown) > 80
+
+
+def test_the_commands_on_ones_own_pairs_and_the_python_run_as_printed(tmp_path, monkeypatch):
+    for script in ROOT.glob("0*.py"):
+        shutil.copy(script, tmp_path)
+    shutil.copytree(ROOT / "tests/tiny", tmp_path / "tests/tiny")
+    section = re.search(r"^## Your own pairs\n(.*?)^### Published data", README, re.M | re.S)[1]
+    line = json.loads(re.search(r"```json\n(.*?)```", section, re.S)[1])
+    (tmp_path / "pictures").mkdir()
+    for name in (*line["images"], "picture.png"):
+        (tmp_path / name).write_bytes(picture())
+    lines = [line, {"prompt": "Is it red?", "responses": ["Yes", "No", "Who knows?"], "ranks": [1, 2, 2]}] * 10
+    for name in ("my_pairs", "my_benchmark", "my_responses"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    commands = re.findall(r"^    (torchrun .*?)(?:  +#.*)?$", section, re.M)
+    for command in commands:
+        script, arguments = script_and_arguments(command)
+        torchrun(script, *arguments, cwd=tmp_path)
+    assert [script_and_arguments(each)[0][:2] for each in commands] == ["01", "01", "02", "03", "04", "04"]
+    scored = (tmp_path / "artifacts/scores/my_reward/my_responses.jsonl").read_text().splitlines()
+    assert [len(json.loads(each)["scores"]) for each in scored] == [2, 3] * 10
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"^In Python:\n\n```python\n(.*?)```", section, re.M | re.S)[1]
+    *_, last = code.strip().splitlines()
+    done = {}
+    exec(code.replace(last, f"scores = {last}"), done)
+    assert done["scores"].shape == (2,) and done["scores"].isfinite().all()
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("0*.py")))
