@@ -302,7 +302,9 @@ def score_groups(
     return reward_model.score_encoded(groups, settings.micro_tokens).view(len(groups), -1)
 
 
-def judge(reward_model: Reward | None, prompts: list[Comparison], texts: list[list[str]], settings: Settings) -> tuple:
+def reward_answers(
+    reward_model: Reward | None, prompts: list[Comparison], texts: list[list[str]], settings: Settings
+) -> tuple:
     """Which prompts are closed [B, 1], exact matches, raw scores (0 without a reward model) and rewards, all [B, G]."""
     rank, world, device = data.start_distributed()
     closed = torch.tensor([["answer" in p.record] for p in prompts], device=device)
@@ -522,7 +524,7 @@ def train(settings: Settings) -> dict:
         texts = [texts[i : i + G] for i in range(0, B * G, G)]
         times.append(time.perf_counter())
 
-        closed, match, score, reward = judge(reward_model, prompts, texts, settings)
+        closed, match, score, reward = reward_answers(reward_model, prompts, texts, settings)
         advantage = advantage_of(reward, settings.advantage)  # [B, G]
         times.append(time.perf_counter())
 

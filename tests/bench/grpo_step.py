@@ -64,7 +64,7 @@ class Ours:
         texts = grpo.texts_of(samples.flatten(0, 1), self.policy.processors)
         times.append(time.perf_counter())
         texts = [texts[i : i + GROUP] for i in range(0, len(texts), GROUP)]
-        *_, reward = grpo.judge(self.judge, self.prompts, texts, self.settings)
+        *_, reward = grpo.reward_answers(self.judge, self.prompts, texts, self.settings)
         times.append(time.perf_counter())
         advantage = reward - reward.mean(1, keepdim=True)
         grpo.update(self.policy, self.frozen, self.optimizer, self.prompts, samples, advantage, self.settings)

@@ -111,6 +111,8 @@ def open_shards(folder: Path, processors) -> list[list]:
             os.link(out / shards[0][0], out / name)
         common.data.write_index(out, shards)
         info = {"format": common.data.FORMAT, "tokenizer": processors.fingerprint, "shards": shards, "pixels": None}
+        info |= {"name": "many", "backbone": "random", "metric": "", "read": size * count, "comparisons": size * count}
+        info |= {"rejected": 0, "without_images": False}
         common.data.write_file(out / "dataset.json", json.dumps(info))
 
         def opened():
