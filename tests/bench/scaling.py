@@ -101,6 +101,7 @@ def measure(folder: str, repetitions: int = 5) -> None:
 def open_shards(folder: Path, processors) -> list[list]:
     """Seconds until the first comparison can be read, of as many comparisons in more and more shards."""
     comparison = common.make_comparisons(processors, 1, **SHORT)[0]
+    comparison.record["characters"] = list(map(len, comparison.responses))
     rows = [["shards", "comparisons", "seconds to open and plan a step", "seconds to read one comparison"]]
     for count in (20, 200, 2000):
         out = folder / f"in_{count}"
