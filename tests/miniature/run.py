@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import HfArgumentParser
 
@@ -47,14 +48,22 @@ class Run:
     needs: tuple[str, ...] = ("data",)
 
 
+class Row(NamedTuple):
+    """A row of a study's table."""
+
+    label: str
+    run: str
+    part: str = ""  # what stands before a column's name in what the run measured
+    paper: str = ""  # the paper's figures
+
+
 @dataclass
 class Study:
-    """One of the paper's questions. A row of its table: what it is called there, the name of its run, what stands
-    before a column's name in what that run measured, and the paper's figures."""
+    """One of the paper's questions."""
 
     columns: list[str]  # of what was measured
-    paper: str  # what the paper's figures are
-    rows: list[tuple[str, str, str, str]]
+    rows: list[Row]
+    paper: str = ""  # what the paper's figures are
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,16 +77,23 @@ SIZES = {
     f"{depth} layers of {width}": f"--width {width} --depth {depth}" for width, depth in ((64, 2), (128, 4), (192, 6))
 }
 FAMILIES = {"Qwen2-VL": "--family qwen2_vl", "Qwen3-VL": "--family qwen3_vl", "InternVL": "--family internvl"}
-BACKBONES = (
-    SIZES | FAMILIES | {"LLM": "--family qwen2"}
-)  # each pretrained for a quarter of the steps of the embedded one
-
-
+# Each is pretrained for a quarter of the steps of the embedded one.
+BACKBONES = SIZES | FAMILIES | {"LLM": "--family qwen2"}
 VLM = "4 layers of 128"  # of the embedded backbone's size
 
 
 def folder_of_backbone(name: str) -> str:
     return f"artifacts/miniature/{name.replace(' ', '_')}"
+
+
+def scored_on(benchmarks: tuple[str, ...]) -> str:
+    return " ".join(f"--benchmark {{work}}/data/{name}" for name in benchmarks)
+
+
+def by_benchmark(found: dict, system: str) -> dict[str, float]:
+    """A system's overall accuracy on each benchmark of a summary, and their mean."""
+    shares = {name.replace("_", " "): found[name][system]["overall"]["accuracy"] for name in found}
+    return shares | {"mean": sum(shares.values()) / len(shares)}
 
 
 def prepare() -> Run:
@@ -93,35 +109,31 @@ def train(
     data: str = "train", backbone: str = "tests/tiny", model: str = "", training: str = "", text_only: bool = False
 ) -> Run:
     """A reward model and its scores; `model` and `training` are more arguments of 02 and 03."""
-    sets = " ".join(f"--benchmark {{work}}/data/{name}" for name in BENCHMARKS if not text_only or "text" in name)
+    benchmarks = ("new_text",) if text_only else BENCHMARKS
     lines = [
         f"02_model.py --backbone {backbone} --data {{work}}/data/{data} --out {{run}}/model --seed {{seed}} {model}",
         f"03_train.py --model {{run}}/model --data {{work}}/data/{data} --out {{run}}/reward --seed {{seed}} "
         f"--validation= --validate_every 0 --checkpoint_every 0 --workers 0 {STEPS} {training}",
-        f"04_eval.py --model {{run}}/reward --out {{run}}/scores {sets}",
+        f"04_eval.py --model {{run}}/reward --out {{run}}/scores {scored_on(benchmarks)}",
     ]
     return Run(lines, accuracies)
 
 
 def accuracies(folder: Path) -> dict[str, float]:
-    """Overall accuracy on each benchmark, their mean, and the mean of Acc+ on the two with groups."""
+    """Overall accuracies; with pictures also the cost, and the mean of Acc+ on the two benchmarks that have groups."""
     found = json.loads((folder / "scores/reward/summary.json").read_text())
-    measured = {name.replace("_", " "): found[name]["reward"]["overall"]["accuracy"] for name in found}
-    mean = sum(measured.values()) / len(measured)
-    cost = json.loads((folder / "scores/reward/cost.json").read_text())
-    if "new_scenes" in cost:
-        measured |= {f"{what} a comparison": cost["new_scenes"][what] for what in ("GFLOP", "read", "written")}
-    if len(found) == len(BENCHMARKS):
-        measured["mean"] = mean
+    measured = by_benchmark(found, "reward")
+    if "new_scenes" in found:
+        cost = json.loads((folder / "scores/reward/cost.json").read_text())["new_scenes"]
+        measured |= {f"{what} a comparison": cost[what] for what in ("GFLOP", "read", "written")}
         measured["Acc+"] = sum(found[name]["reward"]["Acc+"]["accuracy"] for name in BENCHMARKS[:2]) / 2
     return measured
 
 
 def combine() -> Run:
     """Two members of different data and a text-only one, trained as 05 does without --member, and all combinations."""
-    sets = " ".join(f"--benchmark {{work}}/data/{benchmark}" for benchmark in BENCHMARKS)
     members = "--member {work}/base/reward --member {work}/other/reward --text_member {work}/language_model/reward"
-    line = f"05_ensemble.py {members} --heldout {{work}}/data/train_holdout --out {{run}} {sets}"
+    line = f"05_ensemble.py {members} --heldout {{work}}/data/train_holdout --out {{run}} {scored_on(BENCHMARKS)}"
 
     def measure(folder: Path) -> dict[str, float]:
         found = json.loads((folder / "summary.json").read_text())["benchmarks"]
@@ -130,9 +142,7 @@ def combine() -> Run:
         systems |= {name: name for name in ("mean", "by accuracy", "by confidence", "mean, text routed")}
         measured = {}
         for system, key in systems.items():
-            shares = {name.replace("_", " "): found[name][key]["overall"]["accuracy"] for name in BENCHMARKS}
-            shares["mean"] = sum(shares.values()) / len(shares)
-            measured |= {f"{system}: {name}": share for name, share in shares.items()}
+            measured |= {f"{system}: {name}": share for name, share in by_benchmark(found, key).items()}
         return measured
 
     return Run([line], measure, ("base", "other", "language model"))
@@ -140,7 +150,7 @@ def combine() -> Run:
 
 def improve(reward: str, model: str = "base", advantage: str = "centred") -> Run:
     """A policy trained by GRPO with the reward model of another run."""
-    line = f"06_grpo.py --reward {reward} --model {{work}}/{model.replace(' ', '_')}/reward --out {{run}}/policy "
+    line = f"06_grpo.py --reward {reward} --model {{work}}/{model}/reward --out {{run}}/policy "
     line += f"--advantage {advantage} "
     line += "--data {work}/data/questions --benchmark {work}/data/new_questions --seed {seed}"
 
@@ -189,74 +199,60 @@ LOOK = ["new scenes", "unseen combinations", "new text", "mean", "Acc+"]
 STUDIES = {
     "kind": Study(
         [*LOOK, "GFLOP a comparison", "read a comparison", "written a comparison"],
-        "",
-        [("naive", "base", "", ""), ("critic", "critic", "", ""), ("generative", "generative", "", "")],
+        [Row("naive", "base"), Row("critic", "critic"), Row("generative", "generative")],
     ),
     "head": Study(
         LOOK,
+        [Row(name.replace(" ", ", "), "base" if name == "2 silu" else name, paper=HEADS[name]) for name in HEADS],
         "VL-RewardBench / MM-RLHF",
-        [(name.replace(" ", ", "), "base" if name == "2 silu" else name, "", paper) for name, paper in HEADS.items()],
     ),
     "regularisers": Study(
         LOOK,
-        "",
-        [("none", "base", "", "")]
-        + [(f"zero-coefficient {c}", f"zero {c}", "", "") for c in (0.001, 0.01, 0.1)]
-        + [("length normalisation", "length normalisation", "", "")],
+        [Row("none", "base"), *(Row(f"zero-coefficient {c}", f"zero {c}") for c in (0.001, 0.01, 0.1))]
+        + [Row("length normalisation", "length normalisation")],
     ),
     "data": Study(
         LOOK,
-        "",
-        [(f"only {part}", f"only {part}", "", "") for part in SOURCES]
-        + [("all five", "only everything", "", ""), ("without the flawed two", "only selected", "", "")],
+        [Row(f"only {part}", f"only {part}") for part in SOURCES]
+        + [Row("all five", "only everything"), Row("without the flawed two", "only selected")],
     ),
     "text": Study(
         ["new text"],
-        "text average",
         [
-            ("multimodal backbone, pictures and text", VLM, "", ""),
-            ("multimodal backbone, text alone", f"{VLM}, text", "", ""),
-            ("language backbone, text alone", "LLM, text", "", ""),
+            Row("multimodal backbone, pictures and text", VLM),
+            Row("multimodal backbone, text alone", f"{VLM}, text"),
+            Row("language backbone, text alone", "LLM, text"),
         ],
+        "text average",
     ),
-    "size": Study(LOOK, "", [(size, size, "", "") for size in SIZES]),
+    "size": Study(LOOK, [Row(size, size) for size in SIZES]),
     "family": Study(
         LOOK,
+        [Row("Qwen2.5-VL", VLM, paper="81.0 / 74.8"), Row("InternVL3", "InternVL", paper="78.1 / 81.1")]
+        + [Row(name, name) for name in ("Qwen2-VL", "Qwen3-VL")],
         "multimodal / text average",
-        [("Qwen2.5-VL", VLM, "", "81.0 / 74.8"), ("InternVL3", "InternVL", "", "78.1 / 81.1")]
-        + [(name, name, "", "") for name in ("Qwen2-VL", "Qwen3-VL")],
     ),
     "ensemble": Study(
         ["new scenes", "unseen combinations", "new text", "mean"],
-        "multimodal / text",
         [
-            ("first member", "ensemble", "first: ", "81.0 / 74.8"),
-            ("second member, other data", "ensemble", "second: ", "78.1 / 81.1"),
-            ("weighted by accuracy", "ensemble", "by accuracy: ", "81.2 / 77.6"),
-            ("weighted by confidence", "ensemble", "by confidence: ", "80.4 / 77.7"),
-            ("plain mean", "ensemble", "mean: ", "82.6 / 80.7"),
-            ("plain mean, text to the text-only model", "ensemble", "mean, text routed: ", "82.6 / 82.7"),
+            Row("first member", "ensemble", "first: ", "81.0 / 74.8"),
+            Row("second member, other data", "ensemble", "second: ", "78.1 / 81.1"),
+            Row("weighted by accuracy", "ensemble", "by accuracy: ", "81.2 / 77.6"),
+            Row("weighted by confidence", "ensemble", "by confidence: ", "80.4 / 77.7"),
+            Row("plain mean", "ensemble", "mean: ", "82.6 / 80.7"),
+            Row("plain mean, text to the text-only model", "ensemble", "mean, text routed: ", "82.6 / 82.7"),
         ],
+        "multimodal / text",
     ),
     "grpo": Study(
         ["closed", "open", "average"],
-        "",
-        [
-            ("start policy", "hybrid", "start: ", ""),
-            ("rule", "rule", "", ""),
-            ("generative judge", "judge", "", ""),
-            ("reward model", "model", "", ""),
-            ("hybrid", "hybrid", "", ""),
-        ],
+        [Row("start policy", "hybrid", "start: "), Row("rule", "rule"), Row("generative judge", "judge")]
+        + [Row("reward model", "model"), Row("hybrid", "hybrid")],
     ),
     "advantage": Study(
         ["closed", "open", "average", "phantom advantage"],
-        "",
-        [
-            ("less the group's mean", "hybrid", "", ""),
-            ("divided by the batch's deviation", "hybrid batch", "", ""),
-            ("divided by the group's deviation", "hybrid group", "", ""),
-        ],
+        [Row("less the group's mean", "hybrid"), Row("divided by the batch's deviation", "hybrid batch")]
+        + [Row("divided by the group's deviation", "hybrid group")],
     ),
 }
 
@@ -341,7 +337,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(ROOT))
     done, failed = read_results(), 0
-    rows = [run for study in arguments.study for _, run, _, _ in STUDIES[study].rows]
+    rows = [run for study in arguments.study for _, run, *_ in STUDIES[study].rows]
     wanted = set()
 
     def want(run: str, seed: int) -> None:

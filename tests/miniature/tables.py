@@ -26,10 +26,10 @@ def cell(column: str, values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{error}"
 
 
-def table(name: str) -> str:
+def table(name: str, results: dict) -> str:
     """A study as Markdown: rows down, what was measured across, then the paper's figures."""
-    study, results = STUDIES[name], read_results()
-    runs = {run for _, run, _, _ in study.rows}
+    study = STUDIES[name]
+    runs = {row.run for row in study.rows}
     of = {run: [line["measured"] for (each, _), line in results.items() if each == run] for run in runs}
     seeds = sorted({len(found) for found in of.values()})
     seeds = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
@@ -43,7 +43,8 @@ def table(name: str) -> str:
 
 def filled_in(readme: str) -> str:
     """The README with every study's table as results.jsonl has it."""
-    fill = lambda found: f"{found[1]}\n{table(found[2])}\n<!-- end -->"
+    results = read_results()
+    fill = lambda found: f"{found[1]}\n{table(found[2], results)}\n<!-- end -->"
     return re.sub(r"(<!-- study: (\w+) -->)\n.*?<!-- end -->", fill, readme, flags=re.DOTALL)
 
 
