@@ -47,7 +47,7 @@ def test_a_plan_is_printed_as_the_readme_has_it(command, tmp_path):
     assert printed.endswith(shown) and len(shown) > 80
 
 
-def test_the_commands_on_ones_own_pairs_and_the_python_run_as_printed(tmp_path, monkeypatch):
+def test_the_commands_on_ones_own_pairs_run_as_printed(tmp_path):
     for script in ROOT.glob("0*.py"):
         shutil.copy(script, tmp_path)
     shutil.copytree(ROOT / "tests/tiny", tmp_path / "tests/tiny")
@@ -66,12 +66,6 @@ def test_the_commands_on_ones_own_pairs_and_the_python_run_as_printed(tmp_path, 
     assert [script_and_arguments(each)[0][:2] for each in commands] == ["01", "01", "02", "03", "04", "04"]
     scored = (tmp_path / "artifacts/scores/my_reward/my_responses.jsonl").read_text().splitlines()
     assert [len(json.loads(each)["scores"]) for each in scored] == [2, 3] * 10
-    monkeypatch.chdir(tmp_path)
-    code = re.search(r"^In Python:\n\n```python\n(.*?)```", section, re.M | re.S)[1]
-    *_, last = code.strip().splitlines()
-    done = {}
-    exec(code.replace(last, f"scores = {last}"), done)
-    assert done["scores"].shape == (2,) and done["scores"].isfinite().all()
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("0*.py")))

@@ -92,7 +92,7 @@ def test_in_bfloat16_the_head_and_rotary_frequencies_stay_exact(reward, tmp_path
 
 
 def test_the_readmes_lines_work_from_another_folder(reward, tmp_path):
-    reward.save_pretrained(str(tmp_path / "artifacts/reward"))
+    reward.save_pretrained(str(tmp_path / "artifacts/my_reward"))
     (tmp_path / "picture.png").write_bytes(picture())
     readme = (ROOT / "README.md").read_text()
     lines = next(block for block in readme.split("```python\n")[1:] if "reward.score(" in block).split("```")[0]
