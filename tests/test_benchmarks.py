@@ -230,23 +230,6 @@ def test_the_order_of_the_responses_decides_nothing(metric):
     assert rows[0] == rows[1] and 0 < rows[0]["overall"]["accuracy"] < 1
 
 
-def test_the_metrics_can_be_copied_and_need_nothing_but_numpy():
-    source = Path(evaluation.__file__).read_text()
-    imports = (
-        "import numpy as np\nfrom collections import defaultdict\nfrom collections.abc import Callable, Iterable\n"
-    )
-    imports += "from dataclasses import dataclass, field, replace\n"
-    copied = {"__name__": "copied"}
-    exec(imports + source[source.index("@dataclass\nclass Items") : source.index("def baselines")], copied)
-    rng, n = np.random.default_rng(0), 40
-    names = [["math-prm", "hep-cpp", "Ties", "chat"][i % 4] for i in range(n)]
-    ids = [f"{'tied' if i // 4 % 2 else 'ref'}:{i // 8}" for i in range(n)]
-    known = [[1, 1, 1, 2, 2, 2]] * n, names, ids, [[1] * 6] * n, ["a"] * n, ids
-    scores = [rng.normal(size=6) for _ in range(n)]
-    for name, measure in evaluation.METRICS.items():
-        assert copied["METRICS"][name](scores, copied["Items"](*known)) == measure(scores, evaluation.Items(*known))
-
-
 def test_every_metric_of_a_source_is_known_and_benchmarks_of_two_are_not_mixed():
     of_policies = {*stages.grpo.METRICS, *stages.grpo.JUDGES}
     assert {source.metric for source in data.SOURCES.values()} == {*evaluation.METRICS, *of_policies}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, torchrun
+from conftest import ROOT, TINY, stages, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
 from transformers.modeling_utils import AttentionInterface
@@ -36,7 +36,15 @@ PIECES = {  # piece: {script: what stands at its top level and is copied}
     "benchmark metrics": {
         "04_eval": "Items right_pairs wilson with_interval accuracy acc_plus mean_of by_category metrics"
     },
+    "official metrics": {
+        "04_eval": "Items right_pairs wilson with_interval accuracy acc_plus mean_of by_category metrics "
+        "overall_and_categories vl_rewardbench mm_rlhf_rewardbench REWARDBENCH SAFETY_IN_THE_CODE rewardbench best_of "
+        "ties_score rewardbench_2 rm_bench judgebench METRICS"
+    },
     "GRPO": {"06_grpo": "reward_of advantage_of phantom_share grpo_loss"},
+    "rules": {
+        "06_grpo": "normalise is_text letter_of is_letter is_yes_no NUMBER numbers_of list_of is_number RULES is_match"
+    },
 }
 OPTIONAL = {"ranking loss": {"Written"}}  # not copied, since only a branch needs it: rows of critics and judges
 OTHERS = "data = model_stage = training"  # the scripts as later ones name them; to the copy all is its own
@@ -46,7 +54,8 @@ def defined(node: ast.stmt) -> set[str]:
     """The names that a statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
-    return {name.id for target in getattr(node, "targets", []) for name in ast.walk(target) if hasattr(name, "id")}
+    targets = getattr(node, "targets", [node.target] if isinstance(node, ast.AnnAssign) else [])
+    return {name.id for target in targets for name in ast.walk(target) if hasattr(name, "id")}
 
 
 def source_of(piece: str) -> str:
@@ -284,6 +293,18 @@ def test_benchmark_metrics(lift):
     assert all(row["low"] <= row["accuracy"] <= row["high"] for row in found.values()) and 0 < expected["Acc+"] < 1
 
 
+def test_official_metrics(lift):
+    """To the digit those of the script; with items that each of them can count."""
+    copied, rng, n = lift("official metrics"), np.random.default_rng(0), 40
+    names = [["math-prm", "hep-cpp", "Ties", "chat"][i % 4] for i in range(n)]
+    ids = [f"{'tied' if i // 4 % 2 else 'ref'}:{i // 8}" for i in range(n)]
+    items = [[1, 1, 1, 2, 2, 2]] * n, names, ids, [[1] * 6] * n, ["a"] * n, ids
+    scores = [rng.normal(size=6) for _ in range(n)]
+    assert copied.METRICS.keys() == stages.eval.METRICS.keys()
+    for name, measure in stages.eval.METRICS.items():
+        assert copied.METRICS[name](scores, copied.Items(*items)) == measure(scores, stages.eval.Items(*items))
+
+
 def test_advantages_of_the_hybrid_reward(lift):
     copied = lift("GRPO")
     match, closed = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]), torch.tensor([[True], [True], [False]])
@@ -311,3 +332,12 @@ def test_grpo_loss(lift):
     torch.testing.assert_close(loss, 0.1 * expected.sum() - advantage.sum())
     reinforce = 0.1 * expected.sum() - (advantage * p.log()).sum()
     torch.testing.assert_close(*(torch.autograd.grad(each, p, retain_graph=True) for each in (loss, reinforce)))
+
+
+def test_rules(lift):
+    """Answers as policies word them, under each rule that a closed question can carry."""
+    is_match = lift("rules").is_match
+    choice, area = {"kind": "letter", "options": ["rubber", "cotton"]}, {"kind": "number", "precision": 1}
+    worded = [("A red circle.", "a red circle", "text"), ("(B) cotton", "B", choice), ("No.", "No", "yes_no")]
+    for text, answer, rule in [*worded, ("1.16 cm^2", "1.2", {**area, "type": "float", "unit": "cm^2"})]:
+        assert is_match(text, answer, rule) and not is_match("It is not clear.", answer, rule)
