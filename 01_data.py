@@ -23,7 +23,7 @@ for a text-only reward model; the chat template of the backbone as it is.
 Every chunk of `shard_size` lines becomes one shard and belongs to one rank, so the result does not depend on how
 many ranks there were.
 
-This file reads from here to `main`, the way that a line takes to a shard and back; behind `main` stands an appendix,
+This file reads from here to `main`, the way that a line takes to a shard and back; after `main` stands an appendix,
 a catalogue of the published sets that can be read.
 """
 
@@ -89,7 +89,7 @@ class Settings:
         [],
         "what to prepare, repeatable; none: the embedded world. A JSONL file of your own, or name:PATH, a published "
         "set (SOURCES in 01_data.py has the names): PATH is its file, its folder, a pattern of files, or its name on "
-        "the hub, from where it is downloaded; name alone takes the published one. With @LIMIT behind it, at most that "
+        "the hub, from where it is downloaded; name alone takes the published one. With @LIMIT after it, at most that "
         "many rows (an integer), or that share of them (like 0.5). world:PART@COUNT is a part of the embedded world",
     )
     mix: str = option("", "a mixture of published sets to prepare as one; known: basereward, the paper's training data")
@@ -363,7 +363,7 @@ def read_world(source: str, split: str, count: int, seed: str) -> Iterator[Line]
         yield f"world/{source}/{split}", index + 1, partial(embedded_world().record, source, split, seed, index)
 
 
-# What --source says: a file of one's own, or a name that is looked up in SOURCES (in the appendix, behind main).
+# What --source says: a file of one's own, or a name that is looked up in SOURCES (in the appendix, after main).
 
 
 def split_source(source: str) -> tuple[str, str, float]:
@@ -435,7 +435,7 @@ class Family:
     blocks: str = ""  # where in the tower its layers are
     mrope: bool = False  # the positions of an image's tokens are its rows and columns; else they count on as in text
     tiles: bool = False  # an image is cut into square tiles of one size; else scaled to whole patches
-    around: tuple[str, str] = ("", "")  # the tokens before and behind an image's that the chat template does not have
+    around: tuple[str, str] = ("", "")  # the tokens before and after an image's that the chat template does not have
     half: str = ""  # model_type of the decoder alone; empty: its text_config says, and that has to be supported too
     planned: bool = False  # 03 --plan knows what it computes and needs
 
@@ -542,7 +542,7 @@ def load_processors(backbone: str, max_pixels: int = 0) -> Processors:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the first special token that the chat template sets behind an assistant's turn. It need not be the
+    """The id of the first special token that the chat template sets after an assistant's turn. It need not be the
     tokenizer's eos token, which is <|endoftext|> in Qwen's base models."""
     turns = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
     behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("\ue001")[2]
@@ -871,7 +871,7 @@ def encode_record(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shards. A list of vectors lies flat, one behind the other, with offsets: vector i is flat[offset[i] : offset[i + 1]].
+# Shards. A list of vectors lies flat, one after the other, with offsets: vector i is flat[offset[i] : offset[i + 1]].
 
 RAGGED = {  # one vector for each comparison, but for
     "prompts": np.int32,
@@ -1757,7 +1757,7 @@ def ask(text: str, image: str | bytes | dict, **more) -> dict:
 
 
 def lettered(options: list[str]) -> str:
-    """Options one a line, each behind its letter: "A. red", "B. blue"."""
+    """Options one a line, each after its letter: "A. red", "B. blue"."""
     return "\n".join(f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options))
 
 

@@ -10,7 +10,7 @@ Out   artifacts/model/: the same layout without the LM head, plus reward_head.sa
 
 A comparison is encoded ONCE. The row is [prompt | response 1 | ... | response N]. Every response attends to the prompt
 and to itself, never to a sibling; each one's positions continue where the prompt's end; its score is read at its own
-last token, the <|im_end|> (or whatever the chat template has) that closes it. Comparisons stand one behind the other in
+last token, the <|im_end|> (or whatever the chat template has) that closes it. Comparisons stand one after the other in
 one row with no padding. The scores are those of one forward per response, for about N(P + R) / (P + NR) times less work
 and N times fewer images:
 
@@ -28,7 +28,7 @@ section has all that they need more):
   - critic: it first writes a critique of each response, then the head scores what stands at the critique's end. In the
     row a response is followed by the request for a critique, a turn of the user, and the critique.
   - generative: it is shown two responses and answers A or B. A response of the row is such a pair, with the question
-    which is better behind it, so the prompt is still read once for all N(N - 1) ordered pairs. A pair's score is the
+    which is better after it, so the prompt is still read once for all N(N - 1) ordered pairs. A pair's score is the
     difference of the two letters' log-odds, averaged over both orders; a response's the sum over its pairs. It writes
     no rationale first: one token is the cheapest such judge there is, and its score is exact.
 Deviation: the head computes in float32 even where the backbone computes in bfloat16, whose spacing near 4 is 0.03.
@@ -112,7 +112,7 @@ class Settings(HeadSettings):
 
 @dataclass
 class PackedRow:
-    """Comparisons one behind the other: T tokens in all, N responses in all, no padding."""
+    """Comparisons one after the other: T tokens in all, N responses in all, no padding."""
 
     lengths: list[tuple[int, list[int]]]  # per comparison: P, [R_1, ..., R_N]
     input_ids: Tensor  # [1, T]
@@ -331,7 +331,7 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
 
 @dataclass
 class Images:
-    """The images of a row, their patches one behind the other, and which patches see each other in the vision tower.
+    """The images of a row, their patches one after the other, and which patches see each other in the vision tower.
 
     Qwen2.5-VL's tower attends within windows of 8 x 8 patches in most layers, within whole images in the others. It
     reorders the patches so that a window's stand together. Qwen3-VL's has a table of learned positions, of which each
@@ -489,7 +489,7 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
-        """The scores of all responses of all comparisons, one behind the other, [N] float32 on the model's device, in
+        """The scores of all responses of all comparisons, one after the other, [N] float32 on the model's device, in
         forwards of at most `micro_tokens` tokens each."""
         scores = [self(self.row_of(row)) for row in rows_of(comparisons, micro_tokens)]
         return torch.cat([torch.zeros(0, device=self.device), *scores])
@@ -953,7 +953,7 @@ class DecodeRow:
 
 @torch.inference_mode()
 def write(writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise: np.ndarray | None = None) -> Tensor:
-    """Goes on `group` times behind every response of a row, or behind a prompt that has none: token ids [texts, group,
+    """Goes on `group` times after every response of a row, or after a prompt that has none: token ids [texts, group,
     max_new_tokens], -1 after the end-of-turn token.
 
     `noise` [texts, group, max_new_tokens], uniform in [0, 1), decides every token by inversion of the distribution, so
@@ -963,7 +963,7 @@ def write(writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise
     row, device = KeptRow(**vars(row)), row.input_ids.device
     hidden = run_backbone(writer.lm, row)  # [T, hidden]
     segments = row.segments.keys.split(row.segments.key_starts.diff().tolist())
-    texts = [places for i, places in enumerate(segments) if i not in row.segments.prefixes]  # nothing stands behind yet
+    texts = [places for i, places in enumerate(segments) if i not in row.segments.prefixes]  # nothing follows yet
     ends = torch.stack([places[-1] for places in texts])
     begin = torch.stack([row.position_ids[:, 0, places].max() + 1 for places in texts])
     hidden = hidden[ends].repeat_interleave(group, 0)  # [samples, hidden]
@@ -994,15 +994,15 @@ def texts_of(tokens: Tensor, processors: Processors) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The other two kinds, critic and judge: how they read a comparison, with a request behind each response and what they
-# have to write behind that, and the models. Who wants the naive kind alone has seen all of it above.
+# The other two kinds, critic and judge: how they read a comparison, with a request after each response and what they
+# have to write after that, and the models. Who wants the naive kind alone has seen all of it above.
 
 REQUESTS = {"critic": "Is it right? Explain.", "generative": "Which is better, A or B?"}
 
 
 @dataclass
 class Asked(Comparison):
-    """A comparison whose `responses` have a request behind them and end in what the model has to write itself; and for
+    """A comparison whose `responses` have a request after them and end in what the model has to write itself; and for
     training, what is to be learned from it."""
 
     learned: list[np.ndarray] = field(default_factory=list)  # of each response, its last tokens' weights in the loss
@@ -1035,14 +1035,14 @@ class Written:
 
 
 def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
-    """The token ids that the chat template puts behind an answer's end-of-turn token when the user goes on with
+    """The token ids that the chat template puts after an answer's end-of-turn token when the user goes on with
     `request`, up to where the assistant's next answer begins."""
     turns = [("user", "?"), ("assistant", "!"), ("user", request)]
     messages = [{"role": role, "content": text} for role, text in turns]
     before, whole = (data.tokenize_chat(some, processors.tokenizer) for some in (messages[:1], messages))
     ends = np.flatnonzero(whole[len(before) :] == processors.end_token)
     if not len(ends):
-        raise UserError("the chat template sets no end-of-turn token behind an answer, where a request could follow")
+        raise UserError("the chat template sets no end-of-turn token after an answer, where a request could follow")
     return whole[len(before) + ends[0] + 1 :]
 
 
@@ -1091,7 +1091,7 @@ class Critic(RewardModel):
         tokens, largest = self.asks["critique_tokens"], self.backbone.config.get_text_config().max_position_embeddings
         if not 1 <= tokens <= largest:
             raise UserError(f"--critique_tokens {tokens}: must be 1 to {largest}, the backbone's positions")
-        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids behind a response
+        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids after a response
         self.reader = partial(with_given_critiques, request=self.request, processors=self.processors)
 
     def forward(self, row: PackedRow, written: Written | None = None):
@@ -1131,7 +1131,7 @@ class Judge(RewardModel):
 
     def __init__(self, *made, **more):
         super().__init__(*made, **more)
-        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids behind a pair
+        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids after a pair
         self.reader = partial(in_ordered_pairs, request=self.request, processors=self.processors)
         self.letters = [data.tokenize_text(letter, self.processors.tokenizer)[0] for letter in "AB"]
 

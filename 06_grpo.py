@@ -187,7 +187,7 @@ def letter_of(text: str, options: list) -> str | None:
     """The option that an answer chooses; None if it is not clear which.
 
     In this order: a letter and nothing else; the last "the answer is B" (or "Answer: B", "option B"); the only letter
-    in brackets, "(B) rubber"; a letter in front, "B. rubber"; an option's text, bare or behind "the answer is".
+    in brackets, "(B) rubber"; a letter in front, "B. rubber"; an option's text, bare or after "the answer is".
     """
     letters = string.ascii_uppercase[: len(options) or 8]
     # A before a small word is the article, except in "A because".
@@ -216,7 +216,7 @@ def is_letter(text: str, answer: str, rule: dict) -> bool:
 
 
 def is_yes_no(text: str, answer: str, rule: dict) -> bool:
-    """The first word, or the word behind "the answer is". MME looks for the letters in the first four characters, which
+    """The first word, or the word after "the answer is". MME looks for the letters in the first four characters, which
     finds a "no" in "None" and "Not sure" as well."""
     said = re.match(r"\W*(?:the answer is|answer:)?\W*(yes|no)\b", text.lower())
     return said is not None and said[1] == answer.strip().lower()
@@ -241,7 +241,7 @@ def list_of(text: str) -> list[float]:
 def is_number(text: str, answer: str, rule: dict) -> bool:
     """The last number of a text; of type "list", all numbers of its last list.
 
-    As in MathVista's calculate_score.py an "integer" loses what is behind its point, others are rounded to `precision`
+    As in MathVista's calculate_score.py an "integer" loses what is after its point, others are rounded to `precision`
     places; where no precision is given they must be equal. (MathVista first has a language model find the number.) The
     unit is cut out, so that the 2 of cm^2 is no number; that an answer is in another unit is not noticed.
     """
