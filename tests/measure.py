@@ -27,37 +27,43 @@ def run(seed: int, ranks: int) -> dict:
         for script in sorted(ROOT.glob("0*.py")):
             shutil.copy(script, folder)
         shutil.copytree(ROOT / "tests/tiny", Path(folder, "tests/tiny"))
-        result = {"seed": seed}
+        seconds = {}
         for script in sorted(path.name for path in ROOT.glob("0*.py")):
             began = time.perf_counter()
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={ranks}",
-                script,
-            ]
-            command += (
-                [] if script == "04_eval.py" else ["--seed", str(seed + 1 if script == "05_ensemble.py" else seed)]
-            )
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            seeded = [] if script == "04_eval.py" else ["--seed", str(seed + (script == "05_ensemble.py"))]
+            command = [*launch, script, *seeded]
             subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            result[f"seconds {script[:2]}"] = time.perf_counter() - began
-        result["seconds all"] = sum(value for key, value in result.items() if key.startswith("seconds"))
+            seconds[script] = time.perf_counter() - began
         artifacts = Path(folder, "artifacts")
         scores = json.loads((artifacts / "scores/reward/summary.json").read_text())
         ensemble = json.loads((artifacts / "ensemble/summary.json").read_text())["benchmarks"]
-        evaluation = json.loads((artifacts / "policy/evaluation.json").read_text())
-    for benchmark in BENCHMARKS:
-        for system in ("reward", "longer wins"):
-            result[f"{benchmark}: {system}"] = 100 * scores[benchmark][system]["overall"]["accuracy"]
-        for system, metrics in ensemble[benchmark].items():
-            if system != "reward":
-                result[f"{benchmark}: {system}"] = 100 * metrics["overall"]["accuracy"]
+        policy = json.loads((artifacts / "policy/evaluation.json").read_text())
+    systems = {name: scores[name] | ensemble[name] for name in BENCHMARKS}
+    accuracy = {}
+    for system in ("longer wins", *ensemble["new_text"]):
+        accuracy[system] = {
+            name: 100 * found[system]["overall"]["accuracy"] for name, found in systems.items() if system in found
+        }
+    grades = {}
     for when in ("before", "after"):
-        for metric in ("exact_match", "open_grade"):
-            result[f"policy {metric} {when}"] = 100 * evaluation[when][metric]
-    return result
+        grades[f"policy {when}"] = {kind: 100 * policy[when][kind] for kind in ("exact_match", "open_grade")}
+    return {"seed": seed, "accuracy": accuracy, "policy": grades, "seconds": seconds | {"all": sum(seconds.values())}}
+
+
+def cell(values: list[float]) -> str:
+    """The mean over the seeds, with the smallest and the largest."""
+    return f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if values else "-"
+
+
+def table(title: str, results: list[dict]) -> str:
+    """What the runs say under the same names, rows down and columns across, as Markdown."""
+    rows, columns = list(results[0]), list(dict.fromkeys(name for row in results[0].values() for name in row))
+    lines = [[title, *columns], ["---"] * (len(columns) + 1)]
+    for row in rows:
+        cells = [[result[row][column] for result in results if column in result[row]] for column in columns]
+        lines.append([row, *map(cell, cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def main() -> None:
@@ -70,12 +76,9 @@ def main() -> None:
     results = [run(seed, arguments.ranks) for seed in arguments.seeds]
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(results, indent=1))
-    print("| " + " | ".join(["", *(f"seed {seed}" for seed in arguments.seeds), "mean"]) + " |")
-    print("|" + "---|" * (len(results) + 2))
-    for key in results[0]:
-        if key != "seed":
-            values = [result[key] for result in results]
-            print(f"| {key} | " + " | ".join(f"{value:.1f}" for value in [*values, statistics.mean(values)]) + " |")
+    print(table("percent", [result["accuracy"] for result in results]))
+    print(table("percent", [result["policy"] for result in results]))
+    print(table("seconds", [{"a stage": result["seconds"]} for result in results]))
 
 
 if __name__ == "__main__":
