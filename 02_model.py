@@ -163,7 +163,7 @@ def change_tensors(value: Any, change: Callable) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention over a row. It can be taken along by itself: `Segments` with `has_varlen`, and `shared_prefix_attention` for
-# transformers, to whose `forward` any `row` with such an `attend` is passed.
+# transformers, to whose `forward` any `row` with such an `attend` is passed, in every call and beside the position ids.
 
 
 @dataclass
@@ -257,7 +257,9 @@ def has_varlen(query: Tensor) -> bool:
 
 
 @torch.compiler.disable
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling, row=None, **_):
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling, row, **others):
+    if others.get("dropout") or any(others.get(each) is not None for each in ("sliding_window", "softcap", "s_aux")):
+        raise ValueError("attention over a row has no dropout, no sliding window, no softcap and no sinks")
     return row.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None  # [1, T, heads, d]
 
 
@@ -277,11 +279,13 @@ AttentionInterface.register("packed_images", image_attention)
 
 def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | None) -> np.ndarray:
     """Position ids [3, P] of a prompt [P] with M-RoPE (Qwen2-VL, arXiv 2409.12191), from its images' grids in tokens
-    [images, 3]; without grids they count up.
+    [images, 3], which are a processor's grid_thw // [1, merge, merge]; without images ([]) they count up.
 
     Text counts up on all three axes. The tokens of an image share one time, count rows and columns from there, and the
     text after it continues after the largest of them.
     """
+    if len(grids) and np.prod(grids, axis=1).sum() != (prompt == image_token).sum():
+        raise ValueError("the prompt's image tokens are not as many as the grids say, in tokens, not in patches")
     positions, start, next_position = [], 0, 0
     for t, h, w in grids:
         text = int(np.argmax(prompt[start:] == image_token))  # tokens before this image's
@@ -294,6 +298,24 @@ def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | N
     return np.concatenate(positions, axis=1)
 
 
+def pack_tokens(
+    prompts: list[np.ndarray], responses: list[list[np.ndarray]], positions: list[np.ndarray] | None = None
+) -> PackedRow:
+    """One row of token ids: prompts [P], and of each its responses [R]. `positions` are the prompts', [3, P]; without
+    them they count up. All responses go on where their prompt ends."""
+    positions = positions or [np.tile(np.arange(len(prompt)), (3, 1)) for prompt in prompts]
+    ids, at, lengths = [], [], []
+    for prompt, those, of_prompt in zip(prompts, responses, positions, strict=True):
+        lengths.append((len(prompt), [len(response) for response in those]))
+        ids += [prompt, *those]
+        at += [of_prompt, *(np.tile(of_prompt.max() + 1 + np.arange(len(each)), (3, 1)) for each in those)]
+    segments = Segments.of_comparisons(lengths)
+    ends = [end for end, prefix in zip(segments.starts[1:].tolist(), segments.prefixes) if prefix is not None]
+    input_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64))[None]
+    position_ids = torch.from_numpy(np.concatenate(at, axis=1).astype(np.int64))[:, None]
+    return PackedRow(lengths, input_ids, position_ids, torch.tensor(ends, dtype=torch.long) - 1, segments)
+
+
 def pack(comparisons: list[Comparison], processors: Processors, dummy_image: bool = False) -> PackedRow:
     """Packs comparisons into one row and decodes their images.
 
@@ -303,19 +325,11 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
     """
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
-    ids, positions, lengths = [], [], []
-    for comparison in comparisons:
-        P, Rs = len(comparison.prompt), [len(response) for response in comparison.responses]
-        grids = comparison.grids // [1, *[processors.vision.merge] * 2] if processors.family.mrope else []
-        at = prompt_positions(comparison.prompt, grids, processors.image_token)  # [3, P]
-        ids += [comparison.prompt, *comparison.responses]
-        positions += [at, *(np.tile(at.max() + 1 + np.arange(R), (3, 1)) for R in Rs)]  # all go on where it ends
-        lengths.append((P, Rs))
-    segments = Segments.of_comparisons(lengths)
-    ends = [end for end, prefix in zip(segments.starts[1:].tolist(), segments.prefixes) if prefix is not None]
-    input_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64))[None]
-    position_ids = torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None]
-    row = PackedRow(lengths, input_ids, position_ids, torch.tensor(ends, dtype=torch.long) - 1, segments)
+    positions = None
+    if processors.family.mrope:
+        merge = [1, processors.vision.merge, processors.vision.merge]  # patches of a token
+        positions = [prompt_positions(c.prompt, c.grids // merge, processors.image_token) for c in comparisons]
+    row = pack_tokens([c.prompt for c in comparisons], [c.responses for c in comparisons], positions)
     images = [image for comparison in comparisons for image in data.open_images(comparison, processors)]
     if images:
         grids = np.concatenate([comparison.grids for comparison in comparisons]).astype(np.int64)
@@ -423,7 +437,7 @@ class RewardHead(nn.Module):
     def __init__(self, hidden: int, layers: int = 2, activation: str = "silu", width: int = 0):
         super().__init__()
         if not 1 <= layers <= 5:
-            raise UserError(f"--head_layers {layers}: must be 1 to 5")
+            raise UserError(f"a reward head of {layers} layers (--head_layers): must be 1 to 5")
         self.settings = {"hidden": hidden, "layers": layers, "activation": activation, "width": width or hidden}
         sizes = [hidden, *[width or hidden] * (layers - 1)]
         parts = []
@@ -438,7 +452,10 @@ class RewardHead(nn.Module):
             raise UserError(
                 "the reward head is to stay float32; `place(reward, device, dtype)` makes only the backbone less"
             )
-        return self.mlp(hidden.float()).sum(-1)  # of one; a squeezed view would trip FSDP's backward hooks
+        scores = self.mlp(hidden.float()).sum(-1)  # of one; a squeezed view would trip FSDP's backward hooks
+        if scores.dtype != torch.float32:
+            raise UserError("autocast makes the reward head less than float32; leave it out of it (enabled=False)")
+        return scores
 
 
 class RewardModel(nn.Module):

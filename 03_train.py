@@ -200,7 +200,7 @@ def imbalance(micro_batches: list[MicroBatch]) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loss. To copy `ranking_loss` takes `Pairs` and what makes them, all without `written`.
+# The loss. To copy `ranking_loss` takes `Pairs` and what makes them; `written` is for critics and judges alone.
 
 
 @dataclass
@@ -449,6 +449,7 @@ def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
     """Fills a transformers model that was built empty and then sharded, from its checkpoint, whatever the dtype stored.
 
     A rank has memory for its own shards only, and reads only their rows of the memory-mapped files, tensor by tensor.
+    `backbone` is what transformers made, every parameter of it sharded by `fully_shard`; a head of yours is not in it.
 
     Raises:
         UserError: names the tensor that is missing, or does not belong to the model, or has the wrong shape.
@@ -468,8 +469,8 @@ def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
         if tensor.get_shape() != list(parameter.shape):
             shapes = f"{tensor.get_shape()} in the checkpoint, {list(parameter.shape)} by config.json"
             raise UserError(f"{path}: {key} has the wrong shape: {shapes}")
-        mesh = parameter.device_mesh["shard"]
-        rows, start = Shard.local_shard_size_and_offset(len(parameter), mesh.size(), mesh.get_local_rank())
+        mesh, dim = parameter.device_mesh, parameter.placements.index(Shard(0))  # not that of replicas
+        rows, start = Shard.local_shard_size_and_offset(len(parameter), mesh.size(dim), mesh.get_local_rank(dim))
         parameter.to_local().copy_(tensor[start : start + rows])
         if not parameter.to_local().isfinite().all():
             raise UserError(f"{path}: {key} has weights that are not finite")
@@ -481,19 +482,23 @@ def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
 # The loop.
 
 
-def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with its state allocated at once, so that a checkpoint has something to load into. Decay on matrices
-    only."""
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW, its state allocated. Decay on matrices only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
-    for p in trained:
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.zeros((), device=device)} | moments
+    allocate_state(optimizer)
     return optimizer
+
+
+def allocate_state(optimizer: torch.optim.AdamW) -> None:
+    """What AdamW would do in its first step: a checkpoint needs something to load into."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
 
 
 def learning_rate_at(step: int, steps: int, settings: Settings) -> float:
@@ -538,7 +543,7 @@ def train(settings: Settings) -> dict:
     shard(model, model.backbone, device, in_float32=heads, shard_size=settings.shard_size, **how)
     load_weights(model.backbone, settings.model, device)
     model.train()
-    optimizer = make_optimizer(model, settings, device)
+    optimizer = make_optimizer(model, settings)
     about = {"settings": dataclasses.asdict(settings), "data": fingerprint(settings.data)}  # in every checkpoint
     start = begin(settings, model, optimizer, about)
     checkpoints, log = Path(settings.out, "checkpoints"), Path(settings.out, "metrics.jsonl")
@@ -689,11 +694,13 @@ def stop_or_skip(
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: model and optimizer as sharded safetensors, written by torch.distributed.checkpoint, which reads them
 # back on any number of ranks. The position in the data is the step, since the plan follows from the seed. To copy them
-# takes `writing`, `reading` and `write_file` of 01, and an optimizer whose state is allocated (`make_optimizer`).
+# takes `writing`, `reading` and `write_file` of 01, an AdamW whose state is allocated (`allocate_state`), and a process
+# group that has gloo for what is on the CPU ("cpu:gloo,cuda:nccl").
 
 
 def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """All that a step changes, as one flat dict of tensors, each the very one in use."""
+    """Parameters and what the optimizer keeps of each, as one flat dict of tensors, each the very one in use. No
+    buffers, which no step changes here, and nothing that follows from the step, as the learning rate does."""
     state = {}
     for name, parameter in model.named_parameters():
         state[f"model.{name}"] = parameter.detach()
@@ -708,24 +715,24 @@ def step_of(checkpoint: Path) -> int:
 def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor], about: dict, keep: int = 2) -> None:
     """Writes `step_000050/` under a temporary name and renames it when all ranks are done; then removes old ones, again
     by renaming first. So what is called step_... is whole, and there is one at any moment after the first. Its run.json
-    says what the run is `about`, its settings and data, as `begin` wants to know."""
-    final, writing = folder / f"step_{step:06d}", folder / f".writing_{step:06d}"
+    says what the run is `about`, anything that JSON can hold."""
+    final, unfinished = folder / f"step_{step:06d}", folder / f".writing_{step:06d}"
     with data.writing(final):
         if dist.get_rank() == 0:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
         dist.barrier()
         try:
-            dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True))
+            dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
         except dcp.CheckpointException as error:  # on all ranks, with what went wrong on each
-            shutil.rmtree(writing, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             reason = next(iter(error.failures.values()))[0]
             raise reason if isinstance(reason, OSError) else OSError(str(reason).splitlines()[0]) from None
         if dist.get_rank() == 0:
-            files = {file.name: file.stat().st_size for file in writing.glob("*.safetensors")}
-            data.write_file(writing / "run.json", json.dumps({"step": step, **about, "files": files}, indent=1))
+            files = {file.name: file.stat().st_size for file in unfinished.glob("*.safetensors")}
+            data.write_file(unfinished / "run.json", json.dumps({"step": step, **about, "files": files}, indent=1))
             remove(final)
-            writing.rename(final)
+            unfinished.rename(final)
             for old in sorted(folder.glob("step_*"), key=step_of)[:-keep]:
                 remove(old)
         dist.barrier()
@@ -744,7 +751,7 @@ def check_checkpoint(checkpoint: Path, state: dict[str, Tensor]) -> dict:
     safetensors compares what they declare with the size of the file."""
     with data.reading(checkpoint, "remove it"):
         run = json.loads((checkpoint / "run.json").read_bytes())
-        for key, kind in (("step", int), ("settings", dict), ("data", str), ("files", dict)):
+        for key, kind in (("step", int), ("files", dict)):
             if not isinstance(run[key], kind):
                 raise data.Unusable(f"run.json: {key} is no {kind.__name__}")
         there = {file.name: file.stat().st_size for file in checkpoint.glob("*.safetensors")}
@@ -843,11 +850,12 @@ def fingerprint(folders: list[str]) -> str:
 
 def check_same_run(checkpoint: Path, about: dict) -> None:
     """Raises UserError where a checkpoint was made with another recipe or other data."""
-    made_with, now = json.loads((checkpoint / "run.json").read_text()), about["settings"]
-    was = made_with["settings"]
+    with data.reading(checkpoint, "remove it, or continue with --resume_changed"):
+        made_with = json.loads((checkpoint / "run.json").read_text())
+        was, now, made_with_data = dict(made_with["settings"]), about["settings"], made_with["data"]
     names = [field.name for field in dataclasses.fields(Recipe)]
     differ = [f"--{name} {was.get(name)} (now {now[name]})" for name in names if was.get(name) != now[name]]
-    if made_with["data"] != about["data"]:
+    if made_with_data != about["data"]:
         differ.append("other data in --data than is there now")
     if differ:
         wanted = "give the same, continue so with --resume_changed, or start anew in another --out"

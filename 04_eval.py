@@ -188,7 +188,7 @@ class Items:
     ranks: list[list[int]]  # of its responses; 1 is best, equal ranks tie
     categories: list[str]
     groups: list[str]  # what goes right and wrong together, like questions about one picture
-    characters: list[list[int]]  # length of each response
+    characters: list[list[int]] = field(default_factory=list)  # length of each response; only `baselines` asks
     subsets: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # they need not be unique
 
@@ -210,7 +210,9 @@ def right_pairs(scores: list[np.ndarray], items: Items) -> tuple[np.ndarray, np.
     """Of each pair of responses of which one is ranked better, [pairs] each: whether that one scores higher, the pair's
     category, and a number for its group. A tie is wrong, and so is a score of nan."""
     right, of = [], []
-    for i, (score, ranks) in enumerate(zip(scores, items.ranks)):
+    for i, (score, ranks) in enumerate(zip(scores, items.ranks, strict=True)):
+        if len(score) != len(ranks):
+            raise ValueError(f"item {i}: {len(score)} scores of {len(ranks)} responses")
         better, worse = np.nonzero(np.less.outer(ranks, ranks))
         right += (score[better] > score[worse]).tolist()
         of += [i] * len(better)
@@ -256,7 +258,7 @@ def accuracy(right: np.ndarray, groups: np.ndarray) -> dict:
 def acc_plus(right: np.ndarray, groups: np.ndarray) -> dict:
     """The share of groups with every pair right, and its interval; both [pairs]."""
     _, group = np.unique(groups, return_inverse=True)
-    all_right = np.bincount(group, ~right) == 0  # [groups]
+    all_right = np.bincount(group, np.logical_not(right)) == 0  # [groups]
     return with_interval(float(all_right.mean()) if len(all_right) else float("nan"), len(all_right), len(all_right))
 
 

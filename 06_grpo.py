@@ -125,7 +125,9 @@ def rollout(
 # GRPO, tensors in, tensors out: rewards, advantages, loss. These four need nothing but torch.
 
 
-def reward_of(kind: str, match: Tensor, closed: Tensor, score: Tensor | None, fallback_scale: float) -> Tensor:
+def reward_of(
+    kind: Literal["rule", "model", "hybrid"], match: Tensor, closed: Tensor, score: Tensor | None, fallback_scale: float
+) -> Tensor:
     """Rewards [groups, G] of the paper's Table 11: `rule` 1 on a match, `model` the raw score, `hybrid` 1 on a match,
     else sigmoid(score), of closed questions times `fallback_scale`.
 
@@ -134,15 +136,22 @@ def reward_of(kind: str, match: Tensor, closed: Tensor, score: Tensor | None, fa
         return match
     if kind == "model":
         return score
-    return torch.where(match > 0, 1.0, torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0))
+    if kind == "hybrid":
+        return torch.where(match > 0, 1.0, torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0))
+    raise ValueError(f"reward {kind!r}: known are rule, model and hybrid")
 
 
-def advantage_of(reward: Tensor, scale: str) -> Tensor:
-    """Advantages from rewards, [B, G] each: what a reward is above its group's mean, in units of --advantage."""
+def advantage_of(reward: Tensor, scale: Literal["centred", "batch", "group"]) -> Tensor:
+    """Advantages from rewards, [B, G] each: what a reward is above its group's mean; as it is, or in units of the
+    standard deviation of the batch's centred rewards, or of the group's."""
     centred = reward - reward.mean(1, keepdim=True)
+    if scale == "centred":
+        return centred
+    if scale == "batch":
+        return centred / (centred.std() + 1e-4)
     if scale == "group":
         return centred / (reward.std(1, keepdim=True) + 1e-4)
-    return centred / (centred.std() + 1e-4) if scale == "batch" else centred
+    raise ValueError(f"advantage {scale!r}: known are centred, batch and group")
 
 
 def phantom_share(advantage: Tensor, match: Tensor, closed: Tensor) -> float:

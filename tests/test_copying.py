@@ -1,5 +1,6 @@
-"""Pieces can be copied: what PIECES names, behind nothing but the imports of libraries that its scripts begin with, is
-all that a piece needs, and computes what plain code computes."""
+"""Pieces can be copied as the README says: what its table names, after the imports of libraries that a script begins
+with and without the prefixes `data.` and `model_stage.`, is all that a piece needs, and computes what plain code
+does."""
 
 import ast
 import builtins
@@ -19,56 +20,49 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
 from transformers.modeling_utils import AttentionInterface
 
-PIECES = {  # piece: {script: what stands at its top level and is copied}
-    "shared-prefix attention": {
-        "02_model": "PackedRow READ_ON_CPU change_tensors Segments has_varlen shared_prefix_attention"
-    },
-    "packed position ids": {"02_model": "prompt_positions"},
-    "reward head": {"01_data": "UserError", "02_model": "ACTIVATIONS RewardHead"},
-    "batch planner": {"03_train": "MicroBatch deal plan imbalance"},
-    "ranking loss": {"02_model": "READ_ON_CPU change_tensors", "03_train": "Pairs ordered_pairs pairs_of ranking_loss"},
-    "sharded loading": {"01_data": "UserError", "03_train": "checkpoint_tensors load_weights"},
-    "resumable checkpoint": {
-        "01_data": "UserError Unusable explaining reading writing in_place_of write_file",
-        "03_train": "make_optimizer training_state step_of save_checkpoint remove check_checkpoint newest_whole "
-        "load_checkpoint",
-    },
-    "benchmark metrics": {
-        "04_eval": "Items right_pairs wilson with_interval accuracy acc_plus mean_of by_category metrics"
-    },
-    "official metrics": {
-        "04_eval": "Items right_pairs wilson with_interval accuracy acc_plus mean_of by_category metrics "
-        "overall_and_categories vl_rewardbench mm_rlhf_rewardbench REWARDBENCH SAFETY_IN_THE_CODE rewardbench best_of "
-        "ties_score rewardbench_2 rm_bench judgebench METRICS"
-    },
-    "GRPO": {"06_grpo": "reward_of advantage_of phantom_share grpo_loss"},
-    "rules": {
-        "06_grpo": "normalise is_text letter_of is_letter is_yes_no NUMBER numbers_of list_of is_number RULES is_match"
-    },
-}
 OPTIONAL = {"ranking loss": {"Written"}}  # not copied, since only a branch needs it: rows of critics and judges
-OTHERS = "data = model_stage = training"  # the scripts as later ones name them; to the copy all is its own
 
 
 def defined(node: ast.stmt) -> set[str]:
-    """The names that a statement defines."""
+    """The name that a statement defines; several at once are names of another script's."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
     targets = getattr(node, "targets", [node.target] if isinstance(node, ast.AnnAssign) else [])
-    return {name.id for target in targets for name in ast.walk(target) if hasattr(name, "id")}
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+SCRIPTS = {path.name: ast.parse(path.read_text()).body for path in sorted(ROOT.glob("0*.py"))}
+SECTION = (ROOT / "README.md").read_text().split("## Copying a piece")[1]
+
+
+def pieces() -> dict[str, dict[str, set[str]]]:
+    """{piece: {script: names}} of the README's table. A name is of its row's script, or else of an earlier one."""
+    found, above = {}, set()
+    for piece, script, take, besides in re.findall(
+        r"^\| (.*?) \| `(0\d_\w+\.py)` \| (.*?) \| (.*?) ?\|$", SECTION, re.M
+    ):
+        names = {*re.findall(r"`(\w+)`", take + besides), *(above if "those above" in take else ())}
+        found[piece], above = {}, names
+        for each in (script, *SCRIPTS):
+            here = names & set().union(*map(defined, SCRIPTS[each]))
+            found[piece][each] = here | found[piece].get(each, set())
+            names = names - here
+        assert not names, f"{piece}: {names} are nowhere"
+    return found
+
+
+PIECES = pieces()
 
 
 def source_of(piece: str) -> str:
-    """What one would copy: the scripts' imports of libraries, and what is named. Annotations are not evaluated."""
-    imports, copied = ["from __future__ import annotations", "import sys"], [f"{OTHERS} = sys.modules[__name__]"]
-    for script, names in PIECES[piece].items():
-        body, wanted = ast.parse((ROOT / f"{script}.py").read_text()).body, {*names.split()}
-        found = [node for node in body if defined(node) & wanted]
-        missing = wanted.difference(*map(defined, found))
-        assert not missing, f"{script}.py has no {', '.join(missing)}"
-        imports += [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        copied += map(ast.unparse, found)
-    return "\n".join([*imports, *copied])
+    """What one would copy: the scripts' imports of libraries, and what is named."""
+    imports, copied = ["from __future__ import annotations"], []
+    for script, names in sorted(PIECES[piece].items()):
+        if names:
+            body = SCRIPTS[script]
+            imports += [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            copied += [ast.unparse(node) for node in body if defined(node) & names]
+    return "\n".join(imports) + re.sub(r"(?<![.\w])(data|model_stage|training)\.", "", "\n" + "\n".join(copied))
 
 
 def undefined(table: symtable.SymbolTable, known: set[str]) -> set[str]:
@@ -79,12 +73,9 @@ def undefined(table: symtable.SymbolTable, known: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_piece_needs_nothing_else(piece):
-    others = OTHERS.replace(" = ", "|")
-    source = re.sub(rf"(?<![.\w])({others})\.", "other_", source_of(piece))  # data.x: a name that cannot be a local one
-    table = symtable.symtable(source, piece, "exec")
+    table = symtable.symtable(source_of(piece), piece, "exec")
     known = {each.get_name() for each in table.get_symbols() if each.is_assigned() or each.is_imported()}
-    needed = {name.removeprefix("other_") for name in undefined(table, known | {*dir(builtins), "__name__"})}
-    assert needed - known == OPTIONAL.get(piece, set())
+    assert undefined(table, known | {*dir(builtins), "__name__"}) == OPTIONAL.get(piece, set())
 
 
 @pytest.fixture
@@ -103,8 +94,22 @@ def lift(monkeypatch):
 # ---- 02
 
 
-def test_shared_prefix_attention_in_a_model_of_transformers(lift):
-    """Against one plain forward for each response, hidden states of prompts and responses."""
+def test_shared_prefix_attention_in_a_model_of_transformers(lift, tmp_path):
+    """The README's example, against one plain forward for each response."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    plain = AutoModel.from_config(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    plain.save_pretrained(tmp_path)
+    prompt, first, second = (np.random.default_rng(length).integers(0, 64, length) for length in (7, 3, 5))
+    texts = [torch.from_numpy(np.concatenate([prompt, each]))[None] for each in (first, second)]
+    expected = torch.stack([plain(text).last_hidden_state[0, -1].sum() for text in texts])
+    given = {"path": tmp_path, "prompt": prompt, "first": first, "second": second, "head": lambda h: h.sum(-1)}
+    exec(re.search(r"```python\n(.*?)```", SECTION, re.S)[1], done := given | vars(lift("shared-prefix attention")))
+    torch.testing.assert_close(done["scores"], expected, atol=1e-5, rtol=0)
+
+
+def test_shared_prefix_attention_in_several_comparisons_of_a_row(lift):
+    """Hidden states of prompts and responses; some have one response or none."""
     copied = lift("shared-prefix attention")
     AttentionInterface.register("copied", copied.shared_prefix_attention)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -113,20 +118,23 @@ def test_shared_prefix_attention_in_a_model_of_transformers(lift):
     plain = AutoModel.from_config(configs[0], attn_implementation="sdpa").eval()
     packed = AutoModel.from_config(configs[1], attn_implementation="copied").eval()
     packed.load_state_dict(plain.state_dict())
-
-    lengths, ids, positions, expected = [(7, [3, 1, 5]), (4, [2]), (6, [])], [], [], []
+    draw = lambda length: np.random.default_rng(length).integers(0, 64, length)
+    prompts, responses = list(map(draw, (7, 4, 6))), [list(map(draw, Rs)) for Rs in ([3, 1, 5], [2], [])]
+    row, expected = copied.pack_tokens(prompts, responses), []
     with torch.no_grad():
-        for P, Rs in lengths:
-            prompt, *responses = (torch.randint(0, 64, (length,)) for length in (P, *Rs))
-            ids += [prompt, *responses]
-            positions += [torch.arange(P), *(P + torch.arange(R) for R in Rs)]
-            hidden = [plain(torch.cat([prompt, each])[None]).last_hidden_state[0] for each in (prompt[:0], *responses)]
-            expected += [hidden[0], *(each[P:] for each in hidden[1:])]
-        ids, positions = torch.cat(ids)[None], torch.cat(positions)[None]  # [1, T]
-        last = torch.tensor([9, 10, 15, 21])
-        row = copied.PackedRow(lengths, ids, positions.expand(3, 1, -1), last, copied.Segments.of_comparisons(lengths))
-        hidden = packed(input_ids=ids, position_ids=positions, row=row, use_cache=False).last_hidden_state[0]
-    torch.testing.assert_close(hidden, torch.cat(expected), atol=1e-5, rtol=0)
+        for prompt, those in zip(prompts, responses):
+            texts = [np.concatenate([prompt, each]) for each in (prompt[:0], *those)]
+            hidden = [plain(torch.from_numpy(text)[None]).last_hidden_state[0] for text in texts]
+            expected += [hidden[0], *(each[len(prompt) :] for each in hidden[1:])]
+        inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids[0]}
+        hidden = packed(**inputs, row=row, use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(hidden, torch.cat(expected), atol=1e-5, rtol=0)
+        assert row.last.tolist() == [9, 10, 15, 21]
+        with pytest.raises(TypeError, match="row"):
+            packed(**inputs)
+    packed.layers[0].self_attn.sliding_window = 4
+    with pytest.raises(ValueError, match="no sliding window"):
+        packed(**inputs, row=row, use_cache=False)
 
 
 def test_packed_position_ids_of_a_prompt_with_two_images(lift):
@@ -134,10 +142,12 @@ def test_packed_position_ids_of_a_prompt_with_two_images(lift):
     token, grids = backbone.config.image_token_id, np.array([[1, 4, 6], [1, 8, 2]])
     pieces = [[5, 6], [token] * 6, [7], [token] * 4, [8, 9, 10]]  # 2 x 2 patches are one token
     ids = np.concatenate(pieces)
-    found = lift("packed position ids").prompt_positions(ids, grids // [1, 2, 2], token)  # [3, P]
+    found = lift("packed position ids, M-RoPE").prompt_positions(ids, grids // [1, 2, 2], token)  # [3, P]
     tensors = torch.from_numpy(ids)[None], (torch.from_numpy(ids) == token).int()[None]
     expected, _ = backbone.get_rope_index(*tensors, image_grid_thw=torch.from_numpy(grids))
     assert np.array_equal(found, expected[:, 0].numpy()) and found.max() < len(ids) - 1
+    with pytest.raises(ValueError, match="in tokens, not in patches"):
+        lift("packed position ids, M-RoPE").prompt_positions(ids, grids, token)
 
 
 def test_reward_head(lift):
@@ -150,6 +160,8 @@ def test_reward_head(lift):
     torch.testing.assert_close(head(hidden), inner @ three.weight[0])
     with pytest.raises(copied.UserError, match="must be 1 to 5"):
         copied.RewardHead(12, layers=6)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(copied.UserError, match="autocast"):
+        head(hidden)
 
 
 # ---- 03
@@ -196,12 +208,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 folder, out = sys.argv[1:]
 dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
 with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 for layer in model.model.layers:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
+    fully_shard(layer)
+fully_shard(model)
 load_weights(model, folder, torch.device("cpu"))
 loaded = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
 loaded["logits"] = model(torch.arange(20)[None]).logits.detach()
@@ -228,15 +239,14 @@ def test_sharded_loading(tmp_path):
 
 TRAIN = """
 import sys
-from types import SimpleNamespace
 from safetensors.torch import save_file
 out, steps = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
 fully_shard(model)
-settings = SimpleNamespace(learning_rate=0.1, weight_decay=0.1, beta2=0.95)
-optimizer = make_optimizer(model, settings, torch.device("cpu"))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+allocate_state(optimizer)
 state, start = training_state(model, optimizer), 0
 if found := newest_whole(out, state):
     load_checkpoint(found, state)
@@ -247,7 +257,7 @@ for step in range(start, steps):
     optimizer.step()
     optimizer.zero_grad()
     if step % 2:
-        save_checkpoint(out, step + 1, state, {"settings": vars(settings), "data": "random"})
+        save_checkpoint(out, step + 1, state, {"made by": "somebody's trainer"})
 weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
 if dist.get_rank() == 0:
     save_file(weights, out / "weights.safetensors")
@@ -291,6 +301,9 @@ def test_benchmark_metrics(lift):
     expected["Acc+"] = np.mean([all(right[f"g{i}"]) for i in range(20)])
     assert {name: row["accuracy"] for name, row in found.items()} == pytest.approx(expected)
     assert all(row["low"] <= row["accuracy"] <= row["high"] for row in found.values()) and 0 < expected["Acc+"] < 1
+    assert copied.acc_plus(np.array([1, 0, 1]), np.array(["x", "x", "y"]))["accuracy"] == 0.5  # right or not, as 1 or 0
+    with pytest.raises(ValueError, match="item 0: 3 scores of 2"):
+        copied.metrics([np.zeros(3)], copied.Items([[1, 2]], ["all"], ["one"]))
 
 
 def test_official_metrics(lift):
@@ -306,7 +319,7 @@ def test_official_metrics(lift):
 
 
 def test_advantages_of_the_hybrid_reward(lift):
-    copied = lift("GRPO")
+    copied = lift("rewards, advantages, GRPO loss")
     match, closed = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]), torch.tensor([[True], [True], [False]])
     score = torch.tensor([[3.0, 1, 0], [0, 1, 2], [-1, 0, 4]])
     reward = copied.reward_of("hybrid", match, closed, score, 0.5)
@@ -323,7 +336,7 @@ def test_advantages_of_the_hybrid_reward(lift):
 
 def test_grpo_loss(lift):
     """Its gradient is that of REINFORCE with these advantages, and of the KL divergence to the start."""
-    loss_of = lift("GRPO").grpo_loss
+    loss_of = lift("rewards, advantages, GRPO loss").grpo_loss
     p, q = torch.tensor([0.2, 0.5, 0.9], requires_grad=True), torch.tensor([0.3, 0.5, 0.6])
     advantage = torch.tensor([1.0, -0.5, 0.25])
     loss, kl = loss_of(p.log(), q.log(), advantage, 0.1)
@@ -336,7 +349,7 @@ def test_grpo_loss(lift):
 
 def test_rules(lift):
     """Answers as policies word them, under each rule that a closed question can carry."""
-    is_match = lift("rules").is_match
+    is_match = lift("rules for closed questions").is_match
     choice, area = {"kind": "letter", "options": ["rubber", "cotton"]}, {"kind": "number", "precision": 1}
     worded = [("A red circle.", "a red circle", "text"), ("(B) cotton", "B", choice), ("No.", "No", "yes_no")]
     for text, answer, rule in [*worded, ("1.16 cm^2", "1.2", {**area, "type": "float", "unit": "cm^2"})]:

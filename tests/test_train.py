@@ -1,7 +1,6 @@
 """Stage 3: the same gradient on any number of ranks, the same run after an interruption, the losses of the paper."""
 
 import ast
-import dis
 import json
 import math
 import os
@@ -283,7 +282,7 @@ def test_a_checkpoint_that_is_not_whole_is_none(name, finished, initial, tmp_pat
     damage, reason = DAMAGES[name]
     checkpoint = shutil.copytree(finished[0] / "checkpoints/step_000002", tmp_path / "step_000002")
     reward = model.RewardModel.from_pretrained(initial)
-    state = train.training_state(reward, train.make_optimizer(reward, train.Settings(), torch.device("cpu")))
+    state = train.training_state(reward, train.make_optimizer(reward, train.Settings()))
     assert train.check_checkpoint(checkpoint, state)["step"] == 2
     damage(checkpoint)
     with pytest.raises(data.UserError, match=reason) as error:
@@ -506,39 +505,6 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
         and rates[-1] < 0.001
     )
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def needs(names: list[str]) -> set[str]:
-    """What of the project these functions of stage 3 refer to, beside each other."""
-    made_here = {name for name, value in vars(train).items() if getattr(value, "__module__", "") == train.__name__}
-    codes = [
-        value.__code__
-        for name in names
-        for value in ([getattr(train, name), *vars(getattr(train, name)).values()])
-        if hasattr(value, "__code__")
-    ]
-    found = set()
-    for code in codes:
-        codes += [constant for constant in code.co_consts if hasattr(constant, "co_code")]
-        instructions = list(dis.get_instructions(code))
-        for instruction, following in zip(instructions, instructions[1:]):
-            if instruction.opname == "LOAD_GLOBAL" and instruction.argval in ("data", "model_stage"):
-                found.add(f"{instruction.argval}.{following.argval}")
-            elif instruction.opname == "LOAD_GLOBAL" and instruction.argval in made_here | {"UserError"}:
-                found.add(instruction.argval)
-    return found - set(names)
-
-
-def test_the_pieces_that_are_meant_for_copying_take_no_more_of_the_project_along_than_is_said():
-    assert needs(["MicroBatch", "deal", "plan", "imbalance"]) == set()
-    assert needs(["order_of_training"]) == needs(["learning_rate_at"]) == needs(["make_optimizer"]) == set()
-    assert needs(["ranking_loss", "ordered_pairs"]) == set()
-    assert needs(["Pairs", "pairs_of", "ordered_pairs"]) == {"model_stage.change_tensors", "model_stage.Written"}
-    assert needs(["load_weights", "checkpoint_tensors"]) == {"UserError"}
-    assert needs(["shard"]) == {"UserError", "model_stage.parts_of"}
-    saving, loading = ["save_checkpoint", "remove"], ["newest_whole", "check_checkpoint", "load_checkpoint"]
-    of_01 = {f"data.{name}" for name in ("writing", "reading", "write_file", "Unusable")}
-    assert needs(["training_state", "step_of", *saving, *loading]) == of_01 | {"UserError"}
 
 
 # ---- what a user can get wrong

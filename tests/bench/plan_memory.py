@@ -118,7 +118,7 @@ def measure(arguments) -> dict[str, dict[str, float]]:
     model.backbone.visual.requires_grad_(not arguments.freeze_vision)
     train.shard(model, model.backbone, device, arguments.activation_checkpointing, in_float32=(model.head,))
     model.train()
-    optimizer = train.make_optimizer(model, train.Settings(), device)
+    optimizer = train.make_optimizer(model, train.Settings())
     for _ in range(2):
         model(row).sum().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -67,7 +67,7 @@ def measure(folder: str, repetitions: int = 5) -> None:
     rank, world, device = common.data.start_distributed()
     model = common.RewardModel.from_backbone(folder, common.model_stage.HeadSettings())
     common.training.shard(model, model.backbone, device, in_float32=(model.head,))
-    optimizer = common.training.make_optimizer(model, common.training.Settings(), device)
+    optimizer = common.training.make_optimizer(model, common.training.Settings())
     steps = {}
     for name, comparisons in settings_of(model.processors).items():
         tokens = np.array([c.length for c in comparisons])
