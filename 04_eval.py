@@ -729,6 +729,13 @@ def page(title: str, sections: list[str]) -> str:
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(sections)}</body></html>"
 
 
+def check_names(folders: list[str]) -> None:
+    """Raises UserError where results of two benchmarks would stand under one name."""
+    names = [data.Comparisons(folder).info["name"] for folder in folders]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"--benchmark: two are named {', '.join(twice)}; prepare one of them with another --name")
+
+
 def evaluate(name: str, path: str, folders: list[str], settings: Settings, device: torch.device) -> dict[str, dict]:
     """Scores every benchmark with one model, or reads the scores that take its place (`path` empty), and writes what
     belongs to it. Returns, on rank 0, {title of the benchmark: {name and baselines: metrics}}."""
@@ -862,9 +869,7 @@ def main(settings: Settings) -> None:
     else:
         systems = models_of(settings)
     folders = settings.benchmark or DEFAULT_BENCHMARKS
-    names = [data.Comparisons(folder).info["name"] for folder in folders]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"--benchmark: two are named {', '.join(twice)}; prepare one of them with another --name")
+    check_names(folders)
     found = {name: evaluate(name, path, folders, settings, device) for name, path in systems.items()}
     if rank > 0:
         return

@@ -162,12 +162,13 @@ def has_no_image(comparisons: Comparisons) -> np.ndarray:
 
 def main(settings: Settings) -> None:
     rank, _, device = data.start_distributed()
+    folders = settings.benchmark or evaluation.DEFAULT_BENCHMARKS
+    evaluation.check_names(folders)
     members, text_member = settings.member, "" if settings.text_member == "auto" else settings.text_member
     if not members:
         members, trained = train_members(settings)
         text_member = trained if settings.text_member == "auto" else text_member
     names = evaluation.short_names(members)
-    folders = settings.benchmark or evaluation.DEFAULT_BENCHMARKS
     scores = score_sets(members, [settings.heldout, *folders], device)
     text_scores = score_text(text_member, folders, device) if text_member else {}
     if rank > 0:

@@ -419,7 +419,8 @@ METRICS = {"accuracy": accuracy, "circular": circular, "mme": mme}  # of what ha
 def evaluate(policy: Policy, questions: Comparisons, settings: Settings) -> tuple[dict[str, float], list[dict]]:
     """Greedy answers to held-out questions: matches of closed ones, the world's grade of open ones.
 
-    Returns {"exact_match", "open_grade", "closed", "open", and what the benchmark's metric gives}, and the answers.
+    Returns {"exact_match" if any are closed, "open_grade" if any are graded, how many are "closed" and "open", and what
+    the benchmark's metric gives}, and the answers.
     """
     if not questions:
         return {}, []
@@ -433,9 +434,9 @@ def evaluate(policy: Policy, questions: Comparisons, settings: Settings) -> tupl
             outcomes.append((record.get("category", "closed"), record.get("group", i), is_right(text, record)))
         elif "truth" in record:
             grades.append(data.embedded_world().grade(text, record["truth"]))
-    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
-    closed = [right for _, _, right in outcomes]
-    result = {"exact_match": mean(closed), "open_grade": mean(grades), "closed": len(closed), "open": len(grades)}
+    found = {"exact_match": [right for _, _, right in outcomes], "open_grade": grades}
+    result = {name: float(np.mean(values)) for name, values in found.items() if values}
+    result |= {"closed": len(outcomes), "open": len(grades)}
     return result | (METRICS.get(questions.info["metric"], accuracy)(outcomes) if outcomes else {}), answers
 
 
@@ -585,7 +586,7 @@ def main(settings: Settings) -> None:
     if dist.get_rank() > 0:
         return
     before, after = result["before"], result["after"]
-    rows = [name for name in before if name not in ("closed", "open") and not math.isnan(before[name])]
+    rows = [name for name in before if name not in ("closed", "open")]
     if rows:
         print(f"\n| held-out questions | {'before':>6} | {'after':>6} |\n|--------------------|--------|--------|")
     for name in rows:

@@ -168,9 +168,9 @@ def test_another_systems_scores_are_read_in_the_benchmarks_order(world, tmp_path
 
 def test_two_benchmarks_of_one_name_are_refused_before_one_replaces_the_other(world, tmp_path):
     given = [str(world / "data/new_text"), str(world / "data/new_scenes"), str(world / "data/new_text")]
-    settings = evaluation.Settings(model=["none"], benchmark=given, out=str(tmp_path / "out"))
-    with pytest.raises(data.UserError, match="two are named new_text"):
-        evaluation.main(settings)
+    for stage in (evaluation, stages.ensemble):
+        with pytest.raises(data.UserError, match="two are named new_text"):
+            stage.main(stage.Settings(benchmark=given, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 

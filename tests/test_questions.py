@@ -527,6 +527,7 @@ def test_06_writes_answers_in_the_form_that_llavas_judge_reads(tmp_path):
         named = {"answer_id": f"{model}-1", "model_id": model, "metadata": {}}
         assert lines[1] == {"question_id": 1, "prompt": "Describe it.", **named}
     assert "2 of the 2 questions of llava-in-the-wild, for its judge model" in printed and "nan" not in printed
+    assert "exact_match" not in json.loads((tmp_path / "mine/evaluation.json").read_text())["after"]  # none is closed
 
 
 def test_answers_to_wildvision_are_in_the_form_that_its_judge_reads(tmp_path, processors):
