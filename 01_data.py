@@ -155,9 +155,16 @@ def run_stage(main: Callable, cls, doc: str) -> None:
     """Runs a stage's `main(settings)`, the dataclass `cls` read from the command line, where --help begins with the
     script's own docstring `doc`; what the user got wrong ends in one line from one rank, not in tracebacks."""
     parser = HfArgumentParser(cls, description=doc.split("\n\n")[0], epilog="The script's docstring says more.")
-    (settings,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+
+    def refuse(message: str) -> None:  # argparse's own way prints the whole usage, from every rank
+        raise UserError(f"{message}; --help lists all options")
+
+    parser.error = refuse
     try:
         start_distributed()
+        settings, unknown = parser.parse_args_into_dataclasses(look_for_args_file=False, return_remaining_strings=True)
+        if unknown:
+            refuse(f"unknown: {' '.join(unknown)}")
         main(settings)
         dist.barrier()
     except (UserError, Unusable) as error:
@@ -167,6 +174,25 @@ def run_stage(main: Callable, cls, doc: str) -> None:
         if dist.is_initialized():
             gc.collect()  # a sharded model, a cycle of references, that outlives its process group can abort the exit
             dist.destroy_process_group()
+
+
+def check_least(settings: Any, **least: float) -> None:
+    """Raises UserError where a setting is less than that."""
+    for name, value in least.items():
+        if getattr(settings, name) < value:
+            raise UserError(f"--{name} {getattr(settings, name)}: has to be at least {value}")
+
+
+def say_next(script: str, **options: str) -> None:
+    """Prints the command of the next stage, on as many ranks as this one; options that are '' are left out."""
+    given = "".join(f" --{name} {value}" for name, value in options.items() if value)
+    print(f"Next: torchrun --standalone --nproc_per_node={dist.get_world_size()} {script}{given}")
+
+
+def unless_default(settings: Any, name: str) -> str:
+    """A setting for `say_next`, which leaves out what is the default anyway."""
+    value = getattr(settings, name)
+    return "" if value == getattr(type(settings), name) else value
 
 
 def say_once(message: str) -> None:
@@ -219,9 +245,17 @@ def in_place_of(path: Path) -> Iterator[Path]:
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
+            make_readable(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def make_readable(file: Path) -> None:
+    """The rights of any new file; safetensors writes its own for this user alone."""
+    mask = os.umask(0)  # which tells it only by setting it
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -735,6 +769,8 @@ def encode_prompt(
     slots = [part for part in parts if part["type"] == "image"]
     images = [part["image"] for part in slots if part.get("image") is not None] or list(images)
     if images and not slots:  # as in TRL: images without a place stand before the first user turn's text
+        marked = any("<image>" in turn["content"] for turn in messages)
+        require(not marked, 'prompt: "<image>" is plain text in this form; write a part {"type": "image"}')
         first = next(turn for turn in messages if turn["role"] == "user")
         first["content"] = [{"type": "image"}] * len(images) + [{"type": "text", "text": first["content"]}]
         slots = images
@@ -803,6 +839,9 @@ CARRIED = {
 }
 
 
+USED = {"prompt", "chosen", "rejected", "responses", "ranks", "images", *CARRIED}
+
+
 def check_carried(record: dict, responses: int) -> dict:
     """What is carried along with a comparison; raises Unusable where later stages could not read it."""
     carried = {key: record[key] for key in CARRIED if key in record}
@@ -839,7 +878,7 @@ def ranked_texts(record: dict) -> tuple[list[str], list[int]]:
         require(texts[0] != texts[1], "chosen and rejected are identical")
         return texts, [1, 2]
     question = "answer" in record or "truth" in record or "judged" in record
-    require(question, "missing field: chosen and rejected, or responses and ranks, or answer")
+    require(question, "missing field: chosen and rejected, or responses and ranks, or answer (null: an open question)")
     return [], []
 
 
@@ -855,6 +894,7 @@ def encode_record(
 
     Args: the folder that image paths are relative to, and those that they have to stay in (`read_image`)."""
     require("prompt" in record, "missing field: prompt")
+    require("image" not in record, "image: pictures are in `images`, a list; --source trl:FILE reads this, too")
     texts, ranks = ranked_texts(record)
     if "rule" in record:
         check_rule(record["rule"], record.get("answer"))
@@ -1179,12 +1219,14 @@ def prepare(
         made = json.loads(record.read_text()) if record.is_file() else {}
         if made.get("made_of") == made_of and all(shards[each].is_file() for each, n in made["kept"].items() if n):
             continue
-        kept, rejected = {each: [] for each in folders}, []
+        kept, rejected, unused = {each: [] for each in folders}, [], Counter()
         for file, line, read in chunk:
             try:
+                fields = read()
                 comparison = encode_record(
-                    read(), processors, settings.max_length, Path(file).parent, settings.without_images, within
+                    fields, processors, settings.max_length, Path(file).parent, settings.without_images, within
                 )
+                unused.update(fields.keys() - USED)
             except Unusable as error:
                 rejected.append({"file": file, "line": line, "reason": str(error)})
                 continue
@@ -1194,7 +1236,8 @@ def prepare(
             if comparisons:
                 write_shard(shards[each], comparisons, processors.image_token)
         counts = {each: len(comparisons) for each, comparisons in kept.items()}
-        write_file(record, json.dumps({"made_of": made_of, "kept": counts, "rejected": rejected}))
+        told = {"made_of": made_of, "kept": counts, "rejected": rejected, "unused": unused}
+        write_file(record, json.dumps(told))
     progress.close()
     dist.barrier()
     if rank == 0:
@@ -1212,12 +1255,13 @@ def fingerprint(chunk: list[Line], processors: Processors, settings: Settings, h
 
 def finish(name: str, folders: dict[str, Path], chunks: int, processors: Processors, settings: Settings) -> None:
     """Says what became of so many chunks: rejected.jsonl, the index, dataset.json, and a line for the user."""
-    shards, rejected = {each: [] for each in folders}, 0
+    shards, rejected, unused = {each: [] for each in folders}, 0, Counter()
     with in_place_of(folders[name] / "rejected.jsonl") as temporary, open(temporary, "w") as file:
         for number in range(chunks):
             chunk = json.loads((folders[name] / RECORD_NAME(number)).read_text())
             file.writelines(json.dumps(line) + "\n" for line in chunk["rejected"])
             rejected += len(chunk["rejected"])
+            unused.update(chunk["unused"])
             for each, count in chunk["kept"].items():
                 shards[each] += [(SHARD_NAME(number), count)] if count else []
     kept = {each: sum(count for _, count in shards[each]) for each in folders}
@@ -1235,6 +1279,7 @@ def finish(name: str, folders: dict[str, Path], chunks: int, processors: Process
             "sources": settings.source or embedded_world().SETS[name][0],
             "metric": official_metric(settings.source),
             "without_images": settings.without_images,
+            "unused_fields": unused,
             "seed": settings.seed,
             "backbone": settings.backbone,
             "tokenizer": processors.fingerprint,
@@ -1250,7 +1295,24 @@ def finish(name: str, folders: dict[str, Path], chunks: int, processors: Process
     reasons = f"; reasons in {folders[name] / 'rejected.jsonl'}" if rejected else ""
     reasons += "; WITHOUT IMAGES, the text alone" if settings.without_images else ""
     kept = f"kept {sum(kept.values())}{held_out} + rejected {rejected}"
-    print(f"{folders[name]}: read {read} = {kept}{reasons}", flush=True)
+    with_images = sum(int((Comparisons(str(folder)).sizes()[1] > 0).sum()) for folder in folders.values())
+    print(f"{folders[name]}: read {read} = {kept}{reasons}; {with_images} with pictures", flush=True)
+    if unused:
+        print(f"  not used: {', '.join(f'{field} ({count} lines)' for field, count in sorted(unused.items()))}")
+    if read == rejected:
+        raise UserError(f"{folders[name]}: not one line could be used{reasons}")
+
+
+def say_what_is_next(settings: Settings, name: str) -> None:
+    """A benchmark is scored, questions are for a policy, and all else is to train on."""
+    folder, backbone = f"{settings.out}/{name}", unless_default(settings, "backbone")
+    if not settings.source:
+        default = settings.out == Settings.out
+        return say_next("02_model.py", backbone=backbone, data="" if default else f"{settings.out}/train")
+    questions = not Comparisons(folder).response_counts().any()
+    if official_metric(settings.source):
+        return say_next("06_grpo.py" if questions else "04_eval.py", benchmark=folder)
+    say_next("06_grpo.py" if questions else "02_model.py", backbone=backbone, data=folder)
 
 
 def main(settings: Settings) -> None:
@@ -1269,7 +1331,7 @@ def main(settings: Settings) -> None:
             lines = (line for part in sized for line in read_world(*part, f"{settings.seed}/{name}"))
             prepare(name, lines, processors, settings, holdout)
     if dist.get_rank() == 0:
-        print("Next: torchrun --standalone --nproc_per_node=2 02_model.py")
+        say_what_is_next(settings, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1311,8 +1373,10 @@ def locate(name: str, path: str) -> str:
         return path
     repo = path or SOURCES[name].hub
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(DATA_FILES):
-        names = ", ".join(SOURCES)
-        raise UserError(f"--source {path or name}: nothing there. A source is a file or name:PATH, name one of {names}")
+        what = f"A source is a file or name:PATH, name one of {', '.join(SOURCES)}"
+        if SOURCES[name].hub:
+            what = f"{download_command(SOURCES[name].hub, path)} fetches it"
+        raise UserError(f"--source {path or name}: nothing there. {what}")
     from huggingface_hub import snapshot_download  # comes with transformers
 
     if dist.get_rank() > 0:
@@ -1424,7 +1488,7 @@ def trl(row: dict) -> dict:
     implicit one. Of two strings the prompt is what both begin with, up to a whole word, where TRL would cut words."""
     images = row.get("images") or ([row["image"]] if row.get("image") else [])
     if row.get("prompt"):
-        return row | {"images": images}
+        return {key: value for key, value in row.items() if key != "image"} | {"images": images}
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list):
         return last_turns(chosen, rejected, images=images)

@@ -56,7 +56,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import split_torch_state_dict_into_shards  # comes with transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -494,6 +494,7 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: says what is wrong with the prompt, an image or a response.
         """
+        data.require(not isinstance(responses, str), "responses: a text where a list of texts should be")
         texts = [data.text_of(text, f"responses[{i}]") for i, text in enumerate(responses)]
         return self.score_encoded([self.encode(messages, texts, images)]).cpu()
 
@@ -728,6 +729,7 @@ def export(
     for file, names in contents.items():
         tensors = {name: next(gathered).cpu().contiguous() for name in names}
         save_file(tensors, writing / file, metadata={"format": "pt"})
+        data.make_readable(writing / file)
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         data.write_file(writing / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True))
@@ -1174,9 +1176,25 @@ class Judge(RewardModel):
 KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}
 
 
+def refuse_to_replace(folder: str) -> None:
+    """Raises UserError where a trained reward model would give way to an untrained one."""
+    trained = {}
+    with (
+        suppress(OSError, SafetensorError, ValueError, TypeError, KeyError),
+        safe_open(Path(folder, HEAD_FILE), "pt") as f,
+    ):
+        trained = json.loads(f.metadata()["reward_head"])["trained_with"]
+    if trained:
+        raise UserError(f"--out {folder}: has a trained reward model; give another --out, or remove it first")
+
+
 def main(settings: Settings) -> None:
     if dist.get_rank() > 0:
         return
+    refuse_to_replace(settings.out)
+    given = data.unless_default(settings, "data")
+    if given and not Path(given, "dataset.json").is_file():
+        raise UserError(f"--data {given}: no prepared data set there; run 01_data.py first")
     torch.manual_seed(settings.seed)
     model = RewardModel.from_backbone(settings.backbone, settings)
     model.save_pretrained(settings.out)
@@ -1205,7 +1223,8 @@ def main(settings: Settings) -> None:
         shapes |= {"hidden states": hidden, "at each response's end": hidden[row.last], "scores": model(row)}
         for name, tensor in shapes.items():  # a judge's scores are of ordered pairs
             print(f"  {name:<23}{'none (text only)' if tensor is None else list(tensor.shape)}")
-    print("\nNext: torchrun --standalone --nproc_per_node=2 03_train.py")
+    print()
+    data.say_next("03_train.py", model=data.unless_default(settings, "out"), data=given)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ class Recipe:
 @dataclass
 class Settings(Recipe):
     out: str = option("artifacts/reward", "folder for the trained reward model, metrics.jsonl and checkpoints/")
-    validation: str = option("auto", "prepared comparisons to validate on; auto: <data>_holdout if there; '' for none")
+    validation: str = option(
+        "auto", "prepared comparisons to validate on; auto: the first --data's <data>_holdout if there; '' for none"
+    )
     validate_every: int = option(25, "steps between validations; 0: only at the end")
     validation_size: int = option(256, "comparisons of a validation, always the same")
     checkpoint_every: int = option(50, "steps between checkpoints, of which the last two are kept; 0: none")
@@ -524,10 +526,14 @@ def forward_backward(model: nn.Module, batch: MicroBatch, row: PackedRow, pairs:
 def train(settings: Settings) -> dict:
     """Trains a reward model as the settings say and exports it to `settings.out`; returns the last line of metrics."""
     rank, world, device = data.start_distributed()
+    data.check_least(settings, batch_size=1, steps=0, validation_size=1, micro_tokens=1)
+    if not settings.steps and settings.epochs <= 0:
+        raise UserError(f"--epochs {settings.epochs:g}: has to be more than 0")
     torch.manual_seed(settings.seed)
     model = RewardModel.from_pretrained(settings.model, empty=True)
     processors, began_with = model.processors, model.trained_with
     comparisons, tokens, patches, held_out = open_data(settings, processors)
+    held_out_name = held_out and held_out.folder
     if model.reader:  # a critic or a judge
         comparisons = Read(comparisons, patches, model.reader, device)
         tokens, patches = comparisons.sizes()
@@ -552,7 +558,11 @@ def train(settings: Settings) -> dict:
         if began_with:
             head = f"its head, trained on {', '.join(began_with['data'])} for {began_with['steps']} steps"
         images, differs = int((patches > 0).sum()), 100 * imbalance(micro_batches)
-        print(f"{settings.model} with {head}; {len(comparisons)} comparisons, {images} of them with images")
+        print(f"{settings.model} with {head}; {', '.join(settings.data)}: {len(comparisons)} comparisons,", end=" ")
+        print(f"{images} with images; validating on {held_out_name or 'nothing'}")
+        if sum(p.numel() for p in model.parameters()) > 1e8 and settings.learning_rate > 5e-5:
+            rate = f"--learning_rate {settings.learning_rate:g} suits small models"
+            print(f"{rate}; for pretrained ones of this size the paper takes 3e-6")
         print(f"steps {start + 1} to {steps} of {settings.batch_size} comparisons on {world} rank(s), ", end="")
         print(f"whose work differs by {differs:.1f}%", flush=True)
 
@@ -923,7 +933,8 @@ def work_to_plan(settings: Settings, config: PreTrainedConfig) -> tuple[np.ndarr
         grids = shard.grids[shard.image_index]
         return work_of(config, prompts, responses, shard.offsets["ranks"], grids, shard.offsets["image_index"])
 
-    sets, named = [data.Comparisons(folder) for folder in settings.data], ", ".join(settings.data)
+    sets = [data.Comparisons(folder) for folder in settings.data]
+    named = ", ".join(f"{each.folder} (tokens of {each.info['backbone']})" for each in sets)
     found = [of_shard(each.open(k)) for each in sets for k in range(len(each.info["shards"]))]
     if not found:
         raise UserError(f"{named}: no comparisons in there; see rejected.jsonl for why")
@@ -1044,6 +1055,8 @@ def print_plan(settings: Settings) -> None:
     """Prints what the run that the settings describe computes, needs and takes, with every assumption. Reads lengths
     from the shards and shapes from config.json; loads no weights and trains nothing."""
     model, gpus = model_to_plan(settings.model), settings.gpus or dist.get_world_size()
+    if settings.shard_size and gpus % settings.shard_size:
+        raise UserError(f"--shard_size {settings.shard_size}: has to divide the {gpus} GPUs")
     config, how = model.backbone.config, (settings.freeze_vision, settings.activation_checkpointing)
     work, source = work_to_plan(settings, config)
     count = settings.plan_comparisons or len(work)
@@ -1096,6 +1109,12 @@ def print_plan(settings: Settings) -> None:
     line("all of it", needed, f"{fits} {settings.gpu_memory:g} GB, a tenth kept free for what is not counted")
     print(f"  a step is {per_step:.1f} micro-batches; its largest {row.tokens:,.0f} tokens, {row.patches:,.0f} patches")
 
+    heading("disk", "GB")
+    line(
+        "a checkpoint", 12 * everything / 1e9, f"every {settings.checkpoint_every} steps; two stay, a third is written"
+    )
+    line("the trained model", (2 if settings.export_dtype == "bf16" else 4) * everything / 1e9, settings.export_dtype)
+
     heading("time", "s a step")
     speed = f"at {settings.utilisation:.0%} of {settings.gpu_flops / 1e12:g} TFLOP/s"
     line("computing", computing, f"{speed}; the fullest GPU has {waiting:.2f} times the mean work")
@@ -1115,9 +1134,8 @@ def main(settings: Settings) -> None:
     last = train(settings)
     if dist.get_rank() == 0:
         validated = f", validation accuracy {last['validation_accuracy']:.3f}" if "validation_accuracy" in last else ""
-        model = "" if settings.out == Settings.out else f" --model {settings.out}"
         print(f"{settings.out}: the trained reward model{validated}; metrics in {settings.out}/metrics.jsonl")
-        print(f"Next: torchrun --standalone --nproc_per_node=2 04_eval.py{model}")
+        data.say_next("04_eval.py", model=data.unless_default(settings, "out"))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ class Settings:
     )
     out: str = option("artifacts/scores", "folder that receives one folder for each model, or system")
     micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens of the packed row")
+    max_length: int = option(4096, "--score: longest prompt + response, in tokens; longer ones get an error")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -792,7 +793,9 @@ def to_score(record: dict) -> tuple[list, list[str], list]:
     return record["prompt"], [data.text_of(response, name) for name, response in named.items()], images
 
 
-def scored_lines(model: Reward, lines: Iterable[bytes], folder: Path, micro_tokens: int) -> Iterator[dict]:
+def scored_lines(
+    model: Reward, lines: Iterable[bytes], folder: Path, micro_tokens: int, max_length: int = 4096
+) -> Iterator[dict]:
     """The records of JSONL lines, in order, each with `scores`, one for each of `responses` or for chosen and rejected,
     or with `error`, why it has none. Image paths are relative to `folder`. As many lines are held as make some rows."""
     waiting, tokens = [], 0  # [(record, comparison, or None where there is an error)]
@@ -808,8 +811,10 @@ def scored_lines(model: Reward, lines: Iterable[bytes], folder: Path, micro_toke
         try:
             record = data.read_json(line)
             record = {key: value for key, value in record.items() if key not in ("scores", "error")}
-            comparison = model.encode(*to_score(record), folder)
-            tokens += comparison.length
+            read = model.encode(*to_score(record), folder)
+            longest = len(read.prompt) + max(map(len, read.responses), default=0)
+            data.require(longest <= max_length, f"{longest} tokens, more than --max_length {max_length}")
+            tokens, comparison = tokens + read.length, read
         except data.Unusable as error:
             record["error"] = str(error)
         waiting.append((record, comparison))
@@ -840,7 +845,7 @@ def score_file(settings: Settings) -> None:
         lines.seek(0)
         progress = tqdm(lines, source.name, total, unit=" lines", disable=rank > 0, mininterval=1)
         mine = islice(progress, rank, None, world)
-        for record in scored_lines(model, mine, source.parent, settings.micro_tokens):
+        for record in scored_lines(model, mine, source.parent, settings.micro_tokens, settings.max_length):
             part.write(json.dumps(record) + "\n")
             counts += torch.tensor([1, "error" in record])
     dist.all_reduce(counts)  # so all have written
@@ -884,7 +889,10 @@ def main(settings: Settings) -> None:
         cost = "cost.json, " if path else ""
         files = f"scores of {len(folders)} benchmark(s), summary.json, {cost}and report.html to open in a browser"
         print(f"{Path(settings.out, name)}: {files}")
-    print("Next: torchrun --standalone --nproc_per_node=2 05_ensemble.py")
+    if settings.model:
+        data.say_next("06_grpo.py", model=settings.model[0])
+    else:
+        data.say_next("05_ensemble.py")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ def language_half(backbone: str, out: str) -> None:
     half = AutoModel.from_config(AutoConfig.for_model(data.FAMILIES[model.config.model_type].half or own, **config))
     half.load_state_dict(language.state_dict())
     half.save_pretrained(out)
+    data.make_readable(Path(out, "model.safetensors"))
     data.load_processors(backbone).tokenizer.save_pretrained(out)
 
 
@@ -203,7 +204,7 @@ def main(settings: Settings) -> None:
     summary = {"members": members, "text_member": text_member, "weights": fitted, "benchmarks": benchmarks}
     data.write_file(Path(settings.out, "summary.json"), json.dumps(summary, indent=1))
     print(f"\n{settings.out}/summary.json has all metrics")
-    print("Next: torchrun --standalone --nproc_per_node=2 06_grpo.py")
+    data.say_next("06_grpo.py")
 
 
 if __name__ == "__main__":

@@ -491,6 +491,7 @@ def write_evaluation(
 def train(settings: Settings) -> dict:
     """Trains the policy; returns {"before": ..., "after": ...} of the evaluation."""
     rank, _, device = data.start_distributed()
+    data.check_least(settings, steps=1, batch_size=1, group_size=2, max_new_tokens=1, rollout_batch=1, micro_tokens=1)
     policy = Policy(settings.backbone, settings.temperature, empty=True)  # trained and sharded
     frozen = model_stage.place(Policy(settings.backbone, settings.temperature), device)  # the start
     # A whole copy samples: a sharded one would gather its weights anew for every token.
@@ -502,6 +503,8 @@ def train(settings: Settings) -> dict:
             other = "has another tokenizer or chat template than the policy"
             raise UserError(f"{settings.model} {other}, {settings.backbone}")
     questions = data.Comparisons(settings.data, processors.fingerprint)
+    if settings.benchmark and not Path(settings.benchmark, "dataset.json").is_file():
+        raise UserError(f"--benchmark {settings.benchmark}: no prepared questions there; '' evaluates on none")
     held_out = data.Comparisons(settings.benchmark, processors.fingerprint) if settings.benchmark else None
     if not len(questions):
         raise UserError(f"{settings.data}: no questions to train on")
@@ -516,9 +519,9 @@ def train(settings: Settings) -> dict:
     log = Path(settings.out, "metrics.jsonl")
     if rank == 0:
         data.write_file(log, "")
-        if before[0].get("closed") or before[0].get("open"):
-            closed = "before: exact match {exact_match:.3f} of {closed} closed questions"
-            print(f"{closed}, grade {{open_grade:.3f}} of {{open}} open ones".format(**before[0]), flush=True)
+        for name, kind in (("exact_match", "closed"), ("open_grade", "open")):
+            if name in before[0]:
+                print(f"before: {name} {before[0][name]:.3f} of {before[0][kind]} {kind} questions", flush=True)
 
     B, G = settings.batch_size, settings.group_size
     epochs = math.ceil(settings.steps * B / len(questions))

@@ -254,6 +254,13 @@ LINES = {  # name: (line, check or reason)
     "an unknown rule": ({"prompt": "q", "answer": "a", "rule": "regex"}, "rule: 'regex'; known are"),
     "too long": ({**PAIR, "prompt": "word " * 5000}, "tokens, more than --max_length"),
     "images as a text": ({**PAIR, "prompt": SEE, "images": "plain.png"}, "images: not a list"),
+    "image instead of images": ({**PAIR, "image": "plain.png"}, "image: pictures are in `images`, a list"),
+    "a place for a picture as text": (
+        {**PAIR, "prompt": "<image> What is it?", "images": ["plain.png"]},
+        '"<image>" is plain text in this form',
+    ),
+    "<image> in a text without pictures": ({**PAIR, "prompt": "What does <image> mean in HTML?"}, KEPT),
+    "a field that is not known": ({**PAIR, "system": "Be short.", "rating": 3}, KEPT),
     "a number as image": ({**PAIR, "prompt": SEE, "images": [7]}, "images: a int where a path should be"),
     "an image too few": ({**PAIR, "prompt": SEE}, "images: 0 given, but the prompt has 1"),
     "an image too many": (
@@ -308,6 +315,9 @@ def prepared(tmp_path_factory):
     kept = iter(comparisons[i] for i in range(len(comparisons)))
     found = {name: rejected.get(i) or next(kept) for i, name in enumerate([*LINES, *PICTURES], 1)}
     assert f"read {len(lines)} = kept {len(comparisons)} + rejected {len(rejected)}" in out.stdout
+    assert "rating (1 lines)" in out.stdout and "system (1 lines)" in out.stdout
+    with_pictures = sum(bool(comparisons[i].images) for i in range(len(comparisons)))
+    assert f"; {with_pictures} with pictures\n" in out.stdout
     return found, str(folder / "bad.jsonl")
 
 

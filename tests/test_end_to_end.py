@@ -41,6 +41,9 @@ def test_the_six_stages_run_in_order_each_on_what_the_one_before_it_wrote(copy):
             assert f"Next: torchrun --standalone --nproc_per_node=2 {following}" in done.stdout
         assert "Warning" not in done.stderr, done.stderr
     artifacts = copy / "artifacts"
+    (copy / "any").touch()
+    rights = {path.stat().st_mode for path in artifacts.rglob("*") if path.is_file()}
+    assert rights == {(copy / "any").stat().st_mode}  # those of any new file
     for path in (
         "data/train/dataset.json",
         "data/train/rejected.jsonl",
@@ -145,9 +148,13 @@ def test_help_explains_every_setting(script):
     [
         ("01_data.py", ["--source", "no/such.jsonl"], "no/such.jsonl: nothing there"),
         ("02_model.py", ["--backbone", "no/such"], "no/such: no model in the Hugging Face layout"),
+        ("02_model.py", ["--data", "no/such"], "--data no/such: no prepared data set there"),
         ("03_train.py", ["--model", "no/such"], "no/such: no reward model there"),
+        ("03_train.py", ["--lr", "3e-6"], "unknown: --lr 3e-6; --help lists all options"),
+        ("03_train.py", ["--steps", "many"], "argument --steps: invalid int value: 'many'; --help lists all options"),
+        ("03_train.py", ["--batch_size", "0"], "--batch_size 0: has to be at least 1"),
         ("04_eval.py", ["--benchmark", "no/such"], "no/such: no prepared data set there"),
-        ("05_ensemble.py", ["--member", "no/such", "--member", "no/other"], "no/such: no reward model there"),
+        ("05_ensemble.py", ["--benchmark", "no/such"], "no/such: no prepared data set there"),
         ("06_grpo.py", ["--model", "no/such"], "no/such: no reward model there"),
     ],
 )
@@ -155,6 +162,13 @@ def test_a_mistake_in_the_command_line_ends_in_one_line(script, mistake, says, t
     done = torchrun(script, *mistake, "--out", tmp_path, ranks=1, check=False, HF_HUB_OFFLINE="1")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith(f"{script}: ")]
     assert done.returncode and says in line and f'{script}", line' not in done.stderr
+
+
+def test_data_of_which_no_line_can_be_used_is_an_error(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Is it?"}\n' * 3)
+    done = torchrun("01_data.py", "--source", tmp_path / "mine.jsonl", "--out", tmp_path / "data", check=False)
+    assert done.returncode and "mine: not one line could be used; reasons in " in done.stderr
+    assert len((tmp_path / "data/mine/rejected.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -141,7 +141,7 @@ def printed_plan(*arguments, fresh: bool = False) -> tuple[str, dict[str, list[f
     """What `03_train.py --plan` prints, whole and by line: the numbers behind its name."""
     done = plain_python("--plan", *arguments) if fresh else torchrun("03_train.py", "--plan", *arguments, ranks=1)
     assert not done.returncode, done.stderr
-    found = re.findall(r"^ *(\S.*?) {2,}([\d.,]+)  ([\d.e+]*)", done.stdout, re.MULTILINE)
+    found = re.findall(r"^ *(\S.*?) {2,}([\d.,]+)(?:  (\d[\d.e+]*))?", done.stdout, re.MULTILINE)
     return done.stdout, {name: [float(n.replace(",", "")) for n in numbers if n] for name, *numbers in found}
 
 
@@ -163,14 +163,19 @@ def test_the_papers_run_is_planned_in_seconds_from_a_config_alone(tmp_path):
 def test_the_plan_of_the_embedded_data_has_the_steps_and_tokens_of_the_run(world, tmp_path):
     settings = ["--data", world / "data/train", "--batch_size", 16, "--epochs", 1]
     torchrun("02_model.py", "--data", world / "data/train", "--out", tmp_path / "model", ranks=1)
-    run = ["--model", tmp_path / "model", "--out", tmp_path / "out", "--checkpoint_every", 0]
+    run = ["--model", tmp_path / "model", "--out", tmp_path / "out", "--checkpoint_every", 5]
     torchrun("03_train.py", *settings, *run, ranks=2)
+    kept = [folder.iterdir() for folder in (tmp_path / "out/checkpoints").glob("step_*")]
+    checkpoint = sum(file.stat().st_size for files in kept for file in files) / len(kept)
     _, lines = printed_plan(*settings, "--model", TINY, "--gpus", 2)
     logged = [json.loads(line) for line in open(tmp_path / "out/metrics.jsonl")]
     comparisons = data.Comparisons(str(world / "data/train"))
     assert len(logged) == -(-len(comparisons) // 16)
     # The run also reads the tokens of blank images and, in its last step, comparisons of the next epoch.
     assert sum(line["tokens"] for line in logged) == pytest.approx(lines["tokens"][-1], rel=0.02)
+    assert [checkpoint / 1e9] == pytest.approx(lines["a checkpoint"], rel=0.02)
+    exported = (tmp_path / "out/model.safetensors").stat().st_size + 4 * 192 * 192
+    assert [exported / 1e9] == pytest.approx(lines["the trained model"], rel=0.02)
 
 
 def test_the_first_rank_has_the_largest_rows(world):

@@ -410,7 +410,9 @@ def test_a_second_training_continues_with_the_trained_head(world, initial, tmp_p
         0,
         ranks=1,
     )
-    assert f"Next: torchrun --standalone --nproc_per_node=2 04_eval.py --model {tmp_path}/second\n" in again.stdout
+    assert f"Next: torchrun --standalone --nproc_per_node=1 04_eval.py --model {tmp_path}/second\n" in again.stdout
+    refused = torchrun("02_model.py", "--out", tmp_path / "second", ranks=1, check=False)
+    assert refused.returncode and "second: has a trained reward model; give another --out" in refused.stderr
     assert "64/64 [" in again.stderr and "comparisons/s, loss=" in again.stderr
     second = load_file(tmp_path / "second/reward_head.safetensors")
     assert (

@@ -183,6 +183,7 @@ LINES = [
     '{"prompt": "Half a pair: \\ud800", "responses": ["One."]}',
     {"prompt": TEXT, "responses": []},
     {"responses": ["One."]},
+    {"prompt": "word " * 5000, "responses": ["One."]},
 ]
 ERRORS = {
     2: "not a line of JSON",
@@ -192,6 +193,7 @@ ERRORS = {
     7: "responses[2]: empty response",
     8: "surrogate",
     10: "missing field: prompt",
+    11: "tokens, more than --max_length 4096",
 }
 
 
