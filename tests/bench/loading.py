@@ -9,7 +9,6 @@ they belong to the page cache, which all ranks share and the kernel takes back w
 
 import argparse
 import gc
-import importlib
 import json
 import shutil
 import subprocess
@@ -19,14 +18,13 @@ import threading
 import time
 from pathlib import Path
 
+import common
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-data, model_stage, training = (importlib.import_module(name) for name in ("01_data", "02_model", "03_train"))
+ROOT, data, model_stage, training = common.ROOT, common.data, common.model_stage, common.training
 
 
 def write_checkpoint(folder: Path, layers: int) -> None:
@@ -83,11 +81,9 @@ class Watched:
         self.done.set()
         self.watcher.join()
 
-    def __str__(self) -> str:
-        line = (
-            f"before {self.before:6.0f} MB, peak {self.peak:6.0f} MB, peak - before {self.peak - self.before:6.0f} MB,"
-        )
-        return f"{line} after {self.after - self.before:6.0f} MB"
+    def row(self) -> list[str]:
+        """Before, at most, and what that and the end are more than before."""
+        return [f"{each:.0f}" for each in (self.before, self.peak, self.peak - self.before, self.after - self.before)]
 
 
 def measure(folder: str, way: str) -> None:
@@ -100,11 +96,12 @@ def measure(folder: str, way: str) -> None:
     dist.barrier()
     with Watched() as exporting:
         model.save_pretrained(f"{folder}/export", file_size="100MB" if way == "sharded" else "5GB")
-    for each in range(world):
-        if each == rank:
-            print(f"{way:<7} rank {rank} loads:   {loading}; own shards {own:.0f} MB, largest tensor {largest:.0f} MB")
-            print(f"{way:<7} rank {rank} exports: {exporting}", flush=True)
-        dist.barrier()
+    rows = [[f"{way}, rank {rank} loads", *loading.row()], [f"{way}, rank {rank} exports", *exporting.row()]]
+    everyone = [None] * world
+    dist.all_gather_object(everyone, rows)
+    if rank == 0:
+        found = {"rows": [row for rows in everyone for row in rows], "own": own, "largest": largest}
+        Path(folder, f"{way}.json").write_text(json.dumps(found))
     del model
     gc.collect()  # as in 01_data.run_stage
     dist.destroy_process_group()
@@ -132,6 +129,10 @@ def main() -> None:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             torchrun += [f"--nproc_per_node={arguments.ranks}", __file__, "--load", folder, way]
             subprocess.run(torchrun, check=True)
+        found = [json.loads(Path(folder, f"{way}.json").read_text()) for way in ("sharded", "whole")]
+        head = ["MB of anonymous memory", "before", "at most", "more than before", "more at the end"]
+        common.print_table([head, *(row for each in found for row in each["rows"])])
+        print("\na rank's own shards {own:.0f} MB, the largest tensor {largest:.0f} MB".format(**found[0]))
 
 
 if __name__ == "__main__":

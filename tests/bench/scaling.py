@@ -146,26 +146,13 @@ def main() -> None:
                 sys.exit(done.stderr)
             found = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("JSON")]
             lines[ranks] = {line["name"]: line for line in found}
-        table = [
-            [
-                "a step of",
-                "tokens",
-                "seconds, 1 rank",
-                "us a token",
-                "MB",
-                "seconds, 2 ranks",
-                "us a token",
-                "MB a rank",
-            ]
-        ]
+        head = ["seconds, {}", "µs a token, {}", "peak MB of a rank, {}"]
+        table = [["a step of", "tokens", *(each.format(ranks) for ranks in ("1 rank", "2 ranks") for each in head)]]
         for name, line in lines[1].items():
             cells = []
             for each in (line, lines[2][name]):
-                cells += [
-                    f"{each['seconds']:.2f}",
-                    f"{1e6 * each['seconds'] / each['tokens']:.0f}",
-                    f"{each['peak']:.0f}",
-                ]
+                of_token = 1e6 * each["seconds"] / each["tokens"]
+                cells += [f"{each['seconds']:.2f}", f"{of_token:.0f}", f"{each['peak']:.0f}"]
             table.append([name, line["tokens"], *cells])
         print(f"\n{common.machine()}\n")
         common.print_table(table)

@@ -117,7 +117,7 @@ def main() -> None:
     )
     same = list(zip(pick(model.backbone), pick(plain)))
     tokens = sum(row.input_ids.numel() for row, _ in here.batches), sum(b["input_ids"].numel() for b in there.batches)
-    table = [["training step", "tokens", "seconds a step (range)", "times as fast", "FLOPs say", "share of that"]]
+    table = [["training step", "tokens", "seconds a step (range)", "times as fast", "FLOPs say", "of what FLOPs say"]]
     table += compare("pictures", "padded rows", here, there, same, tokens)
 
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
