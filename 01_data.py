@@ -40,6 +40,7 @@ import json
 import math
 import os
 import re
+import shlex
 import string
 import sys
 import warnings
@@ -161,15 +162,20 @@ def run_stage(main: Callable, cls, doc: str) -> None:
 
     parser.error = refuse
     try:
-        start_distributed()
         settings, unknown = parser.parse_args_into_dataclasses(look_for_args_file=False, return_remaining_strings=True)
         if unknown:
             refuse(f"unknown: {' '.join(unknown)}")
+        start_distributed()
         main(settings)
         dist.barrier()
     except (UserError, Unusable) as error:
+        start_distributed()  # where it has not been, to say it once
         say_once(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(1)
+    except RuntimeError:
+        if STORE is None or not STORE.check(["ended"]):
+            raise
+        sys.exit(1)  # another rank has said why, and left this one alone
     finally:
         if dist.is_initialized():
             gc.collect()  # a sharded model, a cycle of references, that outlives its process group can abort the exit
@@ -177,28 +183,29 @@ def run_stage(main: Callable, cls, doc: str) -> None:
 
 
 def check_least(settings: Any, **least: float) -> None:
-    """Raises UserError where a setting is less than that."""
+    """Raises UserError where a setting is below its least value."""
     for name, value in least.items():
         if getattr(settings, name) < value:
             raise UserError(f"--{name} {getattr(settings, name)}: has to be at least {value}")
 
 
-def say_next(script: str, **options: str) -> None:
-    """Prints the command of the next stage, on as many ranks as this one; options that are '' are left out."""
-    given = "".join(f" --{name} {value}" for name, value in options.items() if value)
+def say_next(script: str, **options: str | None) -> None:
+    """Prints the command of the next stage, on as many ranks as this one; options that are None are left out."""
+    given = "".join(f" --{name} {shlex.quote(value)}" for name, value in options.items() if value is not None)
     print(f"Next: torchrun --standalone --nproc_per_node={dist.get_world_size()} {script}{given}")
 
 
-def unless_default(settings: Any, name: str) -> str:
+def unless_default(settings: Any, name: str) -> str | None:
     """A setting for `say_next`, which leaves out what is the default anyway."""
     value = getattr(settings, name)
-    return "" if value == getattr(type(settings), name) else value
+    return None if value == getattr(type(settings), name) else value
 
 
 def say_once(message: str) -> None:
-    """Prints what several ranks may have to say; who is not the first waits until it is said, since torchrun ends all
-    ranks with the first that exits."""
+    """Prints what one rank or several have to say before they end; who is not the first waits until it is said, since
+    torchrun ends all ranks with the first that exits."""
     try:
+        STORE.set("ended", "")
         if STORE.add(f"to say: {message}", 1) > 1:
             return STORE.wait([f"said: {message}"], timedelta(seconds=10))
         print(message, file=sys.stderr, flush=True)
@@ -245,7 +252,6 @@ def in_place_of(path: Path) -> Iterator[Path]:
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            make_readable(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -266,6 +272,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     with in_place_of(path) as temporary:
         save_file(tensors, temporary, metadata)
+        make_readable(temporary)
 
 
 def hash_of(content: bytes) -> int:
@@ -498,6 +505,8 @@ def family_of(config: PreTrainedConfig, path: str) -> Family:
         raise UserError(f"{path}: {config.model_type} with a decoder of type {text.model_type}; supported are {known}")
     if "sliding_attention" in (getattr(text, "layer_types", None) or []):
         raise UserError(f"{path}: has layers with a sliding attention window, which are not supported")
+    if getattr(text, "attention_dropout", 0):
+        raise UserError(f"{path}: has attention dropout, which is not supported; set it to 0 in config.json")
     return family
 
 
@@ -756,6 +765,12 @@ def check_messages(prompt: object, without_images: bool = False) -> list[dict]:
     return messages
 
 
+def with_images(text: str) -> list[dict]:
+    """The parts of a text in which <image> marks the place of each picture."""
+    pieces = re.split("(<image>)", text)
+    return [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces if piece]
+
+
 def encode_prompt(
     messages: list, images: list, processors: Processors, folder: Path = Path(), within: list[Path] | None = None
 ) -> tuple[np.ndarray, list[bytes], np.ndarray]:
@@ -768,12 +783,13 @@ def encode_prompt(
     parts = [part for turn in messages if isinstance(turn["content"], list) for part in turn["content"]]
     slots = [part for part in parts if part["type"] == "image"]
     images = [part["image"] for part in slots if part.get("image") is not None] or list(images)
-    if images and not slots:  # as in TRL: images without a place stand before the first user turn's text
-        marked = any("<image>" in turn["content"] for turn in messages)
-        require(not marked, 'prompt: "<image>" is plain text in this form; write a part {"type": "image"}')
-        first = next(turn for turn in messages if turn["role"] == "user")
-        first["content"] = [{"type": "image"}] * len(images) + [{"type": "text", "text": first["content"]}]
-        slots = images
+    if images and not slots:  # their places are marked in the text, as in LLaVA's data; else they come first, as in TRL
+        asked = [turn for turn in messages if turn["role"] == "user"]
+        if not any("<image>" in turn["content"] for turn in asked):
+            asked[0]["content"] = "<image>" * len(images) + asked[0]["content"]
+        for turn in asked:
+            turn["content"] = with_images(turn["content"])
+            slots += [part for part in turn["content"] if part["type"] == "image"]
     require(len(images) == len(slots), f"images: {len(images)} given, but the prompt has {len(slots)} places for them")
     require(not images or processors.image is not None, "images: the backbone is text-only")
     asks = images or any(turn["content"].strip() for turn in messages if turn["role"] == "user")
@@ -839,6 +855,7 @@ CARRIED = {
 }
 
 
+# Fields of a record that are read; others are counted.
 USED = {"prompt", "chosen", "rejected", "responses", "ranks", "images", *CARRIED}
 
 
@@ -882,6 +899,11 @@ def ranked_texts(record: dict) -> tuple[list[str], list[int]]:
     return [], []
 
 
+def check_length(prompt: np.ndarray, responses: list[np.ndarray], max_length: int) -> None:
+    longest = len(prompt) + max(map(len, responses), default=0)
+    require(longest <= max_length, f"{longest} tokens, more than --max_length {max_length}")
+
+
 def encode_record(
     record: dict,
     processors: Processors,
@@ -894,7 +916,7 @@ def encode_record(
 
     Args: the folder that image paths are relative to, and those that they have to stay in (`read_image`)."""
     require("prompt" in record, "missing field: prompt")
-    require("image" not in record, "image: pictures are in `images`, a list; --source trl:FILE reads this, too")
+    require(record.get("image") is None, "image: pictures are in `images`, a list; --source trl:FILE reads this, too")
     texts, ranks = ranked_texts(record)
     if "rule" in record:
         check_rule(record["rule"], record.get("answer"))
@@ -905,8 +927,7 @@ def encode_record(
         prompt, images = check_messages(prompt, without_images), []
     prompt, files, grids = encode_prompt(prompt, images, processors, folder, within)
     responses = [encode_response(text, processors) for text in texts]
-    longest = len(prompt) + max(map(len, responses), default=0)
-    require(longest <= max_length, f"{longest} tokens, more than --max_length {max_length}")
+    check_length(prompt, responses, max_length)
     return Comparison(prompt, responses, ranks, files, grids, carried)
 
 
@@ -1304,15 +1325,18 @@ def finish(name: str, folders: dict[str, Path], chunks: int, processors: Process
 
 
 def say_what_is_next(settings: Settings, name: str) -> None:
-    """A benchmark is scored, questions are for a policy, and all else is to train on."""
-    folder, backbone = f"{settings.out}/{name}", unless_default(settings, "backbone")
-    if not settings.source:
-        default = settings.out == Settings.out
-        return say_next("02_model.py", backbone=backbone, data="" if default else f"{settings.out}/train")
-    questions = not Comparisons(folder).response_counts().any()
-    if official_metric(settings.source):
-        return say_next("06_grpo.py" if questions else "04_eval.py", benchmark=folder)
-    say_next("06_grpo.py" if questions else "02_model.py", backbone=backbone, data=folder)
+    """A published benchmark is scored, questions are for a policy, and all else is to train on."""
+    folder, backbone = f"{settings.out}/{name if settings.source else 'train'}", unless_default(settings, "backbone")
+    counts, benchmark = Comparisons(folder).response_counts(), official_metric(settings.source)
+    if len(counts) and not counts.any():  # questions
+        held_out = f"{folder}_holdout" if Path(f"{folder}_holdout", "dataset.json").is_file() else ""
+        given = {"benchmark": folder} if benchmark else {"data": folder, "benchmark": held_out}
+        say_next("06_grpo.py", backbone=backbone, **given)
+    elif benchmark:
+        say_next("04_eval.py", benchmark=folder)
+    else:
+        default = not settings.source and settings.out == Settings.out
+        say_next("02_model.py", backbone=backbone, data=None if default else folder)
 
 
 def main(settings: Settings) -> None:
@@ -1375,7 +1399,8 @@ def locate(name: str, path: str) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(DATA_FILES):
         what = f"A source is a file or name:PATH, name one of {', '.join(SOURCES)}"
         if SOURCES[name].hub:
-            what = f"{download_command(SOURCES[name].hub, path)} fetches it"
+            folder = str(Path(path).parent) if path.endswith(DATA_FILES) or glob.has_magic(path) else path
+            what = f"{download_command(SOURCES[name].hub, folder)} fetches it"
         raise UserError(f"--source {path or name}: nothing there. {what}")
     from huggingface_hub import snapshot_download  # comes with transformers
 
@@ -1440,13 +1465,6 @@ def mix_sources(mix: str, folder: str) -> list[str]:
 def message(who: str, text: str | list) -> dict:
     """One turn of a conversation, whatever its set calls the two sides."""
     return {"role": {"human": "user", "gpt": "assistant"}.get(who.lower(), who.lower()), "content": text}
-
-
-def with_images(text: str) -> list[dict]:
-    """The parts of a text in which <image> marks the place of each picture. Where there are pictures and no mark, they
-    stand before the text (encode_prompt)."""
-    pieces = re.split("(<image>)", text)
-    return [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces if piece]
 
 
 def question(text: str) -> list[dict]:

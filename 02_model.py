@@ -325,12 +325,12 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
     """
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
+    images = [image for comparison in comparisons for image in data.open_images(comparison, processors)]
     positions = None
     if processors.family.mrope:
         merge = [1, processors.vision.merge, processors.vision.merge]  # patches of a token
         positions = [prompt_positions(c.prompt, c.grids // merge, processors.image_token) for c in comparisons]
     row = pack_tokens([c.prompt for c in comparisons], [c.responses for c in comparisons], positions)
-    images = [image for comparison in comparisons for image in data.open_images(comparison, processors)]
     if images:
         grids = np.concatenate([comparison.grids for comparison in comparisons]).astype(np.int64)
         if not np.array_equal(grids, [data.patch_grid(image.size, processors) for image in images]):
@@ -454,7 +454,7 @@ class RewardHead(nn.Module):
             )
         scores = self.mlp(hidden.float()).sum(-1)  # of one; a squeezed view would trip FSDP's backward hooks
         if scores.dtype != torch.float32:
-            raise UserError("autocast makes the reward head less than float32; leave it out of it (enabled=False)")
+            raise UserError("the reward head is to compute in float32; call it with autocast switched off")
         return scores
 
 
@@ -1178,14 +1178,10 @@ KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}
 
 def refuse_to_replace(folder: str) -> None:
     """Raises UserError where a trained reward model would give way to an untrained one."""
-    trained = {}
-    with (
-        suppress(OSError, SafetensorError, ValueError, TypeError, KeyError),
-        safe_open(Path(folder, HEAD_FILE), "pt") as f,
-    ):
-        trained = json.loads(f.metadata()["reward_head"])["trained_with"]
-    if trained:
-        raise UserError(f"--out {folder}: has a trained reward model; give another --out, or remove it first")
+    with suppress(OSError, SafetensorError, ValueError, TypeError, KeyError):  # none there, or a damaged one
+        with safe_open(Path(folder, HEAD_FILE), "pt") as file:
+            if json.loads(file.metadata()["reward_head"])["trained_with"]:
+                raise UserError(f"--out {folder}: has a trained reward model; give another --out, or remove it first")
 
 
 def main(settings: Settings) -> None:

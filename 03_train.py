@@ -33,7 +33,7 @@ On several nodes, which have to see the same files, each runs its own line of
 where --shard_size keeps parameters from travelling between nodes, and GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name
 the network between them (tests/multinode.sh rehearses it).
 
-In this order: settings; who reads what in which step; the loss; loading; the model in shards; the loop. Behind it what
+In this order: settings; who reads what in which step; the loss; loading; the model in shards; the loop. After it what
 it calls now and then; checkpoints; where a run begins; at last --plan.
 """
 
@@ -526,9 +526,6 @@ def forward_backward(model: nn.Module, batch: MicroBatch, row: PackedRow, pairs:
 def train(settings: Settings) -> dict:
     """Trains a reward model as the settings say and exports it to `settings.out`; returns the last line of metrics."""
     rank, world, device = data.start_distributed()
-    data.check_least(settings, batch_size=1, steps=0, validation_size=1, micro_tokens=1)
-    if not settings.steps and settings.epochs <= 0:
-        raise UserError(f"--epochs {settings.epochs:g}: has to be more than 0")
     torch.manual_seed(settings.seed)
     model = RewardModel.from_pretrained(settings.model, empty=True)
     processors, began_with = model.processors, model.trained_with
@@ -558,8 +555,8 @@ def train(settings: Settings) -> dict:
         if began_with:
             head = f"its head, trained on {', '.join(began_with['data'])} for {began_with['steps']} steps"
         images, differs = int((patches > 0).sum()), 100 * imbalance(micro_batches)
-        print(f"{settings.model} with {head}; {', '.join(settings.data)}: {len(comparisons)} comparisons,", end=" ")
-        print(f"{images} with images; validating on {held_out_name or 'nothing'}")
+        read = f"{len(comparisons)} comparisons of {', '.join(settings.data)}, {images} with images"
+        print(f"{settings.model} with {head}; {read}; validating on {held_out_name or 'nothing'}")
         if sum(p.numel() for p in model.parameters()) > 1e8 and settings.learning_rate > 5e-5:
             rate = f"--learning_rate {settings.learning_rate:g} suits small models"
             print(f"{rate}; for pretrained ones of this size the paper takes 3e-6")
@@ -862,10 +859,11 @@ def check_same_run(checkpoint: Path, about: dict) -> None:
     """Raises UserError where a checkpoint was made with another recipe or other data."""
     with data.reading(checkpoint, "remove it, or continue with --resume_changed"):
         made_with = json.loads((checkpoint / "run.json").read_text())
-        was, now, made_with_data = dict(made_with["settings"]), about["settings"], made_with["data"]
+        was, its_data = dict(made_with["settings"]), made_with["data"]
+    now = about["settings"]
     names = [field.name for field in dataclasses.fields(Recipe)]
     differ = [f"--{name} {was.get(name)} (now {now[name]})" for name in names if was.get(name) != now[name]]
-    if made_with_data != about["data"]:
+    if its_data != about["data"]:
         differ.append("other data in --data than is there now")
     if differ:
         wanted = "give the same, continue so with --resume_changed, or start anew in another --out"
@@ -1110,9 +1108,11 @@ def print_plan(settings: Settings) -> None:
     print(f"  a step is {per_step:.1f} micro-batches; its largest {row.tokens:,.0f} tokens, {row.patches:,.0f} patches")
 
     heading("disk", "GB")
-    line(
-        "a checkpoint", 12 * everything / 1e9, f"every {settings.checkpoint_every} steps; two stay, a third is written"
-    )
+    if every := settings.checkpoint_every:
+        tower = model_stage.parts_of(model.backbone).vision
+        frozen = sum(p.numel() for p in tower.parameters()) if tower is not None and settings.freeze_vision else 0
+        kept = 4 * everything + 8 * (everything - frozen)  # parameters, and the two moments of those that are trained
+        line("a checkpoint", kept / 1e9, f"every {every} steps; two stay, a third is written")
     line("the trained model", (2 if settings.export_dtype == "bf16" else 4) * everything / 1e9, settings.export_dtype)
 
     heading("time", "s a step")
@@ -1127,6 +1127,9 @@ def print_plan(settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
+    data.check_least(settings, batch_size=1, steps=0, validation_size=1, micro_tokens=1)
+    if not settings.steps and settings.epochs <= 0:
+        raise UserError(f"--epochs {settings.epochs:g}: has to be more than 0")
     if settings.plan:
         if dist.get_rank() == 0:
             print_plan(settings)

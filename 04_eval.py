@@ -787,6 +787,7 @@ def to_score(record: dict) -> tuple[list, list[str], list]:
         raise data.Unusable("missing field: responses, or chosen and rejected")
     if "prompt" not in record:
         raise data.Unusable("missing field: prompt")
+    data.require(record.get("image") is None, "image: pictures are in `images`, a list")
     images = record.get("images") or []
     if not isinstance(images, list):
         raise data.Unusable("images: not a list")
@@ -811,10 +812,10 @@ def scored_lines(
         try:
             record = data.read_json(line)
             record = {key: value for key, value in record.items() if key not in ("scores", "error")}
-            read = model.encode(*to_score(record), folder)
-            longest = len(read.prompt) + max(map(len, read.responses), default=0)
-            data.require(longest <= max_length, f"{longest} tokens, more than --max_length {max_length}")
-            tokens, comparison = tokens + read.length, read
+            encoded = model.encode(*to_score(record), folder)
+            data.check_length(encoded.prompt, encoded.responses, max_length)
+            comparison = encoded  # only now: it will be scored
+            tokens += comparison.length
         except data.Unusable as error:
             record["error"] = str(error)
         waiting.append((record, comparison))
@@ -889,9 +890,7 @@ def main(settings: Settings) -> None:
         cost = "cost.json, " if path else ""
         files = f"scores of {len(folders)} benchmark(s), summary.json, {cost}and report.html to open in a browser"
         print(f"{Path(settings.out, name)}: {files}")
-    if settings.model:
-        data.say_next("06_grpo.py", model=settings.model[0])
-    else:
+    if not settings.model:
         data.say_next("05_ensemble.py")
 
 

@@ -101,7 +101,8 @@ def language_half(backbone: str, out: str) -> None:
     half = AutoModel.from_config(AutoConfig.for_model(data.FAMILIES[model.config.model_type].half or own, **config))
     half.load_state_dict(language.state_dict())
     half.save_pretrained(out)
-    data.make_readable(Path(out, "model.safetensors"))
+    for file in Path(out).glob("*.safetensors"):
+        data.make_readable(file)
     data.load_processors(backbone).tokenizer.save_pretrained(out)
 
 
@@ -164,7 +165,8 @@ def has_no_image(comparisons: Comparisons) -> np.ndarray:
 def main(settings: Settings) -> None:
     rank, _, device = data.start_distributed()
     folders = settings.benchmark or evaluation.DEFAULT_BENCHMARKS
-    evaluation.check_names(folders)
+    evaluation.check_names(folders)  # before anything is trained
+    data.Comparisons(settings.heldout)
     members, text_member = settings.member, "" if settings.text_member == "auto" else settings.text_member
     if not members:
         members, trained = train_members(settings)

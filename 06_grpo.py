@@ -316,7 +316,7 @@ def reward_answers(
 ) -> tuple:
     """Which prompts are closed [B, 1], exact matches, raw scores (0 without a reward model) and rewards, all [B, G]."""
     rank, world, device = data.start_distributed()
-    closed = torch.tensor([["answer" in p.record] for p in prompts], device=device)
+    closed = torch.tensor([[p.record.get("answer") is not None] for p in prompts], device=device)
     right = [[is_right(text, p.record) for text in group] for p, group in zip(prompts, texts)]
     match = torch.tensor(right, dtype=torch.float32, device=device)
     score = torch.zeros_like(match)
@@ -430,7 +430,7 @@ def evaluate(policy: Policy, questions: Comparisons, settings: Settings) -> tupl
     for i, text in enumerate(texts_of(tokens, policy.processors)):
         record = questions[i].record
         answers.append({"id": record.get("id", i), "answer": text})
-        if "answer" in record:
+        if record.get("answer") is not None:
             outcomes.append((record.get("category", "closed"), record.get("group", i), is_right(text, record)))
         elif "truth" in record:
             grades.append(data.embedded_world().grade(text, record["truth"]))

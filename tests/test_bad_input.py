@@ -254,10 +254,15 @@ LINES = {  # name: (line, check or reason)
     "an unknown rule": ({"prompt": "q", "answer": "a", "rule": "regex"}, "rule: 'regex'; known are"),
     "too long": ({**PAIR, "prompt": "word " * 5000}, "tokens, more than --max_length"),
     "images as a text": ({**PAIR, "prompt": SEE, "images": "plain.png"}, "images: not a list"),
+    "no image, said so": ({**PAIR, "image": None}, KEPT),
     "image instead of images": ({**PAIR, "image": "plain.png"}, "image: pictures are in `images`, a list"),
-    "a place for a picture as text": (
-        {**PAIR, "prompt": "<image> What is it?", "images": ["plain.png"]},
-        '"<image>" is plain text in this form',
+    "a picture's place in a text": (
+        {**PAIR, "prompt": "What is <image>?", "images": ["plain.png"]},
+        lambda c: says("What is ")(c) and not says("<image>")(c) and not says("<")(c) and len(c.images) == 1,
+    ),
+    "a place in a text too many": (
+        {**PAIR, "prompt": "<image> <image>", "images": ["plain.png"]},
+        "images: 1 given, but the prompt has 2",
     ),
     "<image> in a text without pictures": ({**PAIR, "prompt": "What does <image> mean in HTML?"}, KEPT),
     "a field that is not known": ({**PAIR, "system": "Be short.", "rating": 3}, KEPT),

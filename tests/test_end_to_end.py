@@ -168,6 +168,7 @@ def test_data_of_which_no_line_can_be_used_is_an_error(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "Is it?"}\n' * 3)
     done = torchrun("01_data.py", "--source", tmp_path / "mine.jsonl", "--out", tmp_path / "data", check=False)
     assert done.returncode and "mine: not one line could be used; reasons in " in done.stderr
+    assert "Traceback" not in done.stderr  # of the rank that waits for the one that says so, either
     assert len((tmp_path / "data/mine/rejected.jsonl").read_text().splitlines()) == 3
 
 

@@ -497,6 +497,16 @@ def prepared(folder: Path, *names: str) -> Path:
     return folder / "_".join(names)
 
 
+def test_a_question_whose_answer_is_null_is_open(tmp_path):
+    write_jsonl(tmp_path / "mine.jsonl", [{"prompt": "Tell me of red.", "answer": null} for null in [None] * 4])
+    prepare_here(source=[str(tmp_path / "mine.jsonl")], out=str(tmp_path))
+    few = ["--steps", 1, "--batch_size", 2, "--group_size", 2, "--max_new_tokens", 8, "--reward", "rule"]
+    where = ["--data", tmp_path / "mine", "--benchmark", tmp_path / "mine", "--out", tmp_path / "policy"]
+    torchrun("06_grpo.py", *where, *few, ranks=1)
+    assert json.loads((tmp_path / "policy/evaluation.json").read_text())["after"] == {"closed": 0, "open": 0}
+    assert json.loads((tmp_path / "policy/metrics.jsonl").read_text())["phantom"] == 0
+
+
 def test_06_trains_on_questions_with_rules_and_evaluates_by_the_benchmarks_own_score(tmp_path):
     questions, benchmark = prepared(tmp_path, "arxivqa", "thinklite-vl"), prepared(tmp_path, "mme")
     few = ["--steps", 2, "--batch_size", 3, "--group_size", 2, "--max_new_tokens", 8, "--evaluate_size", 0]
