@@ -1162,14 +1162,21 @@ class Judge(RewardModel):
         return (odds, written.log_probabilities(self.backbone, hidden)) if written else odds
 
     def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
-        """As `RewardModel.score_encoded`. A row may have some pairs of a comparison and the next row the others."""
-        asked, scores = [self.reader(comparison) for comparison in comparisons], []
+        """As `RewardModel.score_encoded`. A row may have some pairs of a comparison and the next row the others. Equal
+        responses, which a policy writes many of, tie with each other and compare alike with others: one is read."""
+        asked, places, scores = [], [], []
+        for comparison in comparisons:
+            texts = [response.tobytes() for response in comparison.responses]
+            once = list(dict.fromkeys(texts))
+            responses = [comparison.responses[texts.index(text)] for text in once]
+            asked.append(self.reader(dataclasses.replace(comparison, responses=responses, ranks=[])))
+            places.append([once.index(text) for text in texts])  # of each response in `once`
         odds = super().score_encoded(asked, micro_tokens)  # [ordered pairs]
-        for comparison, of_pairs in zip(comparisons, odds.split([len(each.responses) for each in asked])):
-            N = len(comparison.responses)
-            table = odds.new_zeros(N, N)
-            table[~torch.eye(N, dtype=torch.bool)] = of_pairs
-            scores.append((table - table.T).sum(1) / 2)
+        for at, of_pairs in zip(places, odds.split([len(each.responses) for each in asked])):
+            M = max(at, default=-1) + 1
+            table = odds.new_zeros(M, M)
+            table[~torch.eye(M, dtype=torch.bool)] = of_pairs
+            scores.append(((table - table.T) / 2)[at][:, at].sum(1))  # [N]
         return torch.cat([odds[:0], *scores])
 
 

@@ -174,7 +174,12 @@ def test_a_judges_score_of_a_pair_changes_its_sign_with_the_order_and_no_rank_de
     first, second = judge.score(messages, RESPONSES[:2])
     torch.testing.assert_close(torch.stack([second, first]), judge.score(messages, RESPONSES[1::-1]))
     assert first == -second and abs(first) > 1e-3
-    assert judge.score(messages, [RESPONSES[0]] * 2).tolist() == pytest.approx([0, 0], abs=1e-5)
+    assert judge.score(messages, [RESPONSES[0]] * 2).tolist() == [0, 0]
+    a, b = (first - second).item() / 2, -(first - second).item() / 2  # each against the other
+    repeated = judge.score(messages, [RESPONSES[0], RESPONSES[1], RESPONSES[0], RESPONSES[0]])
+    assert repeated.tolist() == pytest.approx(
+        [a, 3 * b, a, a], abs=1e-5
+    )  # against one, three, one and one of the other
     assert judge.score(messages, RESPONSES[:1]).tolist() == [0]  # nothing to compare it with
     prompt, files, grids = data.encode_prompt(messages, [], judge.processors)
     responses = [data.encode_response(text, judge.processors) for text in RESPONSES]

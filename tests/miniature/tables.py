@@ -2,7 +2,8 @@
 
     python tests/miniature/tables.py             # writes them; with --check only says whether they are up to date
 
-In the README a table stands between <!-- study: NAME --> and <!-- end -->.
+In the README a table stands between <!-- study: NAME --> and <!-- end -->; that of the costs between <!-- costs --> and
+<!-- end -->.
 """
 
 import re
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import ROOT, STUDIES, read_results  # noqa: E402
+from run import ROOT, RUNS, STUDIES, read_results  # noqa: E402
 
 README = ROOT / "README.md"
 
@@ -37,15 +38,38 @@ def table(name: str, results: dict) -> str:
     for label, run, part, paper in study.rows:
         cells = [cell(column, [found[part + column] for found in of[run]]) for column in study.columns]
         lines.append([label, *cells, *([paper] if study.paper else [])])
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table; the first line is its head."""
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def with_needed(runs: set[str]) -> set[str]:
+    """These runs and those whose artifacts they use."""
+    more = {needed for run in runs for needed in RUNS[run].needs} - runs
+    return with_needed(runs | more) if more else runs
+
+
+def costs(results: dict) -> str:
+    """What each study takes by itself, with all that it needs, two runs at a time; and all of them together, which
+    share runs."""
+    studies = {name: with_needed({row.run for row in study.rows}) for name, study in STUDIES.items()}
+    lines = [["study", "runs", "minutes on two cores"]]
+    for name, runs in (studies | {"all": set(RUNS)}).items():
+        seconds = [line["seconds"] for (run, _), line in results.items() if run in runs]
+        lines.append([name, str(len(seconds)), f"{sum(seconds) / 2 / 60:.0f}"])
+    return markdown(lines)
+
+
 def filled_in(readme: str) -> str:
-    """The README with every study's table as results.jsonl has it."""
+    """The README with every study's table, and that of the costs, as results.jsonl has it."""
     results = read_results()
     fill = lambda found: f"{found[1]}\n{table(found[2], results)}\n<!-- end -->"
-    return re.sub(r"(<!-- study: (\w+) -->)\n.*?<!-- end -->", fill, readme, flags=re.DOTALL)
+    readme = re.sub(r"(<!-- study: (\w+) -->)\n.*?<!-- end -->", fill, readme, flags=re.DOTALL)
+    return re.sub(r"(<!-- costs -->)\n.*?<!-- end -->", rf"\1\n{costs(results)}\n<!-- end -->", readme, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
