@@ -82,12 +82,16 @@ BACKBONES = SIZES | FAMILIES | {"LLM": "--family qwen2"}
 VLM = "4 layers of 128"  # of the embedded backbone's size
 
 
+def name_of_folder(name: str) -> str:
+    return name.replace(" ", "_").replace(",", "")
+
+
 def folder_of_backbone(name: str) -> str:
-    return f"artifacts/miniature/{name.replace(' ', '_')}"
+    return f"artifacts/miniature/{name_of_folder(name)}"
 
 
-def scored_on(benchmarks: tuple[str, ...]) -> str:
-    return " ".join(f"--benchmark {{work}}/data/{name}" for name in benchmarks)
+def scored_on(benchmarks: tuple[str, ...], folder: str = "{work}/data") -> str:
+    return " ".join(f"--benchmark {folder}/{name}" for name in benchmarks)
 
 
 def by_benchmark(found: dict, system: str) -> dict[str, float]:
@@ -106,17 +110,28 @@ def prepare() -> Run:
 
 
 def train(
-    data: str = "train", backbone: str = "tests/tiny", model: str = "", training: str = "", text_only: bool = False
+    data: str = "train",
+    backbone: str = "tests/tiny",
+    model: str = "",
+    training: str = "",
+    text_only: bool = False,
+    prepared_by: str = "data",
 ) -> Run:
-    """A reward model and its scores; `model` and `training` are more arguments of 02 and 03."""
-    benchmarks = ("new_text",) if text_only else BENCHMARKS
-    lines = [
-        f"02_model.py --backbone {backbone} --data {{work}}/data/{data} --out {{run}}/model --seed {{seed}} {model}",
-        f"03_train.py --model {{run}}/model --data {{work}}/data/{data} --out {{run}}/reward --seed {{seed}} "
+    """A reward model and its scores; `model` and `training` are more arguments of 02 and 03. The data are those of the
+    run `prepared_by`; with '', for a backbone with a tokenizer of its own, this one prepares them."""
+    benchmarks, folder, lines, needs = ("new_text",) if text_only else BENCHMARKS, "{work}/data", [], (prepared_by,)
+    if not prepared_by:
+        folder, needs = "{run}/data", ()
+        lines = [f"01_data.py --backbone {backbone} --seed {{seed}} --out {folder}"]
+    elif prepared_by != "data":
+        folder = f"{{work}}/{name_of_folder(prepared_by)}/data"
+    lines += [
+        f"02_model.py --backbone {backbone} --data {folder}/{data} --out {{run}}/model --seed {{seed}} {model}",
+        f"03_train.py --model {{run}}/model --data {folder}/{data} --out {{run}}/reward --seed {{seed}} "
         f"--validation= --validate_every 0 --checkpoint_every 0 --workers 0 {STEPS} {training}",
-        f"04_eval.py --model {{run}}/reward --out {{run}}/scores {scored_on(benchmarks)}",
+        f"04_eval.py --model {{run}}/reward --out {{run}}/scores {scored_on(benchmarks, folder)}",
     ]
-    return Run(lines, accuracies)
+    return Run(lines, accuracies, needs)
 
 
 def accuracies(folder: Path) -> dict[str, float]:
@@ -185,8 +200,9 @@ RUNS |= {name: train(model=head(name)) for name in HEADS if name != "2 silu"}
 RUNS |= {f"zero {c}": train(training=f"--zero_coefficient {c}") for c in (0.001, 0.01, 0.1)}
 RUNS |= {"length normalisation": train(training="--length_normalisation")}
 RUNS |= {f"only {part}": train(part) for part in (*SOURCES, "everything", "selected")}
-RUNS |= {name: train(backbone=folder_of_backbone(name)) for name in (*SIZES, *FAMILIES)}
-RUNS |= {f"{name}, text": train("train_text", folder_of_backbone(name), text_only=True) for name in (VLM, "LLM")}
+RUNS |= {name: train(backbone=folder_of_backbone(name), prepared_by="") for name in (*SIZES, *FAMILIES)}
+for name in (VLM, "LLM"):  # which have the same tokenizer
+    RUNS[f"{name}, text"] = train("train_text", folder_of_backbone(name), text_only=True, prepared_by=VLM)
 RUNS |= {"other": train("train_other"), "language model": train("train_text", LANGUAGE_HALF, text_only=True)}
 RUNS |= {"critic": train(model="--kind critic"), "generative": train(model="--kind generative")}
 RUNS |= {"ensemble": combine()}
@@ -262,7 +278,7 @@ STUDIES = {
 
 
 def folder_of(run: str, seed: int) -> Path:
-    return Path("artifacts/miniature", str(seed), run.replace(" ", "_").replace(",", ""))
+    return Path("artifacts/miniature", str(seed), name_of_folder(run))
 
 
 def filled(run: str, seed: int) -> list[str]:
