@@ -1320,15 +1320,15 @@ def finish(name: str, folders: dict[str, Path], chunks: int, processors: Process
     print(f"{folders[name]}: read {read} = {kept}{reasons}; {with_images} with pictures", flush=True)
     if unused:
         print(f"  not used: {', '.join(f'{field} ({count} lines)' for field, count in sorted(unused.items()))}")
-    if read == rejected:
-        raise UserError(f"{folders[name]}: not one line could be used{reasons}")
 
 
 def say_what_is_next(settings: Settings, name: str) -> None:
     """A published benchmark is scored, questions are for a policy, and all else is to train on."""
     folder, backbone = f"{settings.out}/{name if settings.source else 'train'}", unless_default(settings, "backbone")
     counts, benchmark = Comparisons(folder).response_counts(), official_metric(settings.source)
-    if len(counts) and not counts.any():  # questions
+    if not len(counts):
+        print(f"{folder} is empty: nothing to go on with; its lines are held out, or in rejected.jsonl with the reason")
+    elif not counts.any():  # questions
         held_out = f"{folder}_holdout" if Path(f"{folder}_holdout", "dataset.json").is_file() else ""
         given = {"benchmark": folder} if benchmark else {"data": folder, "benchmark": held_out}
         say_next("06_grpo.py", backbone=backbone, **given)

@@ -1195,7 +1195,7 @@ def main(settings: Settings) -> None:
     if dist.get_rank() > 0:
         return
     refuse_to_replace(settings.out)
-    given = data.unless_default(settings, "data")
+    given = data.unless_default(settings, "data") or None  # '' shows no comparison
     if given and not Path(given, "dataset.json").is_file():
         raise UserError(f"--data {given}: no prepared data set there; run 01_data.py first")
     torch.manual_seed(settings.seed)

@@ -164,12 +164,16 @@ def test_a_mistake_in_the_command_line_ends_in_one_line(script, mistake, says, t
     assert done.returncode and says in line and f'{script}", line' not in done.stderr
 
 
-def test_data_of_which_no_line_can_be_used_is_an_error(tmp_path):
+def test_data_of_which_no_line_can_be_used_leads_nowhere(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "Is it?"}\n' * 3)
-    done = torchrun("01_data.py", "--source", tmp_path / "mine.jsonl", "--out", tmp_path / "data", check=False)
-    assert done.returncode and "mine: not one line could be used; reasons in " in done.stderr
-    assert "Traceback" not in done.stderr  # of the rank that waits for the one that says so, either
+    done = torchrun("01_data.py", "--source", tmp_path / "mine.jsonl", "--out", tmp_path / "data")
+    assert "data/mine is empty: nothing to go on with" in done.stdout and "Next:" not in done.stdout
     assert len((tmp_path / "data/mine/rejected.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_error_of_one_rank_leaves_no_traceback_of_another(tmp_path):
+    done = torchrun("02_model.py", "--data", tmp_path / "none", "--out", tmp_path, check=False)
+    assert done.returncode and "none: no prepared data set there" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

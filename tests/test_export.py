@@ -149,6 +149,6 @@ def test_a_file_size_that_is_none_ends_in_one_line(reward, tmp_path):
 
 def test_02_says_that_it_leaves_a_trained_head_behind(reward, tmp_path):
     reward.save_pretrained(str(tmp_path / "trained"))
-    told = {"--backbone": tmp_path / "trained", "--out": tmp_path / "new", "--data": tmp_path / "none"}
+    told = {"--backbone": tmp_path / "trained", "--out": tmp_path / "new", "--data": ""}
     done = torchrun("02_model.py", *(word for pair in told.items() for word in pair), ranks=1)
     assert f"03_train.py --model {tmp_path}/trained continues with it" in done.stdout
