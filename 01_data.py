@@ -899,6 +899,14 @@ def ranked_texts(record: dict) -> tuple[list[str], list[int]]:
     return [], []
 
 
+def images_in(record: dict) -> list:
+    """A record's images; raises Unusable where they are given otherwise than as a list, and would be lost."""
+    require(record.get("image") is None, "image: pictures are in `images`, a list; --source trl:FILE reads this, too")
+    images = record.get("images") or []
+    require(isinstance(images, list), "images: not a list")
+    return images
+
+
 def check_length(prompt: np.ndarray, responses: list[np.ndarray], max_length: int) -> None:
     longest = len(prompt) + max(map(len, responses), default=0)
     require(longest <= max_length, f"{longest} tokens, more than --max_length {max_length}")
@@ -916,13 +924,11 @@ def encode_record(
 
     Args: the folder that image paths are relative to, and those that they have to stay in (`read_image`)."""
     require("prompt" in record, "missing field: prompt")
-    require(record.get("image") is None, "image: pictures are in `images`, a list; --source trl:FILE reads this, too")
     texts, ranks = ranked_texts(record)
     if "rule" in record:
         check_rule(record["rule"], record.get("answer"))
     carried = check_carried(record, len(texts)) | {"characters": [len(text) for text in texts]}
-    prompt, images = record["prompt"], record.get("images") or []
-    require(isinstance(images, list), "images: not a list")
+    prompt, images = record["prompt"], images_in(record)
     if without_images:
         prompt, images = check_messages(prompt, without_images), []
     prompt, files, grids = encode_prompt(prompt, images, processors, folder, within)
@@ -1257,7 +1263,8 @@ def prepare(
             if comparisons:
                 write_shard(shards[each], comparisons, processors.image_token)
         counts = {each: len(comparisons) for each, comparisons in kept.items()}
-        told = {"made_of": made_of, "kept": counts, "rejected": rejected, "unused": unused}
+        with_images = sum(bool(comparison.images) for comparisons in kept.values() for comparison in comparisons)
+        told = {"made_of": made_of, "kept": counts, "with_images": with_images, "rejected": rejected, "unused": unused}
         write_file(record, json.dumps(told))
     progress.close()
     dist.barrier()
@@ -1276,12 +1283,13 @@ def fingerprint(chunk: list[Line], processors: Processors, settings: Settings, h
 
 def finish(name: str, folders: dict[str, Path], chunks: int, processors: Processors, settings: Settings) -> None:
     """Says what became of so many chunks: rejected.jsonl, the index, dataset.json, and a line for the user."""
-    shards, rejected, unused = {each: [] for each in folders}, 0, Counter()
+    shards, rejected, with_images, unused = {each: [] for each in folders}, 0, 0, Counter()
     with in_place_of(folders[name] / "rejected.jsonl") as temporary, open(temporary, "w") as file:
         for number in range(chunks):
             chunk = json.loads((folders[name] / RECORD_NAME(number)).read_text())
             file.writelines(json.dumps(line) + "\n" for line in chunk["rejected"])
             rejected += len(chunk["rejected"])
+            with_images += chunk["with_images"]
             unused.update(chunk["unused"])
             for each, count in chunk["kept"].items():
                 shards[each] += [(SHARD_NAME(number), count)] if count else []
@@ -1316,7 +1324,6 @@ def finish(name: str, folders: dict[str, Path], chunks: int, processors: Process
     reasons = f"; reasons in {folders[name] / 'rejected.jsonl'}" if rejected else ""
     reasons += "; WITHOUT IMAGES, the text alone" if settings.without_images else ""
     kept = f"kept {sum(kept.values())}{held_out} + rejected {rejected}"
-    with_images = sum(int((Comparisons(str(folder)).sizes()[1] > 0).sum()) for folder in folders.values())
     print(f"{folders[name]}: read {read} = {kept}{reasons}; {with_images} with pictures", flush=True)
     if unused:
         print(f"  not used: {', '.join(f'{field} ({count} lines)' for field, count in sorted(unused.items()))}")

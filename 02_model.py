@@ -1048,9 +1048,8 @@ class Written:
     def log_probabilities(self, lm: nn.Module, hidden: Tensor) -> Tensor:
         """Of the tokens, [tokens], from the row's hidden states [T, hidden]."""
         log_p = lm.lm_head(hidden[self.predictors]).float().log_softmax(-1)  # [tokens, vocabulary]
-        return log_p.gather(-1, self.tokens[:, None]).sum(
-            -1
-        )  # of one; a squeezed view would trip FSDP's backward hooks
+        # The sum of one: a squeezed view would trip FSDP's backward hooks.
+        return log_p.gather(-1, self.tokens[:, None]).sum(-1)
 
 
 def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
@@ -1166,11 +1165,10 @@ class Judge(RewardModel):
         responses, which a policy writes many of, tie with each other and compare alike with others: one is read."""
         asked, places, scores = [], [], []
         for comparison in comparisons:
-            texts = [response.tobytes() for response in comparison.responses]
-            once = list(dict.fromkeys(texts))
-            responses = [comparison.responses[texts.index(text)] for text in once]
-            asked.append(self.reader(dataclasses.replace(comparison, responses=responses, ranks=[])))
-            places.append([once.index(text) for text in texts])  # of each response in `once`
+            once = {response.tobytes(): response for response in comparison.responses}
+            place = {text: i for i, text in enumerate(once)}
+            asked.append(self.reader(dataclasses.replace(comparison, responses=[*once.values()], ranks=[])))
+            places.append([place[response.tobytes()] for response in comparison.responses])
         odds = super().score_encoded(asked, micro_tokens)  # [ordered pairs]
         for at, of_pairs in zip(places, odds.split([len(each.responses) for each in asked])):
             M = max(at, default=-1) + 1

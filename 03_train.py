@@ -1109,9 +1109,7 @@ def print_plan(settings: Settings) -> None:
 
     heading("disk", "GB")
     if every := settings.checkpoint_every:
-        tower = model_stage.parts_of(model.backbone).vision
-        frozen = sum(p.numel() for p in tower.parameters()) if tower is not None and settings.freeze_vision else 0
-        kept = 4 * everything + 8 * (everything - frozen)  # parameters, and the two moments of those that are trained
+        kept = shards * (parts["parameters"] + parts["AdamW's two moments"])  # of all ranks that share the model
         line("a checkpoint", kept / 1e9, f"every {every} steps; two stay, a third is written")
     line("the trained model", (2 if settings.export_dtype == "bf16" else 4) * everything / 1e9, settings.export_dtype)
 

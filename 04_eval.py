@@ -787,10 +787,7 @@ def to_score(record: dict) -> tuple[list, list[str], list]:
         raise data.Unusable("missing field: responses, or chosen and rejected")
     if "prompt" not in record:
         raise data.Unusable("missing field: prompt")
-    data.require(record.get("image") is None, "image: pictures are in `images`, a list")
-    images = record.get("images") or []
-    if not isinstance(images, list):
-        raise data.Unusable("images: not a list")
+    images = data.images_in(record)
     return record["prompt"], [data.text_of(response, name) for name, response in named.items()], images
 
 

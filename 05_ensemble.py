@@ -23,7 +23,7 @@ text-only model that are to be used together from then on are a RewardRouter (02
 
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -100,10 +100,7 @@ def language_half(backbone: str, out: str) -> None:
     own = config.pop("model_type")
     half = AutoModel.from_config(AutoConfig.for_model(data.FAMILIES[model.config.model_type].half or own, **config))
     half.load_state_dict(language.state_dict())
-    half.save_pretrained(out)
-    for file in Path(out).glob("*.safetensors"):
-        data.make_readable(file)
-    data.load_processors(backbone).tokenizer.save_pretrained(out)
+    model_stage.export(half, replace(data.load_processors(backbone), image=None), out)
 
 
 def train_member(name: str, backbone: str, train_data: str, settings: Settings) -> str:
