@@ -80,7 +80,10 @@ FORMAT = 3  # of the shards; raise it when their layout changes
 def option(default: Any, help: str, **more) -> Any:
     """A field of a stage's settings: its default and what --help says of it. A list may be given repeatedly."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, "action": "extend", **more})
+        return field(
+            default_factory=lambda: list(default),
+            metadata={"help": help, "action": "extend", **more},
+        )
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -93,22 +96,39 @@ class Settings:
         "the hub, from where it is downloaded; name alone takes the published one. With @LIMIT after it, at most that "
         "many rows (an integer), or that share of them (like 0.5). world:PART@COUNT is a part of the embedded world",
     )
-    mix: str = option("", "a mixture of published sets to prepare as one; known: basereward, the paper's training data")
-    mix_folder: str = option("", "folder of the mixture's sets, each in a folder by its name on the hub, owner/name")
+    mix: str = option(
+        "",
+        "a mixture of published sets to prepare as one; known: basereward, the paper's training data",
+    )
+    mix_folder: str = option(
+        "", "folder of the mixture's sets, each in a folder by its name on the hub, owner/name"
+    )
     out: str = option("artifacts/data", "folder that receives one folder for each data set")
-    name: str = option("", "name of the data set made from --source or --mix; empty: the mixture's or the first file's")
-    backbone: str = option("tests/tiny", "checkpoint whose tokenizer, chat template and image processor are used")
+    name: str = option(
+        "",
+        "name of the data set made from --source or --mix; empty: the mixture's or the first file's",
+    )
+    backbone: str = option(
+        "tests/tiny", "checkpoint whose tokenizer, chat template and image processor are used"
+    )
     max_length: int = option(4096, "longest prompt + response, in tokens; longer ones are rejected")
     max_pixels: int = option(
-        501760, "largest picture in pixels, larger ones are scaled down (the authors': 501760); 0: the backbone's limit"
+        501760,
+        "largest picture in pixels, larger ones are scaled down (the authors': 501760); 0: the backbone's limit",
     )
     holdout: float = option(
         0.05, "share of the prompts set aside in <name>_holdout for validation; of a benchmark none"
     )
-    without_images: bool = option(False, "leave all pictures out, where they are not at hand; the text is kept")
-    allow_outside: bool = option(False, "read pictures whose paths or links lead out of the folders of --source, too")
+    without_images: bool = option(
+        False, "leave all pictures out, where they are not at hand; the text is kept"
+    )
+    allow_outside: bool = option(
+        False, "read pictures whose paths or links lead out of the folders of --source, too"
+    )
     shard_size: int = option(512, "lines of input that make one shard")
-    world_size: float = option(1.0, "size of the embedded world's data sets, as a multiple of the default")
+    world_size: float = option(
+        1.0, "size of the embedded world's data sets, as a multiple of the default"
+    )
     seed: int = option(0, "seed of the embedded world")
 
 
@@ -142,8 +162,14 @@ def start_distributed() -> tuple[int, int, torch.device]:
             STORE, rank, world = next(dist.rendezvous("env://"))
         else:  # plain `python`
             STORE, rank, world = dist.HashStore(), 0, 1
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=STORE, rank=rank, world_size=world)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=STORE, rank=rank, world_size=world
+        )
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if cuda
+        else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
         # transformers compares image tokens with image features in every forward, for which it waits for the GPU; our
@@ -155,14 +181,18 @@ def start_distributed() -> tuple[int, int, torch.device]:
 def run_stage(main: Callable, cls, doc: str) -> None:
     """Runs a stage's `main(settings)`, the dataclass `cls` read from the command line, where --help begins with the
     script's own docstring `doc`; what the user got wrong ends in one line from one rank, not in tracebacks."""
-    parser = HfArgumentParser(cls, description=doc.split("\n\n")[0], epilog="The script's docstring says more.")
+    parser = HfArgumentParser(
+        cls, description=doc.split("\n\n")[0], epilog="The script's docstring says more."
+    )
 
     def refuse(message: str) -> None:  # argparse's own way prints the whole usage, from every rank
         raise UserError(f"{message}; --help lists all options")
 
     parser.error = refuse
     try:
-        settings, unknown = parser.parse_args_into_dataclasses(look_for_args_file=False, return_remaining_strings=True)
+        settings, unknown = parser.parse_args_into_dataclasses(
+            look_for_args_file=False, return_remaining_strings=True
+        )
         if unknown:
             refuse(f"unknown: {' '.join(unknown)}")
         start_distributed()
@@ -191,7 +221,9 @@ def check_least(settings: Any, **least: float) -> None:
 
 def say_next(script: str, **options: str | None) -> None:
     """Prints the command of the next stage, on as many ranks as this one; options that are None are left out."""
-    given = "".join(f" --{name} {shlex.quote(value)}" for name, value in options.items() if value is not None)
+    given = "".join(
+        f" --{name} {shlex.quote(value)}" for name, value in options.items() if value is not None
+    )
     print(f"Next: torchrun --standalone --nproc_per_node={dist.get_world_size()} {script}{given}")
 
 
@@ -215,7 +247,9 @@ def say_once(message: str) -> None:
 
 
 @contextmanager
-def explaining(what: str, errors: tuple | type, kind: type = Unusable, then: str = "") -> Iterator[None]:
+def explaining(
+    what: str, errors: tuple | type, kind: type = Unusable, then: str = ""
+) -> Iterator[None]:
     """Turns such errors into one line of that `kind`: what is wrong, why, and what to do then."""
     try:
         yield
@@ -223,10 +257,18 @@ def explaining(what: str, errors: tuple | type, kind: type = Unusable, then: str
         if isinstance(error, kind):  # has been explained
             raise
         reason = f"missing: {error}" if isinstance(error, KeyError) else str(error)
-        if getattr(error, "strerror", None):  # the system's words, and the file where it is another; not a temporary
+        if getattr(
+            error, "strerror", None
+        ):  # the system's words, and the file where it is another; not a temporary
             name = Path(str(error.filename or what)).name
-            reason = error.strerror if name in what or name.startswith(".") else f"{name}: {error.strerror}"
-        raise kind(f"{what}: {reason.splitlines()[0] if reason else type(error).__name__}{then}") from None
+            reason = (
+                error.strerror
+                if name in what or name.startswith(".")
+                else f"{name}: {error.strerror}"
+            )
+        raise kind(
+            f"{what}: {reason.splitlines()[0] if reason else type(error).__name__}{then}"
+        ) from None
 
 
 def reading(path: Path, then: str = "run 01_data.py again") -> AbstractContextManager:
@@ -325,7 +367,7 @@ def parquet_rows(path: str, group: int) -> list[dict]:
         return parquet_file(path).read_row_group(group).to_pylist()
 
 
-def rows_of(path: str) -> Iterator[Callable[[], dict]]:
+def file_rows(path: str) -> Iterator[Callable[[], dict]]:
     """What reads each row of a file, one function a row: .parquet, .tsv, .json if it is one list (which is read whole),
     else one JSON object a line, UTF-8, also as .gz. Empty lines are lines like others: rejected, not skipped."""
     if path.endswith(".parquet"):
@@ -346,7 +388,9 @@ def rows_of(path: str) -> Iterator[Callable[[], dict]]:
             yield from (partial(dict, row) for row in rows)
         while line := file.readline(LONGEST_LINE + 1):
             yield partial(read_json, line)
-            while len(line) > LONGEST_LINE and not line.endswith(b"\n"):  # the rest of one that is too long
+            while len(line) > LONGEST_LINE and not line.endswith(
+                b"\n"
+            ):  # the rest of one that is too long
                 line = file.readline(LONGEST_LINE + 1)
 
 
@@ -354,11 +398,13 @@ def read_file(path: str) -> Iterator[Line]:
     """The rows of one file as they are; UserError where it cannot be read on, as one that is cut off."""
     broken = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error)
     with explaining(f"{path}: cannot be read to its end", broken, UserError):
-        for number, read in enumerate(rows_of(path), 1):
+        for number, read in enumerate(file_rows(path), 1):
             yield path, number, read
 
 
-def read_rows(path: str, convert: Callable = dict, pattern: str = "**/*", with_file: bool = False) -> Iterator[Line]:
+def read_rows(
+    path: str, convert: Callable = dict, pattern: str = "**/*", with_file: bool = False
+) -> Iterator[Line]:
     """The rows of a published file, of all files that match `path`, or of those in the folder `path` that match
     `pattern`, in the order of their names; `convert` makes a row a record in this project's JSON form, or raises
     Unusable. `with_file`, it is also given the row's file, for what lies beside it, or its name."""
@@ -367,7 +413,9 @@ def read_rows(path: str, convert: Callable = dict, pattern: str = "**/*", with_f
         found = Path(path).glob(pattern) if Path(path).is_dir() else glob.glob(path)
         files = sorted(file for file in map(str, found) if file.endswith(DATA_FILES))
     if not files:
-        raise UserError(f"--source {path}: no data files there{f' that match {pattern}' if pattern != '**/*' else ''}")
+        raise UserError(
+            f"--source {path}: no data files there{f' that match {pattern}' if pattern != '**/*' else ''}"
+        )
     for name in files:
         convert_one = partial(convert, file=Path(name)) if with_file else convert
         for _, number, read in read_file(name):
@@ -392,7 +440,9 @@ WORLD = Path(__file__).parent / "tests" / "tiny" / "world.py"
 @lru_cache
 def embedded_world() -> ModuleType:
     if not WORLD.is_file():
-        raise UserError(f"{WORLD}: the embedded world is not there; give your own data with --source")
+        raise UserError(
+            f"{WORLD}: the embedded world is not there; give your own data with --source"
+        )
     spec = importlib.util.spec_from_file_location("embedded_world", WORLD)
     module = sys.modules["embedded_world"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -401,7 +451,11 @@ def embedded_world() -> ModuleType:
 
 def read_world(source: str, split: str, count: int, seed: str) -> Iterator[Line]:
     for index in range(count):
-        yield f"world/{source}/{split}", index + 1, partial(embedded_world().record, source, split, seed, index)
+        yield (
+            f"world/{source}/{split}",
+            index + 1,
+            partial(embedded_world().record, source, split, seed, index),
+        )
 
 
 # What --source says: a file of one's own, or a name that is looked up in SOURCES (in the appendix, after main).
@@ -413,7 +467,11 @@ def split_source(source: str) -> tuple[str, str, float]:
     found = re.fullmatch(r"(.*)@(\d+|0?\.\d+)", source)
     source, limit = (found[1], float(found[2])) if found else (source, math.inf)
     name, colon, path = source.partition(":")
-    return (name, path, limit) if name in SOURCES and (colon or not Path(source).exists()) else ("jsonl", source, limit)
+    return (
+        (name, path, limit)
+        if name in SOURCES and (colon or not Path(source).exists())
+        else ("jsonl", source, limit)
+    )
 
 
 def open_source(source: str, seed: int = 0) -> Iterator[Line]:
@@ -423,7 +481,9 @@ def open_source(source: str, seed: int = 0) -> Iterator[Line]:
     if name == "world":
         parts = embedded_world().SOURCES
         if path not in parts or not 1 <= limit < math.inf:
-            raise UserError(f"--source {source}: should be world:PART@COUNT, PART one of {', '.join(parts)}")
+            raise UserError(
+                f"--source {source}: should be world:PART@COUNT, PART one of {', '.join(parts)}"
+            )
         return read_world(path, "train", int(limit), str(seed))
     lines = SOURCES[name].read(locate(name, path))
     if limit < 1:
@@ -431,7 +491,9 @@ def open_source(source: str, seed: int = 0) -> Iterator[Line]:
     elif limit < math.inf:
         lines = itertools.islice(lines, int(limit))
     known = {} if name == "jsonl" else {"source": name}
-    return ((file, number, partial(lambda read: known | read(), read)) for file, number, read in lines)
+    return (
+        (file, number, partial(lambda read: known | read(), read)) for file, number, read in lines
+    )
 
 
 def data_folder(source: str) -> Path:
@@ -458,7 +520,9 @@ def official_metric(sources: list[str]) -> str:
     names = [split_source(source)[0] for source in sources]
     metrics = {SOURCES[name].metric for name in names}
     if len(metrics) > 1:
-        raise UserError(f"--source: {' and '.join(names)} are not scored together; prepare each by itself")
+        raise UserError(
+            f"--source: {' and '.join(names)} are not scored together; prepare each by itself"
+        )
     return metrics.pop() if metrics else ""
 
 
@@ -475,14 +539,24 @@ class Family:
     vision: str = ""  # where the vision tower is (Qwen-VL's merger is in it, InternVL's projector is not); empty: none
     blocks: str = ""  # where in the tower its layers are
     mrope: bool = False  # the positions of an image's tokens are its rows and columns; else they count on as in text
-    tiles: bool = False  # an image is cut into square tiles of one size; else scaled to whole patches
-    around: tuple[str, str] = ("", "")  # the tokens before and after an image's that the chat template does not have
+    tiles: bool = (
+        False  # an image is cut into square tiles of one size; else scaled to whole patches
+    )
+    around: tuple[str, str] = (
+        "",
+        "",
+    )  # the tokens before and after an image's that the chat template does not have
     half: str = ""  # model_type of the decoder alone; empty: its text_config says, and that has to be supported too
     planned: bool = False  # 03 --plan knows what it computes and needs
 
 
 QWEN_VL = {"language": "language_model", "vision": "visual", "blocks": "blocks", "mrope": True}
-INTERN_VL = {"language": "language_model", "vision": "vision_tower", "blocks": "encoder.layer", "tiles": True}
+INTERN_VL = {
+    "language": "language_model",
+    "vision": "vision_tower",
+    "blocks": "encoder.layer",
+    "tiles": True,
+}
 FAMILIES = {
     "qwen2_5_vl": Family(**QWEN_VL, half="qwen2", planned=True),
     "qwen2_vl": Family(**QWEN_VL, half="qwen2"),
@@ -502,11 +576,17 @@ def family_of(config: PreTrainedConfig, path: str) -> Family:
         raise UserError(f"{path}: a {config.model_type}; supported are {', '.join(FAMILIES)}")
     if not family.half and text.model_type not in FAMILIES:
         known = ", ".join(name for name, each in FAMILIES.items() if not each.vision)
-        raise UserError(f"{path}: {config.model_type} with a decoder of type {text.model_type}; supported are {known}")
+        raise UserError(
+            f"{path}: {config.model_type} with a decoder of type {text.model_type}; supported are {known}"
+        )
     if "sliding_attention" in (getattr(text, "layer_types", None) or []):
-        raise UserError(f"{path}: has layers with a sliding attention window, which are not supported")
+        raise UserError(
+            f"{path}: has layers with a sliding attention window, which are not supported"
+        )
     if getattr(text, "attention_dropout", 0):
-        raise UserError(f"{path}: has attention dropout, which is not supported; set it to 0 in config.json")
+        raise UserError(
+            f"{path}: has attention dropout, which is not supported; set it to 0 in config.json"
+        )
     return family
 
 
@@ -527,7 +607,9 @@ class Processors:
     tokenizer: object
     image: object | None
     family: Family
-    image_token: int | None  # id of the token that stands for a piece of an image, <|image_pad|> or <IMG_CONTEXT>
+    image_token: (
+        int | None
+    )  # id of the token that stands for a piece of an image, <|image_pad|> or <IMG_CONTEXT>
     end_token: int  # id of what ends the assistant's turn, <|im_end|> or <|eot_id|>
     vision: VisionShape | None
     fingerprint: str  # of the vocabulary, the merges and the chat template: shards of another tokenizer are noise
@@ -557,31 +639,52 @@ def load_processors(backbone: str, max_pixels: int = 0) -> Processors:
     pixel limits of the checkpoint, or at most `max_pixels`; of one that is cut into tiles these are those of all tiles
     together, without the thumbnail that comes with several."""
     with explaining(
-        f"{backbone}: no tokenizer and config in the Hugging Face layout", (OSError, ValueError), UserError
+        f"{backbone}: no tokenizer and config in the Hugging Face layout",
+        (OSError, ValueError),
+        UserError,
     ):
         config = AutoConfig.from_pretrained(backbone)
         tokenizer, family = AutoTokenizer.from_pretrained(backbone), family_of(config, backbone)
-        image = AutoImageProcessor.from_pretrained(backbone, backend="pil") if family.vision else None
-    if not tokenizer.chat_template:  # older checkpoints of vision-language models have it in a file of its own
-        found = cached_file(backbone, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        image = (
+            AutoImageProcessor.from_pretrained(backbone, backend="pil") if family.vision else None
+        )
+    if (
+        not tokenizer.chat_template
+    ):  # older checkpoints of vision-language models have it in a file of its own
+        found = cached_file(
+            backbone, "chat_template.json", _raise_exceptions_for_missing_entries=False
+        )
         if not found:
-            raise UserError(f"{backbone}: its tokenizer has no chat template; take a checkpoint made for chat")
+            raise UserError(
+                f"{backbone}: its tokenizer has no chat template; take a checkpoint made for chat"
+            )
         tokenizer.chat_template = json.loads(Path(found).read_text())["chat_template"]
     vision, shape = None, getattr(config, "vision_config", None)
     if family.tiles:
-        image.crop_to_patches = InternVLProcessor.images_kwargs["crop_to_patches"]  # goes before preprocessor_config's
+        image.crop_to_patches = InternVLProcessor.images_kwargs[
+            "crop_to_patches"
+        ]  # goes before preprocessor_config's
         if max_pixels:
-            image.max_patches = max(1, min(image.max_patches, max_pixels // image.size["height"] ** 2))
+            image.max_patches = max(
+                1, min(image.max_patches, max_pixels // image.size["height"] ** 2)
+            )
         vision = VisionShape(shape.patch_size[0], round(1 / config.downsample_ratio))
     elif family.vision:
         if max_pixels:
-            image.size = {"shortest_edge": min(image.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+            image.size = {
+                "shortest_edge": min(image.size["shortest_edge"], max_pixels),
+                "longest_edge": max_pixels,
+            }
         table = math.isqrt(getattr(shape, "num_position_embeddings", 0))
-        vision = VisionShape(image.patch_size, image.merge_size, getattr(shape, "window_size", 0), table)
+        vision = VisionShape(
+            image.patch_size, image.merge_size, getattr(shape, "window_size", 0), table
+        )
     made_of = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     fingerprint = f"{hash_of(made_of.encode()):016x}"
     image_token = config.image_token_id if family.vision else None
-    return Processors(tokenizer, image, family, image_token, end_of_turn(tokenizer), vision, fingerprint)
+    return Processors(
+        tokenizer, image, family, image_token, end_of_turn(tokenizer), vision, fingerprint
+    )
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -590,7 +693,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     turns = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
     behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("\ue001")[2]
     special = set(tokenizer.get_added_vocab().values())
-    ends = (token for token in tokenizer.encode(behind, add_special_tokens=False) if token in special)
+    ends = (
+        token for token in tokenizer.encode(behind, add_special_tokens=False) if token in special
+    )
     return next(ends, tokenizer.eos_token_id)
 
 
@@ -599,7 +704,9 @@ def use_pixel_limits(processors: Processors, sets: list["Comparisons"]) -> None:
     agree."""
     limits = [each.info["pixels"] for each in sets if each.info["pixels"]]
     if any(other != limits[0] for other in limits):
-        raise UserError("the data sets were prepared with different --max_pixels; prepare them with the same")
+        raise UserError(
+            "the data sets were prepared with different --max_pixels; prepare them with the same"
+        )
     if limits and processors.image is not None:
         processors.pixels = limits[0]
 
@@ -619,16 +726,26 @@ class Comparison:
     # [images, 3] patches: time or tiles, height, width
     grids: np.ndarray = field(default_factory=partial(np.zeros, (0, 3), np.int32))
     record: dict = field(default_factory=dict)  # id, category, answer, ...: what is carried along
-    place: str = ""  # where it was read
+    origin: str = ""  # where it was read
 
     def __str__(self) -> str:
         """What messages call it."""
-        return f"{self.place} (id {self.record['id']})" if "id" in self.record else self.place
+        return f"{self.origin} (id {self.record['id']})" if "id" in self.record else self.origin
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) for all pairs of responses that do not tie."""
+        return ordered_pairs(self.ranks)
 
     @property
     def length(self) -> int:
         """Tokens of the packed row [prompt | response 1 | ... | response N]."""
         return len(self.prompt) + sum(map(len, self.responses))
+
+
+def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
+    """(better, worse) for all pairs of one comparison's responses that do not tie."""
+    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
 
 
 # From a record to a comparison, 1: its pictures.
@@ -653,7 +770,9 @@ def read_image(image: object, folder: Path, within: list[Path] | None = None) ->
         image.convert("RGB").save(file, "PNG")
         return file.getvalue()
     require(isinstance(image, str), f"images: a {type(image).__name__} where a path should be")
-    with explaining(f"unreadable image: {image}", (OSError, ValueError, RuntimeError)):  # the last: links in a circle
+    with explaining(
+        f"unreadable image: {image}", (OSError, ValueError, RuntimeError)
+    ):  # the last: links in a circle
         path = (folder / image).resolve()
         inside = within is None or any(path.is_relative_to(each) for each in within)
         require(inside, f"image outside the data's folder: {image}; --allow_outside reads it")
@@ -681,7 +800,10 @@ def open_image(content: bytes, draft: tuple | None = None) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            require(image.mode not in ("I", "F"), f"its pixels are of mode {image.mode}, whose range is not known")
+            require(
+                image.mode not in ("I", "F"),
+                f"its pixels are of mode {image.mode}, whose range is not known",
+            )
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -701,10 +823,14 @@ def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int,
     height, width of each) where it is cut into tiles."""
     image, patch = processors.image, processors.vision.patch
     if processors.family.tiles:
-        return image.get_number_of_image_patches(size[1], size[0]), *[image.size["height"] // patch] * 2
+        return image.get_number_of_image_patches(size[1], size[0]), *[
+            image.size["height"] // patch
+        ] * 2
     unit, limits = patch * processors.vision.merge, image.size
     with explaining(f"unusable image of {size[0]} x {size[1]} pixels", ValueError):
-        height, width = smart_resize(size[1], size[0], unit, limits["shortest_edge"], limits["longest_edge"])
+        height, width = smart_resize(
+            size[1], size[0], unit, limits["shortest_edge"], limits["longest_edge"]
+        )
     return 1, height // patch, width // patch
 
 
@@ -729,7 +855,9 @@ def text_of(message: object, what: str) -> str:
         role, message = message.get("role"), message.get("content")
         require(role == "assistant", f"{what}: role is {role!r}, not 'assistant'")
         if isinstance(message, list):
-            texts = all(isinstance(part, dict) and part.get("type", "text") == "text" for part in message)
+            texts = all(
+                isinstance(part, dict) and part.get("type", "text") == "text" for part in message
+            )
             require(texts, f"{what}: has a part that is no text")
             message = "".join(text_in(part.get("text"), what) for part in message)
     require(isinstance(message, str), f"{what}: not a text or a list of one assistant message")
@@ -751,7 +879,10 @@ def check_messages(prompt: object, without_images: bool = False) -> list[dict]:
         require(are_parts, "prompt: content is neither a string nor a list of parts")
         for part in given:
             kind = part.get("type")
-            require(kind in ("text", "image"), f"prompt: a part of type {kind!r}; known are text and image")
+            require(
+                kind in ("text", "image"),
+                f"prompt: a part of type {kind!r}; known are text and image",
+            )
             if kind == "text":
                 text_in(part.get("text"), "prompt")
             if kind == "text" or not without_images:
@@ -768,11 +899,19 @@ def check_messages(prompt: object, without_images: bool = False) -> list[dict]:
 def with_images(text: str) -> list[dict]:
     """The parts of a text in which <image> marks the place of each picture."""
     pieces = re.split("(<image>)", text)
-    return [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces if piece]
+    return [
+        {"type": "image"} if piece == "<image>" else {"type": "text", "text": piece}
+        for piece in pieces
+        if piece
+    ]
 
 
 def encode_prompt(
-    messages: list, images: list, processors: Processors, folder: Path = Path(), within: list[Path] | None = None
+    messages: list,
+    images: list,
+    processors: Processors,
+    folder: Path = Path(),
+    within: list[Path] | None = None,
 ) -> tuple[np.ndarray, list[bytes], np.ndarray]:
     """Renders and tokenizes a prompt up to where the assistant's answer begins.
 
@@ -780,26 +919,37 @@ def encode_prompt(
     images' encoded bytes, and their patch grids [images, 3]. Raises Unusable.
     """
     messages = check_messages(messages)
-    parts = [part for turn in messages if isinstance(turn["content"], list) for part in turn["content"]]
+    parts = [
+        part for turn in messages if isinstance(turn["content"], list) for part in turn["content"]
+    ]
     slots = [part for part in parts if part["type"] == "image"]
     images = [part["image"] for part in slots if part.get("image") is not None] or list(images)
-    if images and not slots:  # their places are marked in the text, as in LLaVA's data; else they come first, as in TRL
+    if (
+        images and not slots
+    ):  # their places are marked in the text, as in LLaVA's data; else they come first, as in TRL
         asked = [turn for turn in messages if turn["role"] == "user"]
         if not any("<image>" in turn["content"] for turn in asked):
             asked[0]["content"] = "<image>" * len(images) + asked[0]["content"]
         for turn in asked:
             turn["content"] = with_images(turn["content"])
             slots += [part for part in turn["content"] if part["type"] == "image"]
-    require(len(images) == len(slots), f"images: {len(images)} given, but the prompt has {len(slots)} places for them")
+    require(
+        len(images) == len(slots),
+        f"images: {len(images)} given, but the prompt has {len(slots)} places for them",
+    )
     require(not images or processors.image is not None, "images: the backbone is text-only")
     asks = images or any(turn["content"].strip() for turn in messages if turn["role"] == "user")
     require(asks, "prompt: empty")
     files = [read_image(image, folder, within) for image in images]
-    grids = np.array([patch_grid(open_image(file).size, processors) for file in files], np.int32).reshape(-1, 3)
+    grids = np.array(
+        [patch_grid(open_image(file).size, processors) for file in files], np.int32
+    ).reshape(-1, 3)
     ids = tokenize_chat(messages, processors.tokenizer)
     if files:
         names = ([name] if name else [] for name in processors.family.around)
-        before, after = map(processors.tokenizer.convert_tokens_to_ids, names)  # one id each, or none
+        before, after = map(
+            processors.tokenizer.convert_tokens_to_ids, names
+        )  # one id each, or none
         counts = grids.prod(1) // processors.vision.merge**2
         expanded = iter([[*before, *[processors.image_token] * count, *after] for count in counts])
         pieces = (next(expanded) if token == processors.image_token else [token] for token in ids)
@@ -814,20 +964,31 @@ def tokenize_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> n
     are taken out before rendering, put back afterwards, and tokenized as ordinary characters.
     """
     # \ue000 and \ue001, private to this function, mark where something was taken out; a user's own are taken out too.
-    special = re.compile("|".join(map(re.escape, [*tokenizer.get_added_vocab(), "\ue000", "\ue001"])))
+    special = re.compile(
+        "|".join(map(re.escape, [*tokenizer.get_added_vocab(), "\ue000", "\ue001"]))
+    )
     taken = []
 
     def safe(content: str | list[dict]) -> str | list[dict]:
         if isinstance(content, str):
-            return special.sub(lambda found: taken.append(found[0]) or f"\ue000{len(taken) - 1}\ue001", content)
-        return [part if part["type"] == "image" else {**part, "text": safe(part["text"])} for part in content]
+            return special.sub(
+                lambda found: taken.append(found[0]) or f"\ue000{len(taken) - 1}\ue001", content
+            )
+        return [
+            part if part["type"] == "image" else {**part, "text": safe(part["text"])}
+            for part in content
+        ]
 
     messages = [{**turn, "content": safe(turn["content"])} for turn in messages]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    template, *rest = re.split("\ue000(\\d+)\ue001", rendered)  # then the number of what was taken, template, ...
+    template, *rest = re.split(
+        "\ue000(\\d+)\ue001", rendered
+    )  # then the number of what was taken, template, ...
     ids = tokenizer.encode(template, add_special_tokens=False)
     for number, template in zip(rest[::2], rest[1::2]):
-        ids += tokenize_text(taken[int(number)], tokenizer) + tokenizer.encode(template, add_special_tokens=False)
+        ids += tokenize_text(taken[int(number)], tokenizer) + tokenizer.encode(
+            template, add_special_tokens=False
+        )
     return np.array(ids, np.int32)
 
 
@@ -871,7 +1032,9 @@ def check_carried(record: dict, responses: int) -> dict:
     if critiques is not None:
         fit = len(critiques) == responses and all(isinstance(each, str) for each in critiques)
         require(fit, f"critiques: not a list of {responses} texts, one for each response")
-    with explaining(f"{', '.join(carried)}: cannot be written as JSON", (ValueError, TypeError, RecursionError)):
+    with explaining(
+        f"{', '.join(carried)}: cannot be written as JSON", (ValueError, TypeError, RecursionError)
+    ):
         json.dumps(carried, ensure_ascii=False).encode()
     return carried
 
@@ -883,8 +1046,13 @@ def ranked_texts(record: dict) -> tuple[list[str], list[int]]:
         lists = isinstance(answers, list) and isinstance(ranks, list) and len(answers) == len(ranks)
         require(lists, "responses and ranks: not two lists of the same length")
         numbers = len(answers) > 1 and all(type(rank) is int and 0 < rank < 2**31 for rank in ranks)
-        require(numbers, "responses and ranks: at least two responses, each with a rank of 1 (best) or more")
-        require(len(set(ranks)) > 1, "ranks: all equal, so there is nothing to learn from or to score")
+        require(
+            numbers,
+            "responses and ranks: at least two responses, each with a rank of 1 (best) or more",
+        )
+        require(
+            len(set(ranks)) > 1, "ranks: all equal, so there is nothing to learn from or to score"
+        )
         texts = [text_of(answer, f"responses[{i}]") for i, answer in enumerate(answers)]
         require(len(set(texts)) > 1, "responses: all identical")
         return texts, ranks
@@ -895,13 +1063,19 @@ def ranked_texts(record: dict) -> tuple[list[str], list[int]]:
         require(texts[0] != texts[1], "chosen and rejected are identical")
         return texts, [1, 2]
     question = "answer" in record or "truth" in record or "judged" in record
-    require(question, "missing field: chosen and rejected, or responses and ranks, or answer (null: an open question)")
+    require(
+        question,
+        "missing field: chosen and rejected, or responses and ranks, or answer (null: an open question)",
+    )
     return [], []
 
 
 def images_in(record: dict) -> list:
     """A record's images; raises Unusable where they are given otherwise than as a list, and would be lost."""
-    require(record.get("image") is None, "image: pictures are in `images`, a list; --source trl:FILE reads this, too")
+    require(
+        record.get("image") is None,
+        "image: pictures are in `images`, a list; --source trl:FILE reads this, too",
+    )
     images = record.get("images") or []
     require(isinstance(images, list), "images: not a list")
     return images
@@ -948,12 +1122,19 @@ RAGGED = {  # one vector for each comparison, but for
     "image_index": np.int32,  # which of the files are this comparison's
     "records": np.uint8,  # as JSON
 }
-SAFETENSORS = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}  # what we write, by its name there
+SAFETENSORS = {
+    "U8": np.uint8,
+    "I32": np.int32,
+    "I64": np.int64,
+    "U64": np.uint64,
+}  # what we write, by its name there
 METADATA = {"comparisons": f"format {FORMAT}"}  # one key: the order of several is not fixed
 
 
 def flatten(items: list, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    flat = np.concatenate([np.asarray(item, dtype) for item in items]) if items else np.zeros(0, dtype)
+    flat = (
+        np.concatenate([np.asarray(item, dtype) for item in items]) if items else np.zeros(0, dtype)
+    )
     return flat, np.cumsum([0, *map(len, items)], dtype=np.int64)
 
 
@@ -965,7 +1146,9 @@ def prompt_hash(prompt: np.ndarray, image_token: int | None) -> int:
 def look_of(content: bytes) -> int:
     """64 bits that scaled or recompressed copies of a picture share, or nearly: where on a grid of 8 x 8 it is darker
     than to the right (dHash)."""
-    image = open_image(content, draft=("L", (64, 64)))  # of a JPEG, decodes no more than is needed for this size
+    image = open_image(
+        content, draft=("L", (64, 64))
+    )  # of a JPEG, decodes no more than is needed for this size
     small = np.asarray(image.convert("L").resize((9, 8)), int)
     return int.from_bytes(np.packbits(small[:, :-1] < small[:, 1:]).tobytes(), "big")
 
@@ -981,11 +1164,15 @@ def write_shard(path: Path, comparisons: list[Comparison], image_token: int | No
         "ranks": [each.ranks for each in comparisons],
         "images": [np.frombuffer(file, np.uint8) for file in grids],
         "image_index": [[places[file] for file in each.images] for each in comparisons],
-        "records": [np.frombuffer(json.dumps(each.record).encode(), np.uint8) for each in comparisons],
+        "records": [
+            np.frombuffer(json.dumps(each.record).encode(), np.uint8) for each in comparisons
+        ],
     }
     tensors = {
         "grids": np.array([*grids.values()], np.int32).reshape(-1, 3),
-        "prompt_hashes": np.array([prompt_hash(each.prompt, image_token) for each in comparisons], np.uint64),
+        "prompt_hashes": np.array(
+            [prompt_hash(each.prompt, image_token) for each in comparisons], np.uint64
+        ),
         "image_hashes": np.array([hash_of(file) for file in grids], np.uint64),
         "image_looks": np.array([look_of(file) for file in grids], np.uint64),
     }
@@ -998,7 +1185,9 @@ def vector(file, name: str, dtype: type) -> np.ndarray:
     """A vector of an open safetensors file; raises Unusable before it is read if its dtype or shape is another."""
     found = file.get_slice(name)
     fits = SAFETENSORS.get(found.get_dtype()) == dtype and len(found.get_shape()) == 1
-    require(fits, f"{name}: {found.get_dtype()} {found.get_shape()}, not a vector of {np.dtype(dtype)}")
+    require(
+        fits, f"{name}: {found.get_dtype()} {found.get_shape()}, not a vector of {np.dtype(dtype)}"
+    )
     return file.get_tensor(name)
 
 
@@ -1018,17 +1207,31 @@ class Shard:
     def check(self) -> None:
         index, grids, images = self.image_index, self.grids, len(self.grids)
         comparisons = len(self.offsets["prompts"]) - 1
-        items = {"responses": int(self.offsets["ranks"][-1]), "images": images}  # of the others, as many as comparisons
+        items = {
+            "responses": int(self.offsets["ranks"][-1]),
+            "images": images,
+        }  # of the others, as many as comparisons
         for name, dtype in RAGGED.items():
             offsets, flat = self.offsets[name], self.file.get_slice(name)
-            fits = SAFETENSORS.get(flat.get_dtype()) == dtype and 0 < len(offsets) == items.get(name, comparisons) + 1
+            fits = (
+                SAFETENSORS.get(flat.get_dtype()) == dtype
+                and 0 < len(offsets) == items.get(name, comparisons) + 1
+            )
             require(fits, f"{name}: {flat.get_dtype()}, {len(offsets) - 1} items")
             lengths = np.diff(offsets)
-            fits = offsets[0] == 0 and flat.get_shape() == [offsets[-1]] and lengths.min(initial=0) >= 0
+            fits = (
+                offsets[0] == 0
+                and flat.get_shape() == [offsets[-1]]
+                and lengths.min(initial=0) >= 0
+            )
             require(fits, f"{name}: offsets that do not fit its {flat.get_shape()} numbers")
             filled = name not in ("prompts", "responses") or lengths.min(initial=1) > 0
             require(filled, f"{name}: one of them is empty")
-        fits = grids.dtype == np.int32 and grids.shape == (images, 3) and ((grids > 0) & (grids < 2**15)).all()
+        fits = (
+            grids.dtype == np.int32
+            and grids.shape == (images, 3)
+            and ((grids > 0) & (grids < 2**15)).all()
+        )
         require(fits, f"grids: {grids.dtype} {list(grids.shape)}")
         fits = index.min(initial=0) >= 0 and index.max(initial=-1) < images
         require(fits, f"image_index: an image that is none of the {images} there are")
@@ -1054,7 +1257,9 @@ class Shard:
 
     def planning(self) -> dict[str, np.ndarray]:
         """PLANNING of all its comparisons."""
-        summed = np.cumsum([0, *self.grids.astype(np.int64).prod(1)[self.image_index]])  # patches of all images
+        summed = np.cumsum(
+            [0, *self.grids.astype(np.int64).prod(1)[self.image_index]]
+        )  # patches of all images
         responses = np.diff(self.offsets["responses"][self.offsets["ranks"]])
         found = {
             "tokens": np.diff(self.offsets["prompts"]) + responses,
@@ -1075,7 +1280,9 @@ def write_index(folder: Path, shards: list[tuple[str, int]]) -> None:
     columns = {name: [np.zeros(0, dtype)] for name, dtype in (PLANNING | HASHES).items()}
     for file, _ in shards:
         shard = Shard(folder / file)
-        found = shard.planning() | {name: vector(shard.file, name, dtype) for name, dtype in HASHES.items()}
+        found = shard.planning() | {
+            name: vector(shard.file, name, dtype) for name, dtype in HASHES.items()
+        }
         for name, column in columns.items():
             column.append(found[name])
     index = {name: np.concatenate(column) for name, column in columns.items()}
@@ -1089,16 +1296,28 @@ def check_info(info: dict) -> None:
     for key in ("name", "backbone", "tokenizer", "metric"):
         require(isinstance(info[key], str), f"{key}: not a text")
     for name in (info["name"], *(name for name, _ in info["shards"])):
-        require(re.fullmatch(r"[^/\0]+", name) and name not in (".", ".."), f"{name!r} is no name of a file")
-    counts = [info["read"], info["rejected"], info["comparisons"], *(count for _, count in info["shards"])]
+        require(
+            re.fullmatch(r"[^/\0]+", name) and name not in (".", ".."),
+            f"{name!r} is no name of a file",
+        )
+    counts = [
+        info["read"],
+        info["rejected"],
+        info["comparisons"],
+        *(count for _, count in info["shards"]),
+    ]
     require(all(map(is_count, counts)), "read, rejected, comparisons and shards: have to be counts")
     known = {source.metric for source in SOURCES.values()}
     require(info["metric"] in known, f"metric: {info['metric']!r} is not known")
     limits = info["pixels"]
     if limits is not None:
         known = set(limits) in ({"tiles"}, {"shortest_edge", "longest_edge"})
-        require(known and all(is_count(each) and each for each in limits.values()), f"pixels: {limits}")
-        require(limits.get("shortest_edge", 0) <= limits.get("longest_edge", 0), f"pixels: {limits}")
+        require(
+            known and all(is_count(each) and each for each in limits.values()), f"pixels: {limits}"
+        )
+        require(
+            limits.get("shortest_edge", 0) <= limits.get("longest_edge", 0), f"pixels: {limits}"
+        )
     info["without_images"] = bool(info["without_images"])
 
 
@@ -1112,11 +1331,15 @@ class Comparisons(torch.utils.data.Dataset):
     def __init__(self, folder: str, expect: str | None = None, text_only: bool = False):
         self.folder, path = Path(folder), Path(folder, "dataset.json")
         if not path.is_file():
-            raise UserError(f"{folder}: no prepared data set there (dataset.json is missing); run 01_data.py first")
+            raise UserError(
+                f"{folder}: no prepared data set there (dataset.json is missing); run 01_data.py first"
+            )
         with reading(path):
             self.info = json.loads(path.read_bytes())
             if (found := self.info["format"]) != FORMAT:
-                raise UserError(f"{folder}: shards of format {found}, this code reads {FORMAT}; run 01_data.py again")
+                raise UserError(
+                    f"{folder}: shards of format {found}, this code reads {FORMAT}; run 01_data.py again"
+                )
             check_info(self.info)
         if expect and self.info["tokenizer"] != expect:
             raise UserError(
@@ -1131,7 +1354,9 @@ class Comparisons(torch.utils.data.Dataset):
                 fits = len(column) == self.starts[-1] and column.min(initial=0) >= 0
                 require(fits, f"{name}: {len(column)} numbers for {self.starts[-1]} comparisons")
         everything = np.arange(self.starts[-1])
-        self.chosen = everything[self.index["patches"] == 0] if text_only else everything  # [n] places in the shards
+        self.chosen = (
+            everything[self.index["patches"] == 0] if text_only else everything
+        )  # [n] places in the shards
 
     def columns(self, dtypes: dict) -> dict[str, np.ndarray]:
         """These of the index."""
@@ -1158,10 +1383,14 @@ class Comparisons(torch.utils.data.Dataset):
         at = int(self.chosen[i])
         k = int(np.searchsorted(self.starts, at, side="right")) - 1
         comparison = self.open(k)[at - int(self.starts[k])]
-        comparison.place = f"{self.folder}[{at}]"
+        comparison.origin = f"{self.folder}[{at}]"
         characters = comparison.record.get("characters")
-        if not isinstance(characters, list) or list(map(type, characters)) != [int] * len(comparison.ranks):
-            raise UserError(f"{comparison.place}: damaged: its record does not say how long its responses are")
+        if not isinstance(characters, list) or list(map(type, characters)) != [int] * len(
+            comparison.ranks
+        ):
+            raise UserError(
+                f"{comparison.origin}: damaged: its record does not say how long its responses are"
+            )
         return comparison
 
     def open(self, k: int) -> Shard:
@@ -1171,8 +1400,12 @@ class Comparisons(torch.utils.data.Dataset):
                 del self.opened[next(iter(self.opened))]
             shard = self.opened[k] = Shard(self.folder / self.info["shards"][k][0])
             for name, column in shard.planning().items():
-                if not np.array_equal(column, self.index[name][self.starts[k] : self.starts[k + 1]]):
-                    raise UserError(f"{shard.path}: not the shard that index.safetensors is of; run 01_data.py again")
+                if not np.array_equal(
+                    column, self.index[name][self.starts[k] : self.starts[k + 1]]
+                ):
+                    raise UserError(
+                        f"{shard.path}: not the shard that index.safetensors is of; run 01_data.py again"
+                    )
         return self.opened[k]
 
     def __getstate__(self) -> dict:
@@ -1183,11 +1416,13 @@ class Comparisons(torch.utils.data.Dataset):
 def open_images(comparison: Comparison, processors: Processors) -> list[Image.Image]:
     """The decoded images of a comparison that goes to a model; UserError where its tokens are none of the model's or
     do not fit its images, as in shards that were damaged or made to harm."""
-    if comparison.place:
+    if comparison.origin:
         ids = np.concatenate([comparison.prompt, *comparison.responses])
         wrong = ids[(ids < 0) | (ids >= len(processors.tokenizer))]
         if len(wrong):
-            raise UserError(f"{comparison}: damaged: token {wrong[0]} of {len(processors.tokenizer)}")
+            raise UserError(
+                f"{comparison}: damaged: token {wrong[0]} of {len(processors.tokenizer)}"
+            )
         patches, tokens = comparison.grids.prod(1).sum(), (ids == processors.image_token).sum()
         if processors.image is not None and patches != tokens * processors.vision.merge**2:
             raise UserError(f"{comparison}: damaged: {tokens} image tokens for {patches} patches")
@@ -1198,7 +1433,10 @@ def open_images(comparison: Comparison, processors: Processors) -> list[Image.Im
 # ---------------------------------------------------------------------------------------------------------------------
 # All that this stage does: every rank makes shards of its own chunks of lines, then rank 0 says what became of them.
 
-RECORD_NAME, SHARD_NAME = ".chunk-{:05d}.json".format, "shard-{:05d}.safetensors".format  # of a chunk's number
+RECORD_NAME, SHARD_NAME = (
+    ".chunk-{:05d}.json".format,
+    "shard-{:05d}.safetensors".format,
+)  # of a chunk's number
 
 
 def prepare(
@@ -1227,7 +1465,9 @@ def prepare(
         for folder in folders.values():
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            for pattern in ("dataset.json", ".chunk-*", "shard-*") if finished else ("dataset.json",):
+            for pattern in (
+                ("dataset.json", ".chunk-*", "shard-*") if finished else ("dataset.json",)
+            ):
                 for old in folder.glob(pattern):
                     old.unlink()
     dist.barrier()
@@ -1244,27 +1484,44 @@ def prepare(
         shards = {each: folder / SHARD_NAME(number) for each, folder in folders.items()}
         made_of = fingerprint(chunk, processors, settings, holdout)
         made = json.loads(record.read_text()) if record.is_file() else {}
-        if made.get("made_of") == made_of and all(shards[each].is_file() for each, n in made["kept"].items() if n):
+        if made.get("made_of") == made_of and all(
+            shards[each].is_file() for each, n in made["kept"].items() if n
+        ):
             continue
         kept, rejected, unused = {each: [] for each in folders}, [], Counter()
         for file, line, read in chunk:
             try:
                 fields = read()
                 comparison = encode_record(
-                    fields, processors, settings.max_length, Path(file).parent, settings.without_images, within
+                    fields,
+                    processors,
+                    settings.max_length,
+                    Path(file).parent,
+                    settings.without_images,
+                    within,
                 )
                 unused.update(fields.keys() - USED)
             except Unusable as error:
                 rejected.append({"file": file, "line": line, "reason": str(error)})
                 continue
             held_out = share_of(comparison.prompt.tobytes() + b"".join(comparison.images)) < holdout
-            kept[f"{name}_holdout" if held_out else name].append(comparison)  # the same prompt is never on both sides
+            kept[f"{name}_holdout" if held_out else name].append(
+                comparison
+            )  # the same prompt is never on both sides
         for each, comparisons in kept.items():
             if comparisons:
                 write_shard(shards[each], comparisons, processors.image_token)
         counts = {each: len(comparisons) for each, comparisons in kept.items()}
-        with_images = sum(bool(comparison.images) for comparisons in kept.values() for comparison in comparisons)
-        told = {"made_of": made_of, "kept": counts, "with_images": with_images, "rejected": rejected, "unused": unused}
+        with_images = sum(
+            bool(comparison.images) for comparisons in kept.values() for comparison in comparisons
+        )
+        told = {
+            "made_of": made_of,
+            "kept": counts,
+            "with_images": with_images,
+            "rejected": rejected,
+            "unused": unused,
+        }
         write_file(record, json.dumps(told))
     progress.close()
     dist.barrier()
@@ -1272,16 +1529,24 @@ def prepare(
         finish(name, folders, number, processors, settings)
 
 
-def fingerprint(chunk: list[Line], processors: Processors, settings: Settings, holdout: float) -> str:
+def fingerprint(
+    chunk: list[Line], processors: Processors, settings: Settings, holdout: float
+) -> str:
     """Of all that a chunk's shard is made of. Files count by their size and time, the code among them."""
     lines = [(file, line) for file, line, _ in chunk]
     files = sorted({file for file, _ in lines} | {__file__, str(WORLD)})
-    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if os.path.exists(file)]
+    stats = [
+        (file, os.stat(file).st_size, os.stat(file).st_mtime_ns)
+        for file in files
+        if os.path.exists(file)
+    ]
     made_of = [FORMAT, lines, stats, vars(settings), holdout, processors.fingerprint]
     return f"{hash_of(json.dumps(made_of).encode()):016x}"
 
 
-def finish(name: str, folders: dict[str, Path], chunks: int, processors: Processors, settings: Settings) -> None:
+def finish(
+    name: str, folders: dict[str, Path], chunks: int, processors: Processors, settings: Settings
+) -> None:
     """Says what became of so many chunks: rejected.jsonl, the index, dataset.json, and a line for the user."""
     shards, rejected, with_images, unused = {each: [] for each in folders}, 0, 0, Counter()
     with in_place_of(folders[name] / "rejected.jsonl") as temporary, open(temporary, "w") as file:
@@ -1295,8 +1560,12 @@ def finish(name: str, folders: dict[str, Path], chunks: int, processors: Process
                 shards[each] += [(SHARD_NAME(number), count)] if count else []
     kept = {each: sum(count for _, count in shards[each]) for each in folders}
     read = sum(kept.values()) + rejected
-    for each, folder in reversed(folders.items()):  # the data set's own dataset.json last: it says that all is there
-        for stray in {file.name for file in folder.glob("shard-*")} - {shard for shard, _ in shards[each]}:
+    for each, folder in reversed(
+        folders.items()
+    ):  # the data set's own dataset.json last: it says that all is there
+        for stray in {file.name for file in folder.glob("shard-*")} - {
+            shard for shard, _ in shards[each]
+        }:
             (folder / stray).unlink()  # of an interrupted run with other settings
         write_index(folder, shards[each])
         info = {
@@ -1318,25 +1587,42 @@ def finish(name: str, folders: dict[str, Path], chunks: int, processors: Process
         }
         write_file(folder / "dataset.json", json.dumps(info, indent=1))
     for folder in folders.values():
-        for hidden in folder.glob(".*"):  # the records, and what a run that was killed had not renamed yet
+        for hidden in folder.glob(
+            ".*"
+        ):  # the records, and what a run that was killed had not renamed yet
             hidden.unlink()
-    held_out = f" ({kept[f'{name}_holdout']} of them held out in {name}_holdout)" if len(folders) > 1 else ""
+    held_out = (
+        f" ({kept[f'{name}_holdout']} of them held out in {name}_holdout)"
+        if len(folders) > 1
+        else ""
+    )
     reasons = f"; reasons in {folders[name] / 'rejected.jsonl'}" if rejected else ""
     reasons += "; WITHOUT IMAGES, the text alone" if settings.without_images else ""
     kept = f"kept {sum(kept.values())}{held_out} + rejected {rejected}"
-    print(f"{folders[name]}: read {read} = {kept}{reasons}; {with_images} with pictures", flush=True)
+    print(
+        f"{folders[name]}: read {read} = {kept}{reasons}; {with_images} with pictures", flush=True
+    )
     if unused:
-        print(f"  not used: {', '.join(f'{field} ({count} lines)' for field, count in sorted(unused.items()))}")
+        print(
+            f"  not used: {', '.join(f'{field} ({count} lines)' for field, count in sorted(unused.items()))}"
+        )
 
 
 def say_what_is_next(settings: Settings, name: str) -> None:
     """A published benchmark is scored, questions are for a policy, and all else is to train on."""
-    folder, backbone = f"{settings.out}/{name if settings.source else 'train'}", unless_default(settings, "backbone")
+    folder, backbone = (
+        f"{settings.out}/{name if settings.source else 'train'}",
+        unless_default(settings, "backbone"),
+    )
     counts, benchmark = Comparisons(folder).response_counts(), official_metric(settings.source)
     if not len(counts):
-        print(f"{folder} is empty: nothing to go on with; its lines are held out, or in rejected.jsonl with the reason")
+        print(
+            f"{folder} is empty: nothing to go on with; its lines are held out, or in rejected.jsonl with the reason"
+        )
     elif not counts.any():  # questions
-        held_out = f"{folder}_holdout" if Path(f"{folder}_holdout", "dataset.json").is_file() else ""
+        held_out = (
+            f"{folder}_holdout" if Path(f"{folder}_holdout", "dataset.json").is_file() else ""
+        )
         given = {"benchmark": folder} if benchmark else {"data": folder, "benchmark": held_out}
         say_next("06_grpo.py", backbone=backbone, **given)
     elif benchmark:
@@ -1352,14 +1638,24 @@ def main(settings: Settings) -> None:
         settings.source += mix_sources(settings.mix, settings.mix_folder)
     if settings.source:
         name = settings.name or settings.mix or default_name(settings.source[0])
-        lines = itertools.chain.from_iterable([open_source(source, settings.seed) for source in settings.source])
-        holdout = 0 if official_metric(settings.source) else settings.holdout  # a benchmark is kept whole
-        within = None if settings.allow_outside else [data_folder(source) for source in settings.source]
+        lines = itertools.chain.from_iterable(
+            [open_source(source, settings.seed) for source in settings.source]
+        )
+        holdout = (
+            0 if official_metric(settings.source) else settings.holdout
+        )  # a benchmark is kept whole
+        within = (
+            None if settings.allow_outside else [data_folder(source) for source in settings.source]
+        )
         prepare(name, lines, processors, settings, holdout, within)
     else:
         for name, (parts, holdout) in embedded_world().SETS.items():
-            sized = [(source, split, int(count * settings.world_size)) for source, split, count in parts]
-            lines = (line for part in sized for line in read_world(*part, f"{settings.seed}/{name}"))
+            sized = [
+                (source, split, int(count * settings.world_size)) for source, split, count in parts
+            ]
+            lines = (
+                line for part in sized for line in read_world(*part, f"{settings.seed}/{name}")
+            )
             prepare(name, lines, processors, settings, holdout)
     if dist.get_rank() == 0:
         say_what_is_next(settings, name)
@@ -1375,7 +1671,9 @@ class Source:
 
     read: Callable[[str], Iterator[Line]]  # of a downloaded file or folder
     hub: str = ""  # "owner/name" of the data set, for the download
-    metric: str = ""  # of a benchmark: its official one, a name in 04 (of questions for a policy: in 06)
+    metric: str = (
+        ""  # of a benchmark: its official one, a name in 04 (of questions for a policy: in 06)
+    )
 
 
 # By the names that --source takes; all published ones enter themselves below.
@@ -1383,7 +1681,12 @@ SOURCES = {"jsonl": Source(read_rows), "world": Source(read_world)}
 
 
 def published(
-    name: str, hub: str = "", pattern: str = "**/*", metric: str = "", with_file: bool = False, reader: bool = False
+    name: str,
+    hub: str = "",
+    pattern: str = "**/*",
+    metric: str = "",
+    with_file: bool = False,
+    reader: bool = False,
 ) -> Callable:
     """Enters the decorated function into SOURCES: what converts the rows of such files (see read_rows), or a `reader`
     that is given PATH."""
@@ -1406,7 +1709,11 @@ def locate(name: str, path: str) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(DATA_FILES):
         what = f"A source is a file or name:PATH, name one of {', '.join(SOURCES)}"
         if SOURCES[name].hub:
-            folder = str(Path(path).parent) if path.endswith(DATA_FILES) or glob.has_magic(path) else path
+            folder = (
+                str(Path(path).parent)
+                if path.endswith(DATA_FILES) or glob.has_magic(path)
+                else path
+            )
             what = f"{download_command(SOURCES[name].hub, folder)} fetches it"
         raise UserError(f"--source {path or name}: nothing there. {what}")
     from huggingface_hub import snapshot_download  # comes with transformers
@@ -1471,7 +1778,10 @@ def mix_sources(mix: str, folder: str) -> list[str]:
 
 def message(who: str, text: str | list) -> dict:
     """One turn of a conversation, whatever its set calls the two sides."""
-    return {"role": {"human": "user", "gpt": "assistant"}.get(who.lower(), who.lower()), "content": text}
+    return {
+        "role": {"human": "user", "gpt": "assistant"}.get(who.lower(), who.lower()),
+        "content": text,
+    }
 
 
 def question(text: str) -> list[dict]:
@@ -1486,8 +1796,13 @@ def pair(row: dict, prompt: object, **more) -> dict:
 def last_turns(chosen: list[dict], rejected: list[dict], **more) -> dict:
     """Two whole conversations as one prompt and two responses: everything up to the last turn has to be the same."""
     keys = ("role", "content")
-    chosen, rejected = ([{key: turn[key] for key in keys} for turn in each] for each in (chosen, rejected))
-    require(chosen[:-1] == rejected[:-1], "chosen and rejected do not share everything up to the last assistant turn")
+    chosen, rejected = (
+        [{key: turn[key] for key in keys} for turn in each] for each in (chosen, rejected)
+    )
+    require(
+        chosen[:-1] == rejected[:-1],
+        "chosen and rejected do not share everything up to the last assistant turn",
+    )
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:], **more}
 
 
@@ -1519,7 +1834,12 @@ def trl(row: dict) -> dict:
         return last_turns(chosen, rejected, images=images)
     same = re.match(r"(.*\s)?", os.path.commonprefix([chosen, rejected]), re.DOTALL).end()
     require(same, "no prompt, and chosen and rejected begin with different words")
-    return {"prompt": chosen[:same].rstrip(), "chosen": chosen[same:], "rejected": rejected[same:], "images": images}
+    return {
+        "prompt": chosen[:same].rstrip(),
+        "chosen": chosen[same:],
+        "rejected": rejected[same:],
+        "images": images,
+    }
 
 
 @published("llama-factory")
@@ -1533,17 +1853,27 @@ def llama_factory(row: dict) -> dict:
         turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
         row = row | {key: row[key]["value"] for key in ("chosen", "rejected")}
     else:
-        turns = [turn for asked, said in row.get("history") or [] for turn in (("human", asked), ("gpt", said))]
+        turns = [
+            turn
+            for asked, said in row.get("history") or []
+            for turn in (("human", asked), ("gpt", said))
+        ]
         turns.append(("human", "\n".join(filter(None, (row["instruction"], row.get("input"))))))
     if row.get("system"):
         turns.insert(0, ("system", row["system"]))
-    return pair(row, [message(who, with_images(text)) for who, text in turns], images=row.get("images") or [])
+    return pair(
+        row,
+        [message(who, with_images(text)) for who, text in turns],
+        images=row.get("images") or [],
+    )
 
 
 @published("rlaif-v", "openbmb/RLAIF-V-Dataset", "**/*.parquet")
 def rlaif_v(row: dict) -> dict:
     """83,132 pairs with one picture, inside the parquet file. origin_split is a JSON string, not a split."""
-    return pair(row, row["question"], images=[row["image"]], id=row["idx"], category=row["origin_dataset"])
+    return pair(
+        row, row["question"], images=[row["image"]], id=row["idx"], category=row["origin_dataset"]
+    )
 
 
 @published("mmpr", "OpenGVLab/MMPR-v1.2", reader=True)
@@ -1562,7 +1892,9 @@ def read_mmpr(path: str) -> Iterator[Line]:
     if not (folder / "meta.json").is_file():
         raise UserError(f"--source mmpr:{path}: no meta.json there; PATH is the set's folder")
     for entry in json.loads((folder / "meta.json").read_bytes()).values():
-        root, annotation = (folder / entry[key].removeprefix("MMPR-v1.2/") for key in ("root", "annotation"))
+        root, annotation = (
+            folder / entry[key].removeprefix("MMPR-v1.2/") for key in ("root", "annotation")
+        )
         yield from read_rows(str(annotation), partial(convert, root=root))
 
 
@@ -1571,7 +1903,10 @@ def mm_rlhf(row: dict, file: Path) -> dict:
     """About 80,000 pairs, beside the unpacked long.zip, mcq.zip, safety.zip, short.zip and video.zip: the path of a
     picture or of the folder of a video's frames, of which 8 are taken. The reasons for the ranking, where both are
     there, are critiques."""
-    path, reasons = row.get("image") or row["video"], [row.get("chosen_reason"), row.get("rejected_reason")]
+    path, reasons = (
+        row.get("image") or row["video"],
+        [row.get("chosen_reason"), row.get("rejected_reason")],
+    )
     images = [path] if row.get("image") else video_frames(path, file.parent, 8)
     more = {"critiques": reasons} if all(reasons) else {}
     return pair(row, question(row["prompt"]), images=images, category=path.split("/")[0], **more)
@@ -1583,16 +1918,25 @@ def r1_reward(row: dict) -> dict:
     ["<answer>2</answer>"]; `image` is a string, by its size the picture itself in base64 (unconfirmed), else a path."""
     parts = [part for turn in json.loads(row["message"]) for part in turn["content"]]
     text = "".join(part["text"] for part in parts if part["type"] == "text")
-    found = re.search(r"\[Response 1\]:(.*?)#+ *\[Response 2\]:(.*?)(?:#+ *\*\*Output Format|$)", text, re.DOTALL)
+    found = re.search(
+        r"\[Response 1\]:(.*?)#+ *\[Response 2\]:(.*?)(?:#+ *\*\*Output Format|$)", text, re.DOTALL
+    )
     better = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", row["answer"][0])
     require(better, f"answer: {row['answer'][0]!r}")
     require(found, "message without [Response 1] and [Response 2]")
     image = row["image"]
-    require(image or all(part["type"] == "text" for part in parts), "image: empty, though the message shows one")
+    require(
+        image or all(part["type"] == "text" for part in parts),
+        "image: empty, though the message shows one",
+    )
     if isinstance(image, str) and len(image) > 1000:  # no path
-        image = base64.b64decode(image.rpartition(",")[2], validate=True)  # without "data:image/jpeg;base64,"
+        image = base64.b64decode(
+            image.rpartition(",")[2], validate=True
+        )  # without "data:image/jpeg;base64,"
     responses = [found[1].strip(), found[2].strip()]
-    return one_of_two(row["question"], responses, ("1", "2"), better[1], images=[image] if image else [])
+    return one_of_two(
+        row["question"], responses, ("1", "2"), better[1], images=[image] if image else []
+    )
 
 
 @published("mmif", "ChrisDing1105/MMIF-23k", reader=True)
@@ -1636,7 +1980,9 @@ def ultrafeedback_hard(row: dict) -> dict:
     called "binarized" pairs the best with a random other.)"""
     record = ultrafeedback_all(row)
     extremes = [record["ranks"].index(extreme(record["ranks"])) for extreme in (min, max)]
-    return record | {key: [record[key][i] for i in extremes] for key in ("responses", "ranks", "critiques")}
+    return record | {
+        key: [record[key][i] for i in extremes] for key in ("responses", "ranks", "critiques")
+    }
 
 
 def shp(row: dict) -> dict:
@@ -1660,13 +2006,21 @@ def read_shp(path: str) -> Iterator[Line]:
             pass  # said again by whoever the row belongs to
         else:
             pairs[post] += 1
-            read = partial(require, False, "more than 5 pairs of this post") if pairs[post] > 5 else read
+            read = (
+                partial(require, False, "more than 5 pairs of this post")
+                if pairs[post] > 5
+                else read
+            )
         yield file, number, read
 
 
 @published("olmo-2", "allenai/olmo-2-0425-1b-preference-mix", "**/*.parquet")  # 378,000
-@published("wildchat", "allenai/tulu-3-wildchat-ultrafeedback", "**/*.parquet")  # five named splits, no "train"
-@published("tulu-3-ultrafeedback", "allenai/tulu-3-ultrafeedback-cleaned-on-policy-70b", "**/*.parquet")  # 41,600
+@published(
+    "wildchat", "allenai/tulu-3-wildchat-ultrafeedback", "**/*.parquet"
+)  # five named splits, no "train"
+@published(
+    "tulu-3-ultrafeedback", "allenai/tulu-3-ultrafeedback-cleaned-on-policy-70b", "**/*.parquet"
+)  # 41,600
 @published("tulu-3-if", "allenai/tulu-3-IF-augmented-on-policy-70b", "**/*.parquet")  # 65,551
 def conversations(row: dict) -> dict:
     """chosen and rejected are whole conversations, user turns included; `prompt` is a string or missing."""
@@ -1681,7 +2035,9 @@ def swe_arena(row: dict) -> dict:
     vote = row["feedback"]["vote_type"]
     require(vote in ("vote_model_A", "vote_model_B"), f"no better response: {vote}")
     ranked = ("model_A", "model_B") if vote == "vote_model_A" else ("model_B", "model_A")
-    chosen, rejected = ([message(*turn) for turn in row["states"][model]["messages"]] for model in ranked)
+    chosen, rejected = (
+        [message(*turn) for turn in row["states"][model]["messages"]] for model in ranked
+    )
     return last_turns(chosen, rejected, id=row["chat_session_id"])
 
 
@@ -1706,14 +2062,27 @@ def several_of_each(row: dict, **more) -> dict:
     """A record of a row that has lists of responses under chosen and rejected, all of them right, or wrong."""
     chosen, rejected = row["chosen"], row["rejected"]
     ranks = [1] * len(chosen) + [2] * len(rejected)
-    return {"prompt": row["prompt"], "responses": [*chosen, *rejected], "ranks": ranks, "id": row["id"], **more}
+    return {
+        "prompt": row["prompt"],
+        "responses": [*chosen, *rejected],
+        "ranks": ranks,
+        "id": row["id"],
+        **more,
+    }
 
 
 def one_of_two(prompt: object, responses: list, labels: tuple, label: object, **more) -> dict:
     """`label` is the one of the two `labels` that says that the first, or the second, response is right."""
     if label not in labels or len(responses) != 2:
-        raise Unusable(f"{label!r} does not say which of two is better; there are {len(responses)} responses")
-    return {"prompt": prompt, "responses": responses, "ranks": [1, 2] if label == labels[0] else [2, 1], **more}
+        raise Unusable(
+            f"{label!r} does not say which of two is better; there are {len(responses)} responses"
+        )
+    return {
+        "prompt": prompt,
+        "responses": responses,
+        "ranks": [1, 2] if label == labels[0] else [2, 1],
+        **more,
+    }
 
 
 @published("vl-rewardbench", "MMInstruction/VL-RewardBench", metric="vl-rewardbench")
@@ -1725,18 +2094,26 @@ def vl_rewardbench(row: dict) -> dict:
     else:
         category = "reasoning" if row["id"].startswith(("mathverse", "mmmu")) else "general"
     more = {"id": row["id"], "category": category, "images": [row["image"]]}
-    return one_of_two(row["query"], list(row["response"]), ([0, 1], [1, 0]), list(row["human_ranking"]), **more)
+    return one_of_two(
+        row["query"], list(row["response"]), ([0, 1], [1, 0]), list(row["human_ranking"]), **more
+    )
 
 
 @published(
-    "mm-rlhf-rewardbench", "yifanzhang114/MM-RLHF-RewardBench", "**/*.jsonl", "mm-rlhf-rewardbench", with_file=True
+    "mm-rlhf-rewardbench",
+    "yifanzhang114/MM-RLHF-RewardBench",
+    "**/*.jsonl",
+    "mm-rlhf-rewardbench",
+    with_file=True,
 )
 def mm_rlhf_rewardbench(row: dict, file: Path) -> dict:
     """arXiv 2502.10391, 170 pairs over 46 ids; the category is the first of the keywords that is in the path. A video's
     frames are given as pictures, 32 as the benchmark's own code takes, not as Qwen-VL's video input; so many want a
     large --max_length."""
     media = row.get("image") or row.get("video") or ""
-    category = next((word for word in ("mcq", "long", "short", "safety", "video") if word in media), None)
+    category = next(
+        (word for word in ("mcq", "long", "short", "safety", "video") if word in media), None
+    )
     require(category, f"image or video: {media!r} names no category")
     images = [media] if row.get("image") else video_frames(media, file.parent, 32)
     return pair(row, row["prompt"], id=row["id"], group=row["id"], category=category, images=images)
@@ -1752,7 +2129,9 @@ def multimodal_rewardbench(row: dict) -> dict:
     elif category == "reasoning":
         category = "reasoning/math" if id.startswith("math") else "reasoning/coding"
     more = {"id": row["ID"], "category": category, "images": [row["Image"]]}
-    return one_of_two(row["Text"], [row["Output1"], row["Output2"]], ("Output1", "Output2"), row["Better"], **more)
+    return one_of_two(
+        row["Text"], [row["Output1"], row["Output2"]], ("Output1", "Output2"), row["Better"], **more
+    )
 
 
 @published("rewardbench", "allenai/reward-bench", "**/filtered*", "rewardbench")
@@ -1761,7 +2140,9 @@ def rewardbench(row: dict) -> dict:
     return pair(row, row["prompt"], id=row["id"], category=row["subset"])
 
 
-@published("rewardbench-prior-sets", "allenai/preference-test-sets", metric="rewardbench", with_file=True)
+@published(
+    "rewardbench-prior-sets", "allenai/preference-test-sets", metric="rewardbench", with_file=True
+)
 def rewardbench_prior_set(row: dict, file: Path) -> dict:
     """The older test sets that count half in RewardBench's score; a file's name begins with the set, shp-00000.parquet.
     `chosen` and `rejected` are texts after the turns in `prompt`, or whole conversations."""
@@ -1774,7 +2155,9 @@ def rewardbench_prior_set(row: dict, file: Path) -> dict:
 @published("rewardbench-2", "allenai/reward-bench-2", metric="rewardbench-2")
 def rewardbench_2(row: dict) -> dict:
     """arXiv 2506.01937, 1865 prompts: one right response of four; of Ties several right, many wrong."""
-    right, wrong, correct, total = (row[key] for key in ("chosen", "rejected", "num_correct", "total_completions"))
+    right, wrong, correct, total = (
+        row[key] for key in ("chosen", "rejected", "num_correct", "total_completions")
+    )
     counts = f"{len(right)} chosen and {len(wrong)} rejected, but {correct} correct of {total}"
     require(len(right) == correct and len(right) + len(wrong) == total, counts)
     return several_of_each(row, category=row["subset"])
@@ -1787,7 +2170,9 @@ def rm_bench(row: dict, file: Path) -> dict:
     right, wrong = len(row["chosen"]), len(row["rejected"])
     require(right == wrong == 3, f"{right} chosen and {wrong} rejected, not 3 styles of each")
     place = row.get("domain") or file.name
-    domain = next((domain for domain in ("chat", "code", "math", "safety") if domain in place), None)
+    domain = next(
+        (domain for domain in ("chat", "code", "math", "safety") if domain in place), None
+    )
     require(domain, f"domain: {place!r} is none of chat, code, math and safety")
     return several_of_each(row, category=domain)
 
@@ -1798,10 +2183,18 @@ def judgebench(row: dict) -> dict:
     the first part of `source`, "mmlu-pro-law"."""
     categories = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning"}
     categories |= {"livebench-math": "math", "livecodebench": "coding"}
-    category = next((name for start, name in categories.items() if row["source"].startswith(start)), None)
+    category = next(
+        (name for start, name in categories.items() if row["source"].startswith(start)), None
+    )
     require(category, f"source: {row['source']!r} begins with none of {', '.join(categories)}")
     more = {"id": row["pair_id"], "category": category, "subset": row["response_model"]}
-    return one_of_two(row["question"], [row["response_A"], row["response_B"]], ("A>B", "B>A"), row["label"], **more)
+    return one_of_two(
+        row["question"],
+        [row["response_A"], row["response_B"]],
+        ("A>B", "B>A"),
+        row["label"],
+        **more,
+    )
 
 
 # Not on the hub: github.com/princeton-nlp/LLMBar, its folder Dataset/LLMBar
@@ -1809,7 +2202,9 @@ def judgebench(row: dict) -> dict:
 def llmbar(row: dict, file: Path) -> dict:
     """arXiv 2310.07641, 419 pairs in files dataset.json, each in a folder named after its subset."""
     subset = file.parent.name if file.stem == "dataset" else file.stem
-    return one_of_two(row["input"], [row["output_1"], row["output_2"]], (1, 2), row["label"], category=subset)
+    return one_of_two(
+        row["input"], [row["output_1"], row["output_2"]], (1, 2), row["label"], category=subset
+    )
 
 
 # Questions for a policy: the prompt in the words of the benchmark, `answer`, and the `rule` by which 06 checks it. One
@@ -1828,7 +2223,9 @@ def check_rule(rule: object, answer: object) -> None:
     """Raises Unusable unless `rule`, a kind of RULES or {"kind": ..., and what it may say}, can check `answer`."""
     said = rule if isinstance(rule, dict) else {"kind": rule}
     kind, text = said.get("kind"), str(answer).strip()
-    require(isinstance(kind, str) and kind in RULES, f"rule: {kind!r}; known are {', '.join(RULES)}")
+    require(
+        isinstance(kind, str) and kind in RULES, f"rule: {kind!r}; known are {', '.join(RULES)}"
+    )
     form, may_say = RULES[kind]
     for key, value in said.items():
         if key != "kind" and not isinstance(value, may_say.get(key, ())):
@@ -1847,7 +2244,9 @@ def ask(text: str, image: str | bytes | dict, **more) -> dict:
 
 def lettered(options: list[str]) -> str:
     """Options one a line, each after its letter: "A. red", "B. blue"."""
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options))
+    return "\n".join(
+        f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)
+    )
 
 
 @published("vstar", "craigwu/seal_vqa_data", "**/*_data.json")
@@ -1876,12 +2275,18 @@ def arxivqa(row: dict) -> dict:
     options = [option.strip() for option in row["options"]]
     odd = any(option in ("", "-") or option.startswith("#") for option in options)
     require(not odd, "options: one of them is empty, a separator or a heading")
-    own = [re.match(rf"[(\[]?{a}[.):\]]+\s*(.+)", option) for a, option in zip(string.ascii_uppercase, options)]
+    own = [
+        re.match(rf"[(\[]?{a}[.):\]]+\s*(.+)", option)
+        for a, option in zip(string.ascii_uppercase, options)
+    ]
     if all(own):  # else "B. cereus" would lose the genus
         options = [found[1] for found in own]
     label = re.match(r"[(\[]?([A-Z])(?![A-Za-z])", row["label"].strip())
     require(label, f"label: {row['label']!r} does not begin with a letter")
-    text, rule = f"{row['question']}\n{lettered(options)}\n{LETTER}", {"kind": "letter", "options": options}
+    text, rule = (
+        f"{row['question']}\n{lettered(options)}\n{LETTER}",
+        {"kind": "letter", "options": options},
+    )
     return ask(text, row["image"], id=row["id"], answer=label[1], rule=rule, category="arxivqa")
 
 
@@ -1910,7 +2315,11 @@ def read_mmbench(path: str) -> Iterator[Line]:
         image = row.get("image") or ""
         if len(image) > 64:  # VLMEvalKit's test of which it is
             images[row.get("index")] = image
-        yield file, number, partial(convert_row, partial(dict, row, image=images.get(image, image)), mmbench)
+        yield (
+            file,
+            number,
+            partial(convert_row, partial(dict, row, image=images.get(image, image)), mmbench),
+        )
 
 
 def mmbench(row: dict) -> dict:
@@ -1942,7 +2351,12 @@ def mme(row: dict) -> dict:
 @published("mmstar", "Lin-Chen/MMStar", "**/*.parquet", "accuracy")
 def mmstar(row: dict) -> dict:
     """The question has its options in it, "Options: A: ..., B: ..."; there are 6 categories, and 18 l2_category."""
-    more = {"id": row["index"], "category": row["category"], "answer": row["answer"].strip(), "rule": "letter"}
+    more = {
+        "id": row["index"],
+        "category": row["category"],
+        "answer": row["answer"].strip(),
+        "rule": "letter",
+    }
     return ask(f"{row['question'].strip()}\n{LETTER}", row["image"], **more)
 
 
@@ -1952,11 +2366,17 @@ def mathvista(row: dict) -> dict:
     `image` is a path, precision a float. The answer to a multiple choice is the choice's text; the test split has no
     answers."""
     answer = row["answer"]
-    require(answer not in (None, ""), "no answer: the answers of the test split are not published; testmini has them")
+    require(
+        answer not in (None, ""),
+        "no answer: the answers of the test split are not published; testmini has them",
+    )
     if row["question_type"] == "multi_choice":
         choices = list(row["choices"])
         require(answer in choices, f"answer: {answer!r} is none of the choices")
-        answer, rule = string.ascii_uppercase[choices.index(answer)], {"kind": "letter", "options": choices}
+        answer, rule = (
+            string.ascii_uppercase[choices.index(answer)],
+            {"kind": "letter", "options": choices},
+        )
     else:
         rule = {"kind": "number", "type": row["answer_type"]}
         if row["precision"] is not None:
@@ -1972,8 +2392,15 @@ def vstar_bench(row: dict) -> dict:
     """test_questions.jsonl, its pictures beside it; or lmms-lab/vstar-bench's parquet. The text has the options in it,
     "(A) rubber". SEAL's own evaluation compares the options' likelihoods instead of asking for a letter."""
     text = row["text"].strip()
-    text = text if text.endswith(LETTER) else f"{text}\n{LETTER}"  # there are copies with and without it
-    more = {"id": row["question_id"], "category": row["category"], "answer": row["label"].strip(), "rule": "letter"}
+    text = (
+        text if text.endswith(LETTER) else f"{text}\n{LETTER}"
+    )  # there are copies with and without it
+    more = {
+        "id": row["question_id"],
+        "category": row["category"],
+        "answer": row["label"].strip(),
+        "rule": "letter",
+    }
     return ask(text, row["image"], **more)
 
 
@@ -1981,7 +2408,12 @@ def vstar_bench(row: dict) -> dict:
 # in a line of the file that their judge reads. 06 writes it.
 
 
-@published("llava-in-the-wild", "liuhaotian/llava-bench-in-the-wild", "**/questions.jsonl", "llava-in-the-wild")
+@published(
+    "llava-in-the-wild",
+    "liuhaotian/llava-bench-in-the-wild",
+    "**/questions.jsonl",
+    "llava-in-the-wild",
+)
 def llava_in_the_wild(row: dict) -> dict:
     """The image is a name in images/; the categories are conv, detail and complex."""
     judged = {"question_id": row["question_id"], "prompt": row["text"]}
@@ -1989,11 +2421,19 @@ def llava_in_the_wild(row: dict) -> dict:
     return ask(row["text"], f"images/{row['image']}", judged=judged, **more)
 
 
-@published("wildvision", "WildVision/wildvision-bench", "**/vision_bench_0617/*.parquet", "wildvision")
+@published(
+    "wildvision", "WildVision/wildvision-bench", "**/vision_bench_0617/*.parquet", "wildvision"
+)
 def wildvision(row: dict) -> dict:
     """The version of 0617."""
     judged = {key: row[key] for key in ("question_id", "instruction", "language")}
-    return ask(row["instruction"], row["image"], judged=judged, id=row["question_id"], category="wildvision")
+    return ask(
+        row["instruction"],
+        row["image"],
+        judged=judged,
+        id=row["question_id"],
+        category="wildvision",
+    )
 
 
 if __name__ == "__main__":

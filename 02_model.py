@@ -73,8 +73,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as transformers_logging
 
-data = importlib.import_module("01_data")  # a module name that starts with a digit cannot be written after `import`
-option, Comparison, Processors, UserError = data.option, data.Comparison, data.Processors, data.UserError
+data = importlib.import_module(
+    "01_data"
+)  # a module name that starts with a digit cannot be written after `import`
+option, Comparison, Processors, UserError = (
+    data.option,
+    data.Comparison,
+    data.Processors,
+    data.UserError,
+)
 
 INDEX_FILE, HEAD_FILE = "model.safetensors.index.json", "reward_head.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of an exported backbone or policy
@@ -84,7 +91,9 @@ ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn
 @dataclass
 class HeadSettings:
     head_layers: int = option(2, "linear layers of the reward head, 1 to 5 (paper: 2)")
-    head_activation: Literal["none", "tanh", "relu", "silu"] = option("silu", "between the head's layers (paper: silu)")
+    head_activation: Literal["none", "tanh", "relu", "silu"] = option(
+        "silu", "between the head's layers (paper: silu)"
+    )
     head_width: int = option(
         0, "width of the head's inner layers; 0: the backbone's hidden size (the paper gives none)"
     )
@@ -93,16 +102,22 @@ class HeadSettings:
         "the head on the response (paper's choice), or on the response and its critique; or which of two, A or B",
     )
     request: str = option(
-        "", "critic, generative: the user's turn that asks for it; '': as the embedded backbone knows"
+        "",
+        "critic, generative: the user's turn that asks for it; '': as the embedded backbone knows",
     )
     critique_tokens: int = option(96, "critic: longest critique that it writes, in tokens")
 
 
 @dataclass
 class Settings(HeadSettings):
-    backbone: str = option("tests/tiny", "checkpoint in the Hugging Face layout: a directory or a hub name")
+    backbone: str = option(
+        "tests/tiny", "checkpoint in the Hugging Face layout: a directory or a hub name"
+    )
     out: str = option("artifacts/model", "folder for the initial reward model")
-    data: str = option("artifacts/data/train", "prepared shards; their first comparison is shown on its way through")
+    data: str = option(
+        "artifacts/data/train",
+        "prepared shards; their first comparison is shown on its way through",
+    )
     seed: int = option(0, "seed of the head's initial weights")
 
 
@@ -116,7 +131,9 @@ class PackedRow:
 
     lengths: list[tuple[int, list[int]]]  # per comparison: P, [R_1, ..., R_N]
     input_ids: Tensor  # [1, T]
-    position_ids: Tensor  # [3, 1, T]: time, height, width of M-RoPE; equal for text, and where there is none
+    position_ids: (
+        Tensor  # [3, 1, T]: time, height, width of M-RoPE; equal for text, and where there is none
+    )
     last: Tensor  # [N] where each response's last token stands in the row
     segments: "Segments"  # which of its tokens attend to which
     images: "Images | None" = None
@@ -147,7 +164,11 @@ class PackedRow:
         return as_index(places), as_index(predictors)
 
 
-READ_ON_CPU = ("grid_thw", "image_cu_seqlens", "image_cu_window_seqlens")  # by us or by transformers: they stay there
+READ_ON_CPU = (
+    "grid_thw",
+    "image_cu_seqlens",
+    "image_cu_window_seqlens",
+)  # by us or by transformers: they stay there
 
 
 def change_tensors(value: Any, change: Callable) -> Any:
@@ -155,7 +176,10 @@ def change_tensors(value: Any, change: Callable) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {name: part if name in READ_ON_CPU else change_tensors(part, change) for name, part in value.items()}
+        return {
+            name: part if name in READ_ON_CPU else change_tensors(part, change)
+            for name, part in value.items()
+        }
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **change_tensors(vars(value), change))
     return value
@@ -175,10 +199,14 @@ class Segments:
     lengths: list[int]
     prefixes: list[int | None]  # of each the segment whose keys stand before its own, or None
     starts: Tensor  # [segments + 1] int32, in the row
-    keys: Tensor | None  # [all keys] where each segment's keys stand in the row; None: the segments themselves
+    keys: (
+        Tensor | None
+    )  # [all keys] where each segment's keys stand in the row; None: the segments themselves
     key_starts: Tensor  # [segments + 1] int32, in `keys`
     longest_keys: int
-    masks: dict[int, Tensor] = field(default_factory=dict)  # [R, P + R] of those with a prefix, for a CPU
+    masks: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # [R, P + R] of those with a prefix, for a CPU
 
     @classmethod
     def of(cls, lengths: list[int], prefixes: list[int | None] = ()) -> "Segments":
@@ -186,10 +214,17 @@ class Segments:
         keys, key_starts = None, starts
         if prefixes:
             own = np.split(np.arange(sum(lengths)), starts[1:-1])
-            keys = [own[i] if p is None else np.concatenate([own[p], own[i]]) for i, p in enumerate(prefixes)]
+            keys = [
+                own[i] if p is None else np.concatenate([own[p], own[i]])
+                for i, p in enumerate(prefixes)
+            ]
             key_starts = np.cumsum([0, *map(len, keys)], dtype=np.int32)
             keys = torch.from_numpy(np.concatenate(keys))
-        starts, key_starts, longest = torch.from_numpy(starts), torch.from_numpy(key_starts), np.diff(key_starts).max()
+        starts, key_starts, longest = (
+            torch.from_numpy(starts),
+            torch.from_numpy(key_starts),
+            np.diff(key_starts).max(),
+        )
         return cls(lengths, prefixes, starts, keys, key_starts, int(longest))
 
     @classmethod
@@ -205,7 +240,11 @@ class Segments:
         """Query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d]."""
         if has_varlen(query):
             return self.in_one_call(query, key, value, scale)
-        return self.one_by_one(query, key, value, scale) if self.prefixes else self.in_batches(query, key, value, scale)
+        return (
+            self.one_by_one(query, key, value, scale)
+            if self.prefixes
+            else self.in_batches(query, key, value, scale)
+        )
 
     def in_one_call(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """For a GPU: a variable-length call, for which the prompt's keys are copied to stand before each response's.
@@ -221,14 +260,18 @@ class Segments:
     def one_by_one(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """For text on a CPU: a call for each segment against [its prefix's keys | its own]. `split` rather than slices:
         the backward of a slice fills a whole row with zeros, that of `split` is one concatenation."""
-        attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+        attention = partial(
+            F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
         q, k, v = (tensor.split(self.lengths, dim=2) for tensor in (query, key, value))
         outputs = []
         for i, prefix in enumerate(self.prefixes):
             if prefix is None:
                 outputs.append(attention(q[i], k[i], v[i], is_causal=True))
                 continue
-            if i not in self.masks:  # the first layer makes it for all: True for all of the prompt, then causal
+            if (
+                i not in self.masks
+            ):  # the first layer makes it for all: True for all of the prompt, then causal
                 P, R = self.lengths[prefix], self.lengths[i]
                 self.masks[i] = torch.ones(R, P + R, dtype=torch.bool, device=query.device).tril(P)
             keys = torch.cat([k[prefix], k[i]], dim=2)  # [1, kv heads, P + R, d]
@@ -239,11 +282,18 @@ class Segments:
     def in_batches(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """For images on a CPU: neighbours of equal length are one batch."""
         runs = [(length, len(list(run))) for length, run in itertools.groupby(self.lengths)]
-        parts = (tensor[0].split([length * count for length, count in runs], dim=1) for tensor in (query, key, value))
+        parts = (
+            tensor[0].split([length * count for length, count in runs], dim=1)
+            for tensor in (query, key, value)
+        )
         outputs = []
         for (length, count), *qkv in zip(runs, *parts):
-            q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in qkv)  # [count, heads, length, d]
-            outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+            q, k, v = (
+                part.unflatten(1, (count, length)).transpose(0, 1) for part in qkv
+            )  # [count, heads, length, d]
+            outputs.append(
+                F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)
+            )
         return torch.cat(outputs).transpose(0, 1)[None]
 
 
@@ -258,15 +308,23 @@ def has_varlen(query: Tensor) -> bool:
 
 @torch.compiler.disable
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, row, **others):
-    if others.get("dropout") or any(others.get(each) is not None for each in ("sliding_window", "softcap", "s_aux")):
-        raise ValueError("attention over a row has no dropout, no sliding window, no softcap and no sinks")
-    return row.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None  # [1, T, heads, d]
+    if others.get("dropout") or any(
+        others.get(each) is not None for each in ("sliding_window", "softcap", "s_aux")
+    ):
+        raise ValueError(
+            "attention over a row has no dropout, no sliding window, no softcap and no sinks"
+        )
+    return row.attend(module.layer_idx, query, key, value, scaling).transpose(
+        1, 2
+    ), None  # [1, T, heads, d]
 
 
 @torch.compiler.disable
 def image_attention(module, query, key, value, attention_mask, scaling, images=None, **_):
     segments = images.whole if module.attends_to_whole_images else images.windows
-    return segments.attend(query, key, value, scaling).transpose(1, 2), None  # [1, patches, heads, d]
+    return segments.attend(query, key, value, scaling).transpose(
+        1, 2
+    ), None  # [1, patches, heads, d]
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -285,7 +343,9 @@ def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | N
     text after it continues after the largest of them.
     """
     if len(grids) and np.prod(grids, axis=1).sum() != (prompt == image_token).sum():
-        raise ValueError("the prompt's image tokens are not as many as the grids say, in tokens, not in patches")
+        raise ValueError(
+            "the prompt's image tokens are not as many as the grids say, in tokens, not in patches"
+        )
     positions, start, next_position = [], 0, 0
     for t, h, w in grids:
         text = int(np.argmax(prompt[start:] == image_token))  # tokens before this image's
@@ -299,7 +359,9 @@ def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | N
 
 
 def pack_tokens(
-    prompts: list[np.ndarray], responses: list[list[np.ndarray]], positions: list[np.ndarray] | None = None
+    prompts: list[np.ndarray],
+    responses: list[list[np.ndarray]],
+    positions: list[np.ndarray] | None = None,
 ) -> PackedRow:
     """One row of token ids: prompts [P], and of each its responses [R]. `positions` are the prompts', [3, P]; without
     them they count up. All responses go on where their prompt ends."""
@@ -308,15 +370,26 @@ def pack_tokens(
     for prompt, those, of_prompt in zip(prompts, responses, positions, strict=True):
         lengths.append((len(prompt), [len(response) for response in those]))
         ids += [prompt, *those]
-        at += [of_prompt, *(np.tile(of_prompt.max() + 1 + np.arange(len(each)), (3, 1)) for each in those)]
+        at += [
+            of_prompt,
+            *(np.tile(of_prompt.max() + 1 + np.arange(len(each)), (3, 1)) for each in those),
+        ]
     segments = Segments.of_comparisons(lengths)
-    ends = [end for end, prefix in zip(segments.starts[1:].tolist(), segments.prefixes) if prefix is not None]
+    ends = [
+        end
+        for end, prefix in zip(segments.starts[1:].tolist(), segments.prefixes)
+        if prefix is not None
+    ]
     input_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64))[None]
     position_ids = torch.from_numpy(np.concatenate(at, axis=1).astype(np.int64))[:, None]
-    return PackedRow(lengths, input_ids, position_ids, torch.tensor(ends, dtype=torch.long) - 1, segments)
+    return PackedRow(
+        lengths, input_ids, position_ids, torch.tensor(ends, dtype=torch.long) - 1, segments
+    )
 
 
-def pack(comparisons: list[Comparison], processors: Processors, dummy_image: bool = False) -> PackedRow:
+def pack(
+    comparisons: list[Comparison], processors: Processors, dummy_image: bool = False
+) -> PackedRow:
     """Packs comparisons into one row and decodes their images.
 
     `dummy_image` appends a comparison that nobody reads: a prompt of one blank image and no responses. It contributes
@@ -325,12 +398,19 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
     """
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
-    images = [image for comparison in comparisons for image in data.open_images(comparison, processors)]
+    images = [
+        image for comparison in comparisons for image in data.open_images(comparison, processors)
+    ]
     positions = None
     if processors.family.mrope:
         merge = [1, processors.vision.merge, processors.vision.merge]  # patches of a token
-        positions = [prompt_positions(c.prompt, c.grids // merge, processors.image_token) for c in comparisons]
-    row = pack_tokens([c.prompt for c in comparisons], [c.responses for c in comparisons], positions)
+        positions = [
+            prompt_positions(c.prompt, c.grids // merge, processors.image_token)
+            for c in comparisons
+        ]
+    row = pack_tokens(
+        [c.prompt for c in comparisons], [c.responses for c in comparisons], positions
+    )
     if images:
         grids = np.concatenate([comparison.grids for comparison in comparisons]).astype(np.int64)
         if not np.array_equal(grids, [data.patch_grid(image.size, processors) for image in images]):
@@ -338,8 +418,15 @@ def pack(comparisons: list[Comparison], processors: Processors, dummy_image: boo
                 "the images' patch grids differ from those they were prepared with: "
                 "the model's image processor has other pixel limits; run 01_data.py again with --backbone set to it"
             )
-        pixels, grids = processors.image(images, return_tensors="pt")["pixel_values"], torch.from_numpy(grids)
-        row.images = Images(pixels, grids) if processors.family.tiles else pack_images(pixels, grids, processors.vision)
+        pixels, grids = (
+            processors.image(images, return_tensors="pt")["pixel_values"],
+            torch.from_numpy(grids),
+        )
+        row.images = (
+            Images(pixels, grids)
+            if processors.family.tiles
+            else pack_images(pixels, grids, processors.vision)
+        )
     return row
 
 
@@ -354,7 +441,9 @@ class Images:
 
     pixel_values: Tensor  # [patches, 3 * 2 * 14 * 14]; of tiles [tiles, 3, 448, 448]
     grid_thw: Tensor  # [images, 3] in patches
-    layout: dict[str, Tensor] = field(default_factory=dict)  # by `forward`'s names, what more it takes; tiles: none
+    layout: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # by `forward`'s names, what more it takes; tiles: none
     whole: Segments | None = None  # the images; None: tiles
     windows: Segments | None = None  # None: a tower without windows
 
@@ -384,15 +473,23 @@ def pack_images(pixel_values: Tensor, grids: Tensor, shape: data.VisionShape) ->
     positions, orders, windows = zip(*layouts)
     patches = [len(position) for position in positions]
     everything = torch.tensor([0, sum(patches)], dtype=torch.int32)
-    layout = {"image_position_ids": torch.cat(positions), "image_cu_seqlens": everything}  # [patches, 2] row and column
+    layout = {
+        "image_position_ids": torch.cat(positions),
+        "image_cu_seqlens": everything,
+    }  # [patches, 2] row and column
     whole, in_windows = Segments.of(patches), None
     if shape.window:
         before = np.cumsum([0, *patches]) // shape.merge**2  # merged patches of the images before
-        order = torch.cat([order + int(start) for order, start in zip(orders, before)])  # [patches / merge**2]
+        order = torch.cat(
+            [order + int(start) for order, start in zip(orders, before)]
+        )  # [patches / merge**2]
         layout |= {"image_window_index": order, "image_cu_window_seqlens": everything}
         in_windows = Segments.of([length * shape.merge**2 for sizes in windows for length in sizes])
     if shape.table:
-        how = {"align_corners": True, "spatial_merge_size": shape.merge}  # as Qwen3VLVisionModel does it
+        how = {
+            "align_corners": True,
+            "spatial_merge_size": shape.merge,
+        }  # as Qwen3VLVisionModel does it
         found = vision_utils.get_vision_interpolation_indices_and_weights(
             grids, shape.table, **how
         )  # [patches, 4] each
@@ -408,7 +505,9 @@ def blank_comparison(processors: Processors) -> Comparison:
     side = processors.vision.patch * merge
     file = data.read_image(data.Image.new("RGB", (side, side)), Path())
     grid = np.array([data.patch_grid((side, side), processors)], np.int32)
-    return Comparison(np.full(grid.prod() // merge**2, processors.image_token, np.int32), [], [], [file], grid)
+    return Comparison(
+        np.full(grid.prod() // merge**2, processors.image_token, np.int32), [], [], [file], grid
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,7 +519,12 @@ def run_backbone(backbone: nn.Module, row: PackedRow) -> Tensor:
 
     Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
     """
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False, "row": row}
+    inputs = {
+        "input_ids": row.input_ids,
+        "position_ids": row.position_ids,
+        "use_cache": False,
+        "row": row,
+    }
     if not data.FAMILIES[backbone.config.model_type].mrope:
         inputs["position_ids"] = row.position_ids[0]  # the same on all axes
     inputs |= row.images.arguments() if row.images else {}
@@ -438,13 +542,20 @@ class RewardHead(nn.Module):
         super().__init__()
         if not 1 <= layers <= 5:
             raise UserError(f"a reward head of {layers} layers (--head_layers): must be 1 to 5")
-        self.settings = {"hidden": hidden, "layers": layers, "activation": activation, "width": width or hidden}
+        self.settings = {
+            "hidden": hidden,
+            "layers": layers,
+            "activation": activation,
+            "width": width or hidden,
+        }
         sizes = [hidden, *[width or hidden] * (layers - 1)]
         parts = []
         for before, after in zip(sizes, sizes[1:]):
             parts += [nn.Linear(before, after), ACTIVATIONS[activation]()]
         last = nn.Linear(sizes[-1], 1, bias=False)
-        nn.init.normal_(last.weight, std=1 / math.sqrt(sizes[-1] + 1))  # small scores at first (arXiv 2009.01325)
+        nn.init.normal_(
+            last.weight, std=1 / math.sqrt(sizes[-1] + 1)
+        )  # small scores at first (arXiv 2009.01325)
         self.mlp = nn.Sequential(*parts, last)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -452,9 +563,13 @@ class RewardHead(nn.Module):
             raise UserError(
                 "the reward head is to stay float32; `place(reward, device, dtype)` makes only the backbone less"
             )
-        scores = self.mlp(hidden.float()).sum(-1)  # of one; a squeezed view would trip FSDP's backward hooks
+        scores = self.mlp(hidden.float()).sum(
+            -1
+        )  # of one; a squeezed view would trip FSDP's backward hooks
         if scores.dtype != torch.float32:
-            raise UserError("the reward head is to compute in float32; call it with autocast switched off")
+            raise UserError(
+                "the reward head is to compute in float32; call it with autocast switched off"
+            )
         return scores
 
 
@@ -466,9 +581,17 @@ class RewardModel(nn.Module):
     """
 
     kind = "naive"
-    reader = None  # how a critic and a judge read a comparison in training: a function Comparison -> Asked
+    pack = staticmethod(pack)  # for training
+    rewrite = None  # of a critic or a judge: a function Comparison -> Asked, for training
 
-    def __init__(self, backbone, head: RewardHead | None, processors, trained_with: dict | None = None, asks=None):
+    def __init__(
+        self,
+        backbone,
+        head: RewardHead | None,
+        processors,
+        trained_with: dict | None = None,
+        asks=None,
+    ):
         super().__init__()
         self.backbone, self.head, self.processors = backbone, head, processors
         self.trained_with = trained_with or {}  # what the head was trained with; empty: not at all
@@ -494,11 +617,15 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: says what is wrong with the prompt, an image or a response.
         """
-        data.require(not isinstance(responses, str), "responses: a text where a list of texts should be")
+        data.require(
+            not isinstance(responses, str), "responses: a text where a list of texts should be"
+        )
         texts = [data.text_of(text, f"responses[{i}]") for i, text in enumerate(responses)]
         return self.score_encoded([self.encode(messages, texts, images)]).cpu()
 
-    def encode(self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()) -> Comparison:
+    def encode(
+        self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()
+    ) -> Comparison:
         """A prompt and responses as `score` takes them, ready for `score_encoded`; image paths are relative to
         `folder`. Raises ValueError as `score` does."""
         prompt, files, grids = data.encode_prompt(messages, images, self.processors, folder)
@@ -509,7 +636,7 @@ class RewardModel(nn.Module):
     def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
         """The scores of all responses of all comparisons, one after the other, [N] float32 on the model's device, in
         forwards of at most `micro_tokens` tokens each."""
-        scores = [self(self.row_of(row)) for row in rows_of(comparisons, micro_tokens)]
+        scores = [self(self.row_of(row)) for row in split_into_rows(comparisons, micro_tokens)]
         return torch.cat([torch.zeros(0, device=self.device), *scores])
 
     def row_of(self, comparisons: list[Comparison]) -> PackedRow:
@@ -538,9 +665,14 @@ class RewardModel(nn.Module):
         backbone = load_backbone(path, kind != "naive")
         if kind != "generative":
             hidden = backbone.config.get_text_config().hidden_size
-            head = RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
+            head = RewardHead(
+                hidden, settings.head_layers, settings.head_activation, settings.head_width
+            )
         if kind != "naive":
-            asks = {"request": settings.request or REQUESTS[kind], "critique_tokens": settings.critique_tokens}
+            asks = {
+                "request": settings.request or REQUESTS[kind],
+                "critique_tokens": settings.critique_tokens,
+            }
         return KINDS[kind](backbone, head, data.load_processors(path, max_pixels), asks=asks)
 
     @classmethod
@@ -549,46 +681,81 @@ class RewardModel(nn.Module):
         to be filled in, as in `load_backbone`. Raises UserError where there is none."""
         path = Path(folder, HEAD_FILE)
         if not path.is_file():
-            raise UserError(f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first")
-        with data.reading(path, "run 02_model.py or 03_train.py again"), safe_open(path, framework="pt") as file:
-            about = {"kind": "naive"} | json.loads(file.metadata()["reward_head"])  # older ones do not name their kind
+            raise UserError(
+                f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first"
+            )
+        with (
+            data.reading(path, "run 02_model.py or 03_train.py again"),
+            safe_open(path, framework="pt") as file,
+        ):
+            about = {"kind": "naive"} | json.loads(
+                file.metadata()["reward_head"]
+            )  # older ones do not name their kind
             if about["kind"] not in KINDS:
                 raise data.Unusable(f"its kind is {about['kind']!r}, none of {', '.join(KINDS)}")
             kind = KINDS[about["kind"]]
             with torch.device("meta"):  # takes no memory before the shapes are compared
                 head = RewardHead(**about["head"]) if kind is not Judge else None
-            shapes = {name: list(tensor.shape) for name, tensor in head.state_dict().items()} if head else {}
+            shapes = (
+                {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
+                if head
+                else {}
+            )
             if shapes != {name: file.get_slice(name).get_shape() for name in file.keys()}:
-                raise data.Unusable(f"its tensors are not those of the head that it describes, {about['head']}")
+                raise data.Unusable(
+                    f"its tensors are not those of the head that it describes, {about['head']}"
+                )
             if head:
-                head.load_state_dict({name: file.get_tensor(name).float() for name in shapes}, assign=True)
+                head.load_state_dict(
+                    {name: file.get_tensor(name).float() for name in shapes}, assign=True
+                )
                 check_finite(head)
             trained_with, asks = about["trained_with"], None
             if kind is not RewardModel:
-                asks = {name: cast(about["asks"][name]) for name, cast in (("request", str), ("critique_tokens", int))}
+                asks = {
+                    name: cast(about["asks"][name])
+                    for name, cast in (("request", str), ("critique_tokens", int))
+                }
         backbone = load_backbone(folder, kind is not RewardModel, empty)
         hidden = backbone.config.get_text_config().hidden_size
         if head and head.settings["hidden"] != hidden:
-            raise UserError(f"{path}: a head for hidden states of {head.settings['hidden']}, the backbone has {hidden}")
+            raise UserError(
+                f"{path}: a head for hidden states of {head.settings['hidden']}, the backbone has {hidden}"
+            )
         return kind(backbone, head, data.load_processors(folder), trained_with, asks)
 
-    def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32, file_size: str = "5GB") -> None:
+    def save_pretrained(
+        self, folder: str, dtype: torch.dtype = torch.float32, file_size: str = "5GB"
+    ) -> None:
         """Writes the Hugging Face layout (`export`) plus reward_head.safetensors, which is float32 whatever `dtype`
         the backbone gets; a judge's has no tensors. Where the model is sharded all ranks call it."""
-        head = {name: whole(tensor).cpu() for name, tensor in self.head.state_dict().items()} if self.head else {}
-        about = {"kind": self.kind, "head": self.head.settings if self.head else None, "asks": self.asks}
-        head_file = save(head, metadata={"reward_head": json.dumps(about | {"trained_with": self.trained_with})})
+        head = (
+            {name: whole(tensor).cpu() for name, tensor in self.head.state_dict().items()}
+            if self.head
+            else {}
+        )
+        about = {
+            "kind": self.kind,
+            "head": self.head.settings if self.head else None,
+            "asks": self.asks,
+        }
+        head_file = save(
+            head, metadata={"reward_head": json.dumps(about | {"trained_with": self.trained_with})}
+        )
         export(self.backbone, self.processors, folder, dtype, file_size, head_file)
 
 
-def rows_of(comparisons: list[Comparison], micro_tokens: int) -> Iterator[list[Comparison]]:
+def split_into_rows(comparisons: list[Comparison], micro_tokens: int) -> Iterator[list[Comparison]]:
     """Deals comparisons, in order, into rows of at most `micro_tokens` tokens (an image patch counts a quarter). One
     that is longer is cut between its responses and its prompt stands in each part; a single response is never cut."""
     row, size = [], 0
     for comparison in comparisons:
         patches, part = int(comparison.grids.prod(1).sum()) // 4, None
         for response in comparison.responses:
-            if row and size + (len(response) if part else comparison.length + patches) > micro_tokens:
+            if (
+                row
+                and size + (len(response) if part else comparison.length + patches) > micro_tokens
+            ):
                 yield row
                 row, size, part = [], 0, None
             if part is None:
@@ -611,7 +778,10 @@ def attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
     family = data.FAMILIES[config.model_type]
     if not family.vision:
         return "shared_prefix"
-    return {"text_config": "shared_prefix", "vision_config": "sdpa" if family.tiles else "packed_images"}
+    return {
+        "text_config": "shared_prefix",
+        "vision_config": "sdpa" if family.tiles else "packed_images",
+    }
 
 
 Parts = namedtuple("Parts", "language, vision, blocks")
@@ -625,7 +795,9 @@ def parts_of(backbone: nn.Module) -> Parts:
     if not family.vision:
         return Parts(base, None, [])
     vision = base.get_submodule(family.vision)
-    return Parts(base.get_submodule(family.language), vision, list(vision.get_submodule(family.blocks)))
+    return Parts(
+        base.get_submodule(family.language), vision, list(vision.get_submodule(family.blocks))
+    )
 
 
 class PatchProjection(nn.Conv3d):
@@ -656,8 +828,12 @@ def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.M
     try:
         config = data.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no model in the Hugging Face layout: {str(error).splitlines()[0]}") from None
-    with_head = AutoModelForImageTextToText if data.family_of(config, path).vision else AutoModelForCausalLM
+        raise UserError(
+            f"{path}: no model in the Hugging Face layout: {str(error).splitlines()[0]}"
+        ) from None
+    with_head = (
+        AutoModelForImageTextToText if data.family_of(config, path).vision else AutoModelForCausalLM
+    )
     auto = with_head if lm_head else AutoModel
     wanted = {"dtype": torch.float32, "attn_implementation": attention_of(config)}
     if empty:
@@ -667,8 +843,12 @@ def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.M
             with suppress(OSError):  # where there is none, it is made from the config
                 backbone.generation_config = GenerationConfig.from_pretrained(path)
     else:
-        with data.reading(path, "a model has to be whole"):  # nothing is unpickled, and nothing made up
-            backbone, found = auto.from_pretrained(path, **wanted, use_safetensors=True, output_loading_info=True)
+        with data.reading(
+            path, "a model has to be whole"
+        ):  # nothing is unpickled, and nothing made up
+            backbone, found = auto.from_pretrained(
+                path, **wanted, use_safetensors=True, output_loading_info=True
+            )
             if found["missing_keys"]:
                 name, *more = sorted(found["missing_keys"])
                 raise data.Unusable(f"{name} is missing{f', and {len(more)} more' if more else ''}")
@@ -708,11 +888,16 @@ def export(
 
     Raises UserError where `file_size` is no size like 5GB.
     """
-    state = model.state_dict(keep_vars=True)  # asked for it, FSDP also shards again what it has left gathered
+    state = model.state_dict(
+        keep_vars=True
+    )  # asked for it, FSDP also shards again what it has left gathered
     for tied in model.all_tied_weights_keys:
         state.pop(tied, None)
     state = revert_weight_conversion(model, state)
-    shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
+    shapes = {
+        name: torch.empty(tensor.shape, dtype=dtype, device="meta")
+        for name, tensor in state.items()
+    }
     try:
         files = split_torch_state_dict_into_shards(shapes, max_shard_size=file_size)
     except ValueError as error:
@@ -747,7 +932,9 @@ def export(
         (out / name).unlink(missing_ok=True)
     for old in out.glob("model-*.safetensors"):
         old.unlink()
-    for path in sorted(writing.iterdir(), key=lambda path: order.index(path.name) if path.name in order else -1):
+    for path in sorted(
+        writing.iterdir(), key=lambda path: order.index(path.name) if path.name in order else -1
+    ):
         os.replace(path, out / path.name)
     writing.rmdir()
 
@@ -779,19 +966,33 @@ class RewardRouter(nn.Module):
 
     score = RewardModel.score  # with its own `encode` and `score_encoded`
 
-    def encode(self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()) -> Comparison:
+    def encode(
+        self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()
+    ) -> Comparison:
         """As `RewardModel.encode`, with the tokenizer of the model that will score it."""
-        in_text = any(isinstance(turn["content"], list) for turn in data.check_messages(messages))  # a list has images
+        in_text = any(
+            isinstance(turn["content"], list) for turn in data.check_messages(messages)
+        )  # a list has images
         return self.model_for(in_text or bool(images)).encode(messages, texts, images, folder)
 
     def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
         """As `RewardModel.score_encoded`."""
         scores = {}
         for images in (True, False):
-            part = [i for i, comparison in enumerate(comparisons) if bool(comparison.images) == images]
-            found = self.model_for(images).score_encoded([comparisons[i] for i in part], micro_tokens)
-            scores |= zip(part, found.split([len(comparisons[i].responses) for i in part])) if part else ()
-        return torch.cat([torch.zeros(0, device=self.multimodal.device), *(scores[i] for i in sorted(scores))])
+            part = [
+                i for i, comparison in enumerate(comparisons) if bool(comparison.images) == images
+            ]
+            found = self.model_for(images).score_encoded(
+                [comparisons[i] for i in part], micro_tokens
+            )
+            scores |= (
+                zip(part, found.split([len(comparisons[i].responses) for i in part]))
+                if part
+                else ()
+            )
+        return torch.cat(
+            [torch.zeros(0, device=self.multimodal.device), *(scores[i] for i in sorted(scores))]
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -813,14 +1014,21 @@ class RewardRouter(nn.Module):
         return {"data": [*dict.fromkeys(itertools.chain(*sets))]}
 
 
-def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+def place(
+    model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None
+) -> nn.Module:
     """Readies a model for inference on a device, in place, and returns it. Without `dtype` it computes in bfloat16 on a
     GPU and in float32 elsewhere. As in training that is for parameters only: a reward head stays float32, and so do
     rotary frequencies, which `model.to(dtype)` would round as well, and so be off by radians at position 1000."""
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.eval().requires_grad_(False).to(device)
-    exact = {p for module in model.modules() if isinstance(module, RewardHead) for p in module.parameters()}
+    exact = {
+        p
+        for module in model.modules()
+        if isinstance(module, RewardHead)
+        for p in module.parameters()
+    }
     for parameter in model.parameters():
         if parameter not in exact:
             parameter.data = parameter.to(dtype)
@@ -832,7 +1040,11 @@ Reward = RewardModel | RewardRouter
 
 def load_reward(model: str, text_model: str = "") -> Reward:
     """The reward model of the command line's --model, or the router of --model and --text_model."""
-    return RewardRouter.from_pretrained(model, text_model) if text_model else RewardModel.from_pretrained(model)
+    return (
+        RewardRouter.from_pretrained(model, text_model)
+        if text_model
+        else RewardModel.from_pretrained(model)
+    )
 
 
 def trl_reward(
@@ -854,7 +1066,10 @@ def trl_reward(
     Returns the raw scores [n]. Raises ValueError where a completion is more than one text, or a prompt is unusable.
     """
     given = images or [[] if each is None else [each] for each in image or [None] * len(prompts)]
-    texts = [each[0]["content"] if isinstance(each, list) and len(each) == 1 else each for each in completions]
+    texts = [
+        each[0]["content"] if isinstance(each, list) and len(each) == 1 else each
+        for each in completions
+    ]
     if not all(isinstance(text, str) for text in texts):  # an empty one is a text
         raise data.Unusable("completions: neither a text nor one assistant message with a text")
     groups: dict[tuple, list[int]] = {}
@@ -863,10 +1078,14 @@ def trl_reward(
     comparisons = []
     for places in groups.values():
         first = places[0]
-        comparisons.append(reward.encode(prompts[first], [texts[i] for i in places], given[first] or []))
+        comparisons.append(
+            reward.encode(prompts[first], [texts[i] for i in places], given[first] or [])
+        )
     if log_metric is not None:
         log_metric("completions_per_prompt", len(prompts) / len(groups))
-    scores = dict(zip(itertools.chain(*groups.values()), reward.score_encoded(comparisons).tolist()))
+    scores = dict(
+        zip(itertools.chain(*groups.values()), reward.score_encoded(comparisons).tolist())
+    )
     return [scores[i] for i in range(len(prompts))]
 
 
@@ -893,7 +1112,9 @@ class Writer(nn.Module):
         super().__init__()
         self.lm, self.processors, self.temperature = lm, processors, temperature
         tokenizer, size = processors.tokenizer, lm.config.get_text_config().vocab_size
-        forbidden = {*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)} & {*range(size)}
+        forbidden = {*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)} & {
+            *range(size)
+        }
         forbidden.remove(processors.end_token)
         self.register_buffer("forbidden", torch.tensor(sorted(forbidden)), persistent=False)
 
@@ -926,7 +1147,10 @@ class DecodeRow:
     def __init__(self, row: KeptRow, texts: list[Tensor], group: int, max_new_tokens: int):
         lengths, device = list(map(len, texts)), row.input_ids.device
         self.prompts, self.group, self.longest = len(lengths), group, max(lengths)
-        self.padding = torch.arange(self.longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
+        self.padding = (
+            torch.arange(self.longest, device=device)
+            >= torch.tensor(lengths, device=device)[:, None]
+        )
 
         def pad(packed):  # [1, kv heads, T, d] -> [prompts, kv heads, longest, d]
             each = [packed[0].transpose(0, 1)[places] for places in texts]
@@ -935,7 +1159,9 @@ class DecodeRow:
         def room(key):  # [samples, kv heads, max_new_tokens, d]
             return key.new_empty(self.prompts * group, key.shape[1], max_new_tokens, key.shape[3])
 
-        self.prompt_cache = {layer: (pad(key), pad(value)) for layer, (key, value) in row.cache.items()}
+        self.prompt_cache = {
+            layer: (pad(key), pad(value)) for layer, (key, value) in row.cache.items()
+        }
         self.answer_cache = {layer: (room(key), room(key)) for layer, (key, _) in row.cache.items()}
 
     def advance(self, alive: Tensor, tokens: Tensor, positions: Tensor, t: int) -> "DecodeRow":
@@ -950,11 +1176,21 @@ class DecodeRow:
         shared = heads // kv  # query heads that share a key
         prompt_k, prompt_v = self.prompt_cache[layer]
         own_k, own_v = self.answer_cache[layer]
-        own_k[self.alive, :, self.t], own_v[self.alive, :, self.t] = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        own_k, own_v = own_k[self.alive, :, : self.t + 1], own_v[self.alive, :, : self.t + 1]  # [n, kv, t + 1, d]
-        q = query[0].transpose(0, 1).reshape(n, kv, shared, d) * scale  # [1, heads, n, d] -> [n, kv, shared, d]
+        own_k[self.alive, :, self.t], own_v[self.alive, :, self.t] = (
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+        )
+        own_k, own_v = (
+            own_k[self.alive, :, : self.t + 1],
+            own_v[self.alive, :, : self.t + 1],
+        )  # [n, kv, t + 1, d]
+        q = (
+            query[0].transpose(0, 1).reshape(n, kv, shared, d) * scale
+        )  # [1, heads, n, d] -> [n, kv, shared, d]
 
-        def by_prompt(x):  # [n, kv, shared, ...] -> [prompts, kv, group * shared, ...], zeros for ended samples
+        def by_prompt(
+            x,
+        ):  # [n, kv, shared, ...] -> [prompts, kv, group * shared, ...], zeros for ended samples
             grid = x.new_zeros(self.prompts * self.group, *x.shape[1:])
             grid[self.alive] = x
             return grid.view(self.prompts, self.group, kv, shared, -1).transpose(1, 2).flatten(2, 3)
@@ -963,15 +1199,21 @@ class DecodeRow:
             return x.unflatten(2, (self.group, shared)).transpose(1, 2).flatten(0, 1)[self.alive]
 
         scores = by_prompt(q) @ prompt_k.transpose(-1, -2)  # [prompts, kv, group * shared, longest]
-        scores = by_sample(scores.masked_fill(self.padding[:, None, None], -math.inf))  # [n, kv, shared, longest]
-        scores = torch.cat([scores, q @ own_k.transpose(-1, -2)], dim=-1)  # [n, kv, shared, longest + t + 1]
+        scores = by_sample(
+            scores.masked_fill(self.padding[:, None, None], -math.inf)
+        )  # [n, kv, shared, longest]
+        scores = torch.cat(
+            [scores, q @ own_k.transpose(-1, -2)], dim=-1
+        )  # [n, kv, shared, longest + t + 1]
         to_prompt, to_own = scores.softmax(-1).split([self.longest, self.t + 1], dim=-1)
         out = by_sample(by_prompt(to_prompt) @ prompt_v) + to_own @ own_v  # [n, kv, shared, d]
         return out.reshape(1, n, heads, d).transpose(1, 2)
 
 
 @torch.inference_mode()
-def write(writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise: np.ndarray | None = None) -> Tensor:
+def write(
+    writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise: np.ndarray | None = None
+) -> Tensor:
     """Goes on `group` times after every response of a row, or after a prompt that has none: token ids [texts, group,
     max_new_tokens], -1 after the end-of-turn token.
 
@@ -982,21 +1224,32 @@ def write(writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise
     row, device = KeptRow(**vars(row)), row.input_ids.device
     hidden = run_backbone(writer.lm, row)  # [T, hidden]
     segments = row.segments.keys.split(row.segments.key_starts.diff().tolist())
-    texts = [places for i, places in enumerate(segments) if i not in row.segments.prefixes]  # nothing follows yet
+    texts = [
+        places for i, places in enumerate(segments) if i not in row.segments.prefixes
+    ]  # nothing follows yet
     ends = torch.stack([places[-1] for places in texts])
     begin = torch.stack([row.position_ids[:, 0, places].max() + 1 for places in texts])
     hidden = hidden[ends].repeat_interleave(group, 0)  # [samples, hidden]
     begin = begin.repeat_interleave(group)  # [samples] position of the first new token
     tokens = torch.full((len(texts) * group, max_new_tokens), -1, device=device)
-    uniform = None if noise is None else torch.from_numpy(noise).to(device).view(len(tokens), max_new_tokens)
-    alive, decode = torch.arange(len(tokens), device=device), DecodeRow(row, texts, group, max_new_tokens)
+    uniform = (
+        None
+        if noise is None
+        else torch.from_numpy(noise).to(device).view(len(tokens), max_new_tokens)
+    )
+    alive, decode = (
+        torch.arange(len(tokens), device=device),
+        DecodeRow(row, texts, group, max_new_tokens),
+    )
     for t in range(max_new_tokens):
         logits = writer.logits(hidden)  # [n, vocabulary]
         if uniform is None:
             chosen = logits.argmax(-1)
         else:
             cumulated = logits.double().softmax(-1).cumsum(-1)
-            chosen = torch.searchsorted(cumulated, uniform[alive, t, None] * cumulated[:, -1:], right=True)[:, 0]
+            chosen = torch.searchsorted(
+                cumulated, uniform[alive, t, None] * cumulated[:, -1:], right=True
+            )[:, 0]
         tokens[alive, t] = chosen
         going = chosen != end
         alive, chosen = alive[going], chosen[going]
@@ -1008,7 +1261,9 @@ def write(writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise
 
 def texts_of(tokens: Tensor, processors: Processors) -> list[str]:
     """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
-    answers = [[t for t in sample if t not in (-1, processors.end_token)] for sample in tokens.tolist()]
+    answers = [
+        [t for t in sample if t not in (-1, processors.end_token)] for sample in tokens.tolist()
+    ]
     return [processors.tokenizer.decode(answer) for answer in answers]
 
 
@@ -1024,8 +1279,16 @@ class Asked(Comparison):
     """A comparison whose `responses` have a request after them and end in what the model has to write itself; and for
     training, what is to be learned from it."""
 
-    learned: list[np.ndarray] = field(default_factory=list)  # of each response, its last tokens' weights in the loss
-    pairs: list[tuple[int, int]] = field(default_factory=list)  # judge: (better, worse) of `responses`; else by ranks
+    learned: list[np.ndarray] = field(
+        default_factory=list
+    )  # of each response, its last tokens' weights in the loss
+    judged: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # judge: (better, worse) of `responses`; else by ranks
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        return self.judged or data.ordered_pairs(self.ranks)
 
 
 @dataclass
@@ -1039,10 +1302,17 @@ class Written:
     @classmethod
     def of(cls, row: PackedRow, comparisons: list[Comparison]) -> "Written":
         """Of a row of these comparisons; none where they are not Asked."""
-        learned = [w for each in comparisons for w in getattr(each, "learned", [()] * len(each.responses))]
+        learned = [
+            w for each in comparisons for w in getattr(each, "learned", [()] * len(each.responses))
+        ]
         ends = (row.last + 1).tolist()
-        places = [place for end, weights in zip(ends, learned) for place in range(end - len(weights), end)]
-        places, weight = torch.tensor(places, dtype=torch.long), np.concatenate([(), *learned]).astype(np.float32)
+        places = [
+            place for end, weights in zip(ends, learned) for place in range(end - len(weights), end)
+        ]
+        places, weight = (
+            torch.tensor(places, dtype=torch.long),
+            np.concatenate([(), *learned]).astype(np.float32),
+        )
         return cls(places - 1, row.input_ids[0, places], torch.from_numpy(weight))
 
     def log_probabilities(self, lm: nn.Module, hidden: Tensor) -> Tensor:
@@ -1052,27 +1322,55 @@ class Written:
         return log_p.gather(-1, self.tokens[:, None]).sum(-1)
 
 
+@dataclass
+class WrittenRow(PackedRow):
+    """A packed row and the tokens in it that the model has to write itself."""
+
+    written: Written | None = None
+
+
+def pack_written(
+    comparisons: list[Comparison], processors: Processors, dummy_image: bool = False
+) -> WrittenRow:
+    """As `pack`, of Asked comparisons."""
+    row = pack(comparisons, processors, dummy_image)
+    if dummy_image:
+        comparisons = [*comparisons, blank_comparison(processors)]
+    return WrittenRow(**vars(row), written=Written.of(row, comparisons))
+
+
 def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
     """The token ids that the chat template puts after an answer's end-of-turn token when the user goes on with
     `request`, up to where the assistant's next answer begins."""
     turns = [("user", "?"), ("assistant", "!"), ("user", request)]
     messages = [{"role": role, "content": text} for role, text in turns]
-    before, whole = (data.tokenize_chat(some, processors.tokenizer) for some in (messages[:1], messages))
+    before, whole = (
+        data.tokenize_chat(some, processors.tokenizer) for some in (messages[:1], messages)
+    )
     ends = np.flatnonzero(whole[len(before) :] == processors.end_token)
     if not len(ends):
-        raise UserError("the chat template sets no end-of-turn token after an answer, where a request could follow")
+        raise UserError(
+            "the chat template sets no end-of-turn token after an answer, where a request could follow"
+        )
     return whole[len(before) + ends[0] + 1 :]
 
 
-def with_critiques(comparison: Comparison, critiques: list[np.ndarray], request: np.ndarray) -> Asked:
+def with_critiques(
+    comparison: Comparison, critiques: list[np.ndarray], request: np.ndarray
+) -> Asked:
     """A critic's: [response | request | critique]. Critiques are token ids, each ending in <|im_end|>."""
-    responses = [np.concatenate([r, request, critique]) for r, critique in zip(comparison.responses, critiques)]
+    responses = [
+        np.concatenate([r, request, critique])
+        for r, critique in zip(comparison.responses, critiques)
+    ]
     tokens = sum(map(len, critiques))
     learned = [np.full(len(critique), 1 / tokens) for critique in critiques]
     return Asked(**vars(comparison) | {"responses": responses}, learned=learned)
 
 
-def with_given_critiques(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
+def with_given_critiques(
+    comparison: Comparison, request: np.ndarray, processors: Processors
+) -> Asked:
     """The same with the critiques of the data; with no responses, so nothing to learn from, where it has none."""
     given = comparison.record.get("critiques")
     usable = isinstance(given, list) and len(given) == len(comparison.responses)
@@ -1087,30 +1385,46 @@ def in_ordered_pairs(comparison: Comparison, request: np.ndarray, processors: Pr
     encode = lambda text: np.array(data.tokenize_text(text, processors.tokenizer), np.int32)
     a, b, before_a, before_b = map(encode, ("A", "B", "A:\n", "\nB:\n"))
     ranks = comparison.ranks or [1] * len(comparison.responses)
-    shown = {pair: k for k, pair in enumerate(itertools.permutations(range(len(ranks)), 2))}  # (A, B): place in the row
+    shown = {
+        pair: k for k, pair in enumerate(itertools.permutations(range(len(ranks)), 2))
+    }  # (A, B): place in the row
     # Of each two that do not tie, where the better is A, and where it is B.
     pairs = [(k, shown[j, i]) for (i, j), k in shown.items() if ranks[i] < ranks[j]]
     responses, learned = [], []
     for i, j in shown:
         # A without its end-of-turn token: the turn goes on.
-        first, second, letter = comparison.responses[i][:-1], comparison.responses[j], a if ranks[i] < ranks[j] else b
+        first, second, letter = (
+            comparison.responses[i][:-1],
+            comparison.responses[j],
+            a if ranks[i] < ranks[j] else b,
+        )
         responses.append(np.concatenate([before_a, first, before_b, second, request, letter]))
         learned.append([0.5 / len(pairs) if ranks[i] != ranks[j] else 0.0])
-    return Asked(**vars(comparison) | {"responses": responses}, learned=learned, pairs=pairs)
+    return Asked(**vars(comparison) | {"responses": responses}, learned=learned, judged=pairs)
 
 
 class Critic(RewardModel):
     """Writes a critique of each response; its score is the head's at the critique's end."""
 
     kind = "critic"
+    pack = staticmethod(pack_written)  # for training
 
     def __init__(self, *made, **more):
         super().__init__(*made, **more)
-        tokens, largest = self.asks["critique_tokens"], self.backbone.config.get_text_config().max_position_embeddings
+        tokens, largest = (
+            self.asks["critique_tokens"],
+            self.backbone.config.get_text_config().max_position_embeddings,
+        )
         if not 1 <= tokens <= largest:
-            raise UserError(f"--critique_tokens {tokens}: must be 1 to {largest}, the backbone's positions")
-        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids after a response
-        self.reader = partial(with_given_critiques, request=self.request, processors=self.processors)
+            raise UserError(
+                f"--critique_tokens {tokens}: must be 1 to {largest}, the backbone's positions"
+            )
+        self.request = turn_after_answer(
+            self.asks["request"], self.processors
+        )  # token ids after a response
+        self.rewrite = partial(
+            with_given_critiques, request=self.request, processors=self.processors
+        )
 
     def forward(self, row: PackedRow, written: Written | None = None):
         """Scores [N]; with `written`, also the log-probabilities of the critiques' tokens."""
@@ -1119,13 +1433,23 @@ class Critic(RewardModel):
         return (scores, written.log_probabilities(self.backbone, hidden)) if written else scores
 
     @torch.inference_mode()
-    def write_critiques(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> list[np.ndarray]:
+    def write_critiques(
+        self, comparisons: list[Comparison], micro_tokens: int = 8192
+    ) -> list[np.ndarray]:
         """Its likeliest critique of each response of each comparison, as token ids; one cut at the length limit is
         ended there."""
-        writer, end = Writer(self.backbone, self.processors).to(self.device), self.processors.end_token
-        ask = lambda comparison: [np.concatenate([response, self.request]) for response in comparison.responses]
-        asked, critiques = [dataclasses.replace(each, responses=ask(each)) for each in comparisons], []
-        for row in rows_of(asked, micro_tokens):
+        writer, end = (
+            Writer(self.backbone, self.processors).to(self.device),
+            self.processors.end_token,
+        )
+        ask = lambda comparison: [
+            np.concatenate([response, self.request]) for response in comparison.responses
+        ]
+        asked, critiques = (
+            [dataclasses.replace(each, responses=ask(each)) for each in comparisons],
+            [],
+        )
+        for row in split_into_rows(asked, micro_tokens):
             tokens = write(writer, self.row_of(row), 1, self.asks["critique_tokens"])[:, 0]
             self.cost.update(written=int((tokens >= 0).sum()))
             written = ([t for t in each if t not in (-1, end)] for each in tokens.tolist())
@@ -1134,7 +1458,10 @@ class Critic(RewardModel):
 
     def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
         critiques = iter(self.write_critiques(comparisons, micro_tokens))
-        made = [with_critiques(each, [next(critiques) for _ in each.responses], self.request) for each in comparisons]
+        made = [
+            with_critiques(each, [next(critiques) for _ in each.responses], self.request)
+            for each in comparisons
+        ]
         return super().score_encoded(made, micro_tokens)
 
 
@@ -1146,11 +1473,14 @@ class Judge(RewardModel):
     """
 
     kind = "generative"
+    pack = staticmethod(pack_written)  # for training
 
     def __init__(self, *made, **more):
         super().__init__(*made, **more)
-        self.request = turn_after_answer(self.asks["request"], self.processors)  # token ids after a pair
-        self.reader = partial(in_ordered_pairs, request=self.request, processors=self.processors)
+        self.request = turn_after_answer(
+            self.asks["request"], self.processors
+        )  # token ids after a pair
+        self.rewrite = partial(in_ordered_pairs, request=self.request, processors=self.processors)
         self.letters = [data.tokenize_text(letter, self.processors.tokenizer)[0] for letter in "AB"]
 
     def forward(self, row: PackedRow, written: Written | None = None):
@@ -1167,7 +1497,9 @@ class Judge(RewardModel):
         for comparison in comparisons:
             once = {response.tobytes(): response for response in comparison.responses}
             place = {text: i for i, text in enumerate(once)}
-            asked.append(self.reader(dataclasses.replace(comparison, responses=[*once.values()], ranks=[])))
+            asked.append(
+                self.rewrite(dataclasses.replace(comparison, responses=[*once.values()], ranks=[]))
+            )
             places.append([place[response.tobytes()] for response in comparison.responses])
         odds = super().score_encoded(asked, micro_tokens)  # [ordered pairs]
         for at, of_pairs in zip(places, odds.split([len(each.responses) for each in asked])):
@@ -1183,10 +1515,14 @@ KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}
 
 def refuse_to_replace(folder: str) -> None:
     """Raises UserError where a trained reward model would give way to an untrained one."""
-    with suppress(OSError, SafetensorError, ValueError, TypeError, KeyError):  # none there, or a damaged one
+    with suppress(
+        OSError, SafetensorError, ValueError, TypeError, KeyError
+    ):  # none there, or a damaged one
         with safe_open(Path(folder, HEAD_FILE), "pt") as file:
             if json.loads(file.metadata()["reward_head"])["trained_with"]:
-                raise UserError(f"--out {folder}: has a trained reward model; give another --out, or remove it first")
+                raise UserError(
+                    f"--out {folder}: has a trained reward model; give another --out, or remove it first"
+                )
 
 
 def main(settings: Settings) -> None:
@@ -1200,28 +1536,46 @@ def main(settings: Settings) -> None:
     model = RewardModel.from_backbone(settings.backbone, settings)
     model.save_pretrained(settings.out)
     parts, head = parts_of(model.backbone), "a new reward head" if model.head else "its own LM head"
-    print(f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}), {model.kind}, with {head}")
+    print(
+        f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}), {model.kind}, with {head}"
+    )
     if model.head and Path(settings.backbone, HEAD_FILE).is_file():
-        print(f"The trained head there is not taken; 03_train.py --model {settings.backbone} continues with it")
+        print(
+            f"The trained head there is not taken; 03_train.py --model {settings.backbone} continues with it"
+        )
     print("\nparameters")
-    modules = {"vision tower": parts.vision, "language model": parts.language, "reward head": model.head, "all": model}
+    modules = {
+        "vision tower": parts.vision,
+        "language model": parts.language,
+        "reward head": model.head,
+        "all": model,
+    }
     for name, module in modules.items():
         if module is not None:
             print(f"  {name:<15}{sum(p.numel() for p in module.parameters()):>13,}")
-    print(f"  head: {' -> '.join(map(str, model.head.mlp)) if model.head else 'log-odds of A and B'}")
+    print(
+        f"  head: {' -> '.join(map(str, model.head.mlp)) if model.head else 'log-odds of A and B'}"
+    )
     if Path(settings.data, "dataset.json").is_file():
         comparisons = data.Comparisons(settings.data, model.processors.fingerprint)
         data.use_pixel_limits(model.processors, [comparisons])
         comparison = comparisons[0]
-        row = pack([model.reader(comparison) if model.reader else comparison], model.processors)
+        row = pack([model.rewrite(comparison) if model.rewrite else comparison], model.processors)
         hidden = model.hidden_states(row)
         lengths = " and ".join(str(len(response)) for response in comparison.responses)
-        print(f"\none comparison of {settings.data}: {len(comparison.images)} image(s), a prompt of", end=" ")
+        print(
+            f"\none comparison of {settings.data}: {len(comparison.images)} image(s), a prompt of",
+            end=" ",
+        )
         print(f"{len(comparison.prompt)} tokens, responses of {lengths}")
         shapes = {"input_ids": row.input_ids, "position_ids": row.position_ids}
         shapes |= {"pixel_values": row.images and row.images.pixel_values}
         shapes |= {"image grids": row.images and row.images.grid_thw}
-        shapes |= {"hidden states": hidden, "at each response's end": hidden[row.last], "scores": model(row)}
+        shapes |= {
+            "hidden states": hidden,
+            "at each response's end": hidden[row.last],
+            "scores": model(row),
+        }
         for name, tensor in shapes.items():  # a judge's scores are of ordered pairs
             print(f"  {name:<23}{'none (text only)' if tensor is None else list(tensor.shape)}")
     print()

@@ -80,20 +80,36 @@ PackedRow, RewardModel = model_stage.PackedRow, model_stage.RewardModel
 class Recipe:
     """What the trained weights follow from. An interrupted run goes on with the same, unless --resume_changed."""
 
-    model: str = option("artifacts/model", "initial reward model (02), or a trained one to go on from, head and all")
-    data: list[str] = option([], "prepared comparisons (01) to train on, repeatable; none: artifacts/data/train")
+    model: str = option(
+        "artifacts/model", "initial reward model (02), or a trained one to go on from, head and all"
+    )
+    data: list[str] = option(
+        [], "prepared comparisons (01) to train on, repeatable; none: artifacts/data/train"
+    )
     steps: int = option(0, "optimizer steps; 0: as many as --epochs make")
     epochs: float = option(2.0, "passes over the data, where --steps is 0 (authors: 1)")
     batch_size: int = option(64, "comparisons a step, over all ranks (paper: 128)")
     learning_rate: float = option(2e-4, "AdamW's, at its peak (paper: 3e-6, for 7B)")
-    warmup: float = option(0.05, "share of the steps in which it rises linearly; then a cosine to 0 (authors: 0.05)")
+    warmup: float = option(
+        0.05, "share of the steps in which it rises linearly; then a cosine to 0 (authors: 0.05)"
+    )
     weight_decay: float = option(0.1, "AdamW's, of matrices only (authors: 0.1)")
     beta2: float = option(0.95, "AdamW's, of the mean squared gradient (authors: 0.95)")
-    clip: float = option(1.0, "largest norm of a step's gradient; a longer one is scaled down to it; 0: never")
-    zero_coefficient: float = option(0.0, "weight of (r_w + r_l)^2 as a penalty (paper: 0; tried 0.001, 0.01, 0.1)")
-    length_normalisation: bool = option(False, "train on r / log(tokens of the response + 1) (paper: tried, not used)")
-    critique_coefficient: float = option(1.0, "critic: weight of the critiques' loss beside the ranking loss")
-    freeze_vision: bool = option(False, "do not train the vision tower (authors' command: frozen; paper: not said)")
+    clip: float = option(
+        1.0, "largest norm of a step's gradient; a longer one is scaled down to it; 0: never"
+    )
+    zero_coefficient: float = option(
+        0.0, "weight of (r_w + r_l)^2 as a penalty (paper: 0; tried 0.001, 0.01, 0.1)"
+    )
+    length_normalisation: bool = option(
+        False, "train on r / log(tokens of the response + 1) (paper: tried, not used)"
+    )
+    critique_coefficient: float = option(
+        1.0, "critic: weight of the critiques' loss beside the ranking loss"
+    )
+    freeze_vision: bool = option(
+        False, "do not train the vision tower (authors' command: frozen; paper: not said)"
+    )
     seed: int = option(0, "of the order of the data")
 
     def __post_init__(self):
@@ -102,36 +118,68 @@ class Recipe:
 
 @dataclass
 class Settings(Recipe):
-    out: str = option("artifacts/reward", "folder for the trained reward model, metrics.jsonl and checkpoints/")
+    out: str = option(
+        "artifacts/reward", "folder for the trained reward model, metrics.jsonl and checkpoints/"
+    )
     validation: str = option(
-        "auto", "prepared comparisons to validate on; auto: the first --data's <data>_holdout if there; '' for none"
+        "auto",
+        "prepared comparisons to validate on; auto: the first --data's <data>_holdout if there; '' for none",
     )
     validate_every: int = option(25, "steps between validations; 0: only at the end")
     validation_size: int = option(256, "comparisons of a validation, always the same")
-    checkpoint_every: int = option(50, "steps between checkpoints, of which the last two are kept; 0: none")
-    resume: bool = option(False, "continue from the newest checkpoint in --out; from the start where there is none")
-    resume_changed: bool = option(False, "with --resume, continue though settings or data that change the run differ")
+    checkpoint_every: int = option(
+        50, "steps between checkpoints, of which the last two are kept; 0: none"
+    )
+    resume: bool = option(
+        False, "continue from the newest checkpoint in --out; from the start where there is none"
+    )
+    resume_changed: bool = option(
+        False, "with --resume, continue though settings or data that change the run differ"
+    )
     non_finite: Literal["stop", "skip"] = option(
-        "stop", "at a step whose loss or gradient is not finite: stop the run, or skip its update and say so"
+        "stop",
+        "at a step whose loss or gradient is not finite: stop the run, or skip its update and say so",
     )
-    micro_tokens: int = option(8192, "tokens that a rank computes at a time, as many as its memory allows (--plan)")
-    activation_checkpointing: bool = option(False, "recompute layers in backward: less memory, a third more time")
-    shard_size: int = option(0, "ranks that share one copy of the model, usually the GPUs of one node; 0: all of them")
+    micro_tokens: int = option(
+        8192, "tokens that a rank computes at a time, as many as its memory allows (--plan)"
+    )
+    activation_checkpointing: bool = option(
+        False, "recompute layers in backward: less memory, a third more time"
+    )
+    shard_size: int = option(
+        0, "ranks that share one copy of the model, usually the GPUs of one node; 0: all of them"
+    )
     compile: bool = option(False, "torch.compile each layer: for GPUs; takes minutes to start")
-    workers: int = option(1, "processes a rank that read and decode ahead of the step; 0: the step does it itself")
-    export_dtype: Literal["fp32", "bf16"] = option(
-        "fp32", "of the exported backbone: fp32 is what was trained, to the bit; bf16 is half as large (head: float32)"
+    workers: int = option(
+        1, "processes a rank that read and decode ahead of the step; 0: the step does it itself"
     )
-    export_file_size: str = option("5GB", "largest file of the export, which is what rank 0 gathers at a time")
-    plan: bool = option(False, "train nothing: print what a run would compute, need and take (next 7 settings)")
+    export_dtype: Literal["fp32", "bf16"] = option(
+        "fp32",
+        "of the exported backbone: fp32 is what was trained, to the bit; bf16 is half as large (head: float32)",
+    )
+    export_file_size: str = option(
+        "5GB", "largest file of the export, which is what rank 0 gathers at a time"
+    )
+    plan: bool = option(
+        False, "train nothing: print what a run would compute, need and take (next 7 settings)"
+    )
     gpus: int = option(0, "GPUs to plan for; 0: as many as there are ranks now (paper: 64)")
     gpu_memory: float = option(80.0, "memory of a GPU in GB (80: an H100)")
-    gpu_flops: float = option(989e12, "peak of a GPU in FLOP/s, bfloat16, not sparse (989e12: an H100 SXM)")
-    utilisation: float = option(0.4, "share of the peak that is reached: an assumption, which a first run replaces")
-    gpu_link: float = option(50e9, "bytes/s a GPU receives from the others (50e9: 400 Gb/s each, between nodes)")
-    plan_comparisons: int = option(0, "comparisons to plan for, like those in --data; 0: those (paper: 2.8 M)")
+    gpu_flops: float = option(
+        989e12, "peak of a GPU in FLOP/s, bfloat16, not sparse (989e12: an H100 SXM)"
+    )
+    utilisation: float = option(
+        0.4, "share of the peak that is reached: an assumption, which a first run replaces"
+    )
+    gpu_link: float = option(
+        50e9, "bytes/s a GPU receives from the others (50e9: 400 Gb/s each, between nodes)"
+    )
+    plan_comparisons: int = option(
+        0, "comparisons to plan for, like those in --data; 0: those (paper: 2.8 M)"
+    )
     plan_lengths: list[int] = option(
-        [], "assumed instead of --data: tokens of the prompt's text, of its image, of each response (150 512 300 300)"
+        [],
+        "assumed instead of --data: tokens of the prompt's text, of its image, of each response (150 512 300 300)",
     )
 
 
@@ -153,11 +201,11 @@ def order_of_training(n: int, settings: Settings) -> list[list[int]]:
 @dataclass
 class MicroBatch:
     step: int
-    comparisons: list[int]
+    indices: list[int]  # this rank's comparisons
     last: bool  # of its step
-    size: int  # comparisons in the whole step, over all ranks and micro-batches
+    step_size: int  # comparisons in the whole step, over all ranks and micro-batches
     dummy_image: bool  # another rank has an image here and this one has none
-    costs: list[int]  # of every rank's share, in tokens
+    loads: list[int]  # of every rank's share, in tokens
 
 
 def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
@@ -171,14 +219,21 @@ def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
 
 
 def plan(
-    steps: list[list[int]], tokens: np.ndarray, patches: np.ndarray, micro_tokens: int, rank: int, world: int
+    steps: list[list[int]],
+    tokens: np.ndarray,
+    patches: np.ndarray,
+    micro_tokens: int,
+    rank: int,
+    world: int,
 ) -> list[MicroBatch]:
     """The micro-batches of one rank. In each, all ranks have about equal work, of at most `micro_tokens` tokens unless
     a single comparison is longer; every rank has the same number of them, some possibly empty.
 
     Args: the comparisons of each step; of all comparisons the tokens and image patches, [n] each.
     """
-    cost = tokens + patches // 4  # a patch counts as a quarter of a token: the vision tower is the smaller model
+    cost = (
+        tokens + patches // 4
+    )  # a patch counts as a quarter of a token: the vision tower is the smaller model
     work, micro_batches = lambda comparisons: int(cost[comparisons].sum()), []
     for step, indices in enumerate(steps):
         count = max(1, -(-work(indices) // (micro_tokens * world)))
@@ -186,19 +241,23 @@ def plan(
         while count * world < len(indices) and max(map(work, dealt)) > micro_tokens:
             count += 1
             dealt = deal(indices, cost, count * world)
-        dealt.sort(key=work, reverse=True)  # neighbours, which run at the same time, cost about the same
+        dealt.sort(
+            key=work, reverse=True
+        )  # neighbours, which run at the same time, cost about the same
         for k in range(count):
             together = dealt[k * world : (k + 1) * world]
             has_image = [bool(patches[comparisons].any()) for comparisons in together]
             dummy, costs = any(has_image) and not has_image[rank], list(map(work, together))
-            micro_batches.append(MicroBatch(step, together[rank], k == count - 1, len(indices), dummy, costs))
+            micro_batches.append(
+                MicroBatch(step, together[rank], k == count - 1, len(indices), dummy, costs)
+            )
     return micro_batches
 
 
 def imbalance(micro_batches: list[MicroBatch]) -> float:
     """How much longer all ranks take than if all had equal work, since each waits for the slowest: 0 is perfect."""
-    slowest = sum(max(batch.costs) for batch in micro_batches)
-    return slowest / (sum(sum(batch.costs) / len(batch.costs) for batch in micro_batches) or 1) - 1
+    slowest = sum(max(batch.loads) for batch in micro_batches)
+    return slowest / (sum(sum(batch.loads) / len(batch.loads) for batch in micro_batches) or 1) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +272,6 @@ class Pairs:
     worse: Tensor  # [pairs]
     weight: Tensor  # [pairs] 1 / (pairs of the same comparison): each comparison counts once
     lengths: Tensor  # [N] tokens of each response
-    written: model_stage.Written | None = None  # what a critic or a judge has to write in the row
 
     def to(self, device: torch.device) -> "Pairs":
         return model_stage.change_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -222,24 +280,18 @@ class Pairs:
         return model_stage.change_tensors(self, Tensor.pin_memory)
 
 
-def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
-    """(better, worse) for all pairs of one comparison's responses that do not tie."""
-    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
-
-
-def pairs_of(comparisons: list, row: PackedRow | None = None) -> Pairs:
-    """Of comparisons, or of what a judge makes of them; and of their row what is to be written in it."""
+def pairs_of(comparisons: list) -> Pairs:
+    """All pairs of these comparisons."""
     better, worse, weight, start = [], [], [], 0
     for comparison in comparisons:
-        found = getattr(comparison, "pairs", []) or ordered_pairs(comparison.ranks)
+        found = comparison.pairs
         better += [start + i for i, _ in found]
         worse += [start + j for _, j in found]
         weight += [1 / max(1, len(found))] * len(found)
         start += len(comparison.responses)
     lengths = [len(response) for comparison in comparisons for response in comparison.responses]
     as_long = lambda values: torch.tensor(values, dtype=torch.long)
-    written = model_stage.Written.of(row, comparisons) if row else None
-    return Pairs(as_long(better), as_long(worse), torch.tensor(weight), as_long(lengths), written)
+    return Pairs(as_long(better), as_long(worse), torch.tensor(weight), as_long(lengths))
 
 
 def ranking_loss(
@@ -256,34 +308,52 @@ def ranking_loss(
     return (pairs.weight * loss).sum()
 
 
-def losses(model: nn.Module, row: PackedRow, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
+def losses(
+    model: nn.Module, row: PackedRow, pairs: Pairs, settings: Settings
+) -> tuple[Tensor, Tensor]:
     """What a kind of reward model learns from, summed over comparisons like the ranking loss, and the scores [N]."""
-    scores, log_p = (model(row), None) if model.kind == "naive" else model(row, pairs.written)
+    scores, log_p = (model(row), None) if model.kind == "naive" else model(row, row.written)
     ranking = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
     if log_p is None:
         return ranking, scores
-    writing = -(pairs.written.weight * log_p).sum()  # of each comparison the mean over the tokens that it has to write
-    return writing if model.kind == "generative" else ranking + settings.critique_coefficient * writing, scores
+    writing = -(
+        row.written.weight * log_p
+    ).sum()  # of each comparison the mean over the tokens that it has to write
+    return (
+        writing
+        if model.kind == "generative"
+        else ranking + settings.critique_coefficient * writing,
+        scores,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading: from the comparisons of a micro-batch to tensors on the device, in processes of its own, ahead of the step.
 
 
-def pack_micro_batch(batch: MicroBatch, comparisons: Dataset, processors: Processors) -> tuple[list, PackedRow]:
+def pack_micro_batch(
+    batch: MicroBatch, comparisons: Dataset, processors: Processors, pack=model_stage.pack
+) -> tuple[list, PackedRow]:
     """The comparisons and the row of a planned micro-batch. Where there are fewer comparisons than ranks, one that
     nobody reads: all ranks step together."""
-    read = [comparisons[i] for i in batch.comparisons]
+    read = [comparisons[i] for i in batch.indices]
     if not read and not batch.dummy_image:
         read = [data.Comparison(np.array([processors.end_token], np.int32), [], [])]
-    return read, model_stage.pack(read, processors, batch.dummy_image)
+    return read, pack(read, processors, batch.dummy_image)
 
 
 class MicroBatches(Dataset):
     """Reads, decodes and packs the micro-batches of a plan; runs in the loader's worker processes."""
 
-    def __init__(self, comparisons: Dataset, micro_batches: list[MicroBatch], processors: Processors):
-        self.comparisons, self.plan, self.processors = comparisons, micro_batches, processors
+    def __init__(
+        self, comparisons: Dataset, micro_batches: list[MicroBatch], processors: Processors, pack
+    ):
+        self.comparisons, self.plan, self.processors, self.pack = (
+            comparisons,
+            micro_batches,
+            processors,
+            pack,
+        )
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -291,10 +361,10 @@ class MicroBatches(Dataset):
     def __getitem__(self, k: int):
         """(micro-batch, row, pairs), or the UserError, which would leave a worker process only with its traceback."""
         try:
-            read, row = pack_micro_batch(self.plan[k], self.comparisons, self.processors)
+            read, row = pack_micro_batch(self.plan[k], self.comparisons, self.processors, self.pack)
         except UserError as error:
             return error
-        return self.plan[k], row, pairs_of(read, row)
+        return self.plan[k], row, pairs_of(read)
 
 
 def ignore_sigterm(worker: int) -> None:
@@ -303,12 +373,21 @@ def ignore_sigterm(worker: int) -> None:
 
 
 def load(
-    comparisons: Dataset, micro_batches: list[MicroBatch], processors: Processors, device: torch.device, workers: int
+    comparisons: Dataset,
+    micro_batches: list[MicroBatch],
+    model: RewardModel,
+    device: torch.device,
+    workers: int,
 ) -> Iterator[tuple[MicroBatch, PackedRow, Pairs]]:
     """Yields (micro-batch, row, pairs) with the tensors on the device."""
-    dataset = MicroBatches(comparisons, micro_batches, processors)
+    dataset = MicroBatches(comparisons, micro_batches, model.processors, model.pack)
     pin = device.type == "cuda"
-    how = {"batch_size": None, "num_workers": workers, "pin_memory": pin, "worker_init_fn": ignore_sigterm}
+    how = {
+        "batch_size": None,
+        "num_workers": workers,
+        "pin_memory": pin,
+        "worker_init_fn": ignore_sigterm,
+    }
     for loaded in torch.utils.data.DataLoader(dataset, **how):
         if isinstance(loaded, UserError):
             raise loaded
@@ -316,16 +395,22 @@ def load(
         yield batch, row.to(device), pairs.to(device)
 
 
-class Read(Dataset):
+class Rewritten(Dataset):
     """Comparisons as a critic or a judge reads them, with what it is asked and has to write. Those in which there is
     nothing to write are left out. To know which, and how long each is, every rank reads its share of them first."""
 
-    def __init__(self, comparisons: Dataset, patches: np.ndarray, reader, device: torch.device):
-        self.comparisons, self.reader = comparisons, reader
-        tokens, rank = torch.zeros(len(comparisons), dtype=torch.long, device=device), dist.get_rank()
-        mine, bar = range(rank, len(tokens), dist.get_world_size()), {"desc": "measure", "unit": " comparisons"}
+    def __init__(self, comparisons: Dataset, patches: np.ndarray, rewrite, device: torch.device):
+        self.comparisons, self.rewrite = comparisons, rewrite
+        tokens, rank = (
+            torch.zeros(len(comparisons), dtype=torch.long, device=device),
+            dist.get_rank(),
+        )
+        mine, bar = (
+            range(rank, len(tokens), dist.get_world_size()),
+            {"desc": "measure", "unit": " comparisons"},
+        )
         for i in tqdm(mine, **bar, disable=rank > 0, mininterval=1):
-            read = reader(comparisons[i])
+            read = rewrite(comparisons[i])
             tokens[i] = read.length if read.responses else 0
         dist.all_reduce(tokens)
         self.chosen = np.flatnonzero(tokens.cpu().numpy())
@@ -333,14 +418,16 @@ class Read(Dataset):
         if not len(self.chosen):
             raise UserError(f"no comparison to learn from: {needed}")
         if rank == 0 and len(self.chosen) < len(tokens):
-            print(f"{len(tokens) - len(self.chosen)} of {len(tokens)} comparisons left out: {needed}")
+            print(
+                f"{len(tokens) - len(self.chosen)} of {len(tokens)} comparisons left out: {needed}"
+            )
         self.size = tokens.cpu().numpy()[self.chosen], patches[self.chosen]
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, i: int):
-        return self.reader(self.comparisons[int(self.chosen[i])])
+        return self.rewrite(self.comparisons[int(self.chosen[i])])
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """As those of Comparisons: tokens and image patches, [n] each."""
@@ -359,11 +446,17 @@ def open_data(settings: Settings, processors: Processors) -> tuple:
         raise UserError(f"{named}: no comparisons in there; see rejected.jsonl for why")
     for each in sets:
         if metric := each.info["metric"]:
-            raise UserError(f"{each.folder}: the benchmark {metric}, which is to score models and not to train them")
+            raise UserError(
+                f"{each.folder}: the benchmark {metric}, which is to score models and not to train them"
+            )
     if not all(np.concatenate([each.response_counts() for each in sets])):
-        raise UserError(f"{named}: has prompts without responses; a reward model is trained on pairs or rankings")
+        raise UserError(
+            f"{named}: has prompts without responses; a reward model is trained on pairs or rankings"
+        )
     if processors.image is None and patches.any():
-        raise UserError(f"{named}: {(patches > 0).sum()} comparisons have images, and {settings.model} is text-only")
+        raise UserError(
+            f"{named}: {(patches > 0).sum()} comparisons have images, and {settings.model} is text-only"
+        )
     data.use_pixel_limits(processors, sets)
     validation = settings.validation
     if validation == "auto":
@@ -403,9 +496,17 @@ def shard(
     if shard_size < 0 or world % shard_size:
         raise UserError(f"--shard_size {shard_size}: has to divide the number of ranks, {world}")
     # One dimension is the default process group; more would be groups of their own.
-    sizes = {"replicate": world // shard_size, "shard": shard_size} if shard_size < world else {"shard": world}
+    sizes = (
+        {"replicate": world // shard_size, "shard": shard_size}
+        if shard_size < world
+        else {"shard": world}
+    )
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if device.type == "cuda" else {}
+    mixed = (
+        {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        if device.type == "cuda"
+        else {}
+    )
     policy = MixedPrecisionPolicy(**mixed)
     parts = model_stage.parts_of(backbone)
     if activation_checkpointing:
@@ -438,9 +539,13 @@ def checkpoint_tensors(backbone: nn.Module, path: str) -> Iterator[tuple[str, st
         for each in [single] if single else get_checkpoint_shard_files(path, index)[0]:
             with safe_open(each, framework="pt") as file:
                 for key in file.keys():
-                    name, converter = rename_source_key(key, renamings, converters, backbone.base_model_prefix, names)
+                    name, converter = rename_source_key(
+                        key, renamings, converters, backbone.base_model_prefix, names
+                    )
                     if converter:
-                        raise UserError(f"{path}: {key} has to be rearranged for the model, which is not supported")
+                        raise UserError(
+                            f"{path}: {key} has to be rearranged for the model, which is not supported"
+                        )
                     yield key, name, file.get_slice(key)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: no whole checkpoint: {str(error).splitlines()[0]}") from None
@@ -466,18 +571,29 @@ def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
         if name not in missing and name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
             continue  # a head that the model has not, or that is the embeddings; old Llamas' frequencies, which follow
         if name not in missing:
-            raise UserError(f"{path}: {key} is not a weight of a {type(backbone).__name__} as config.json describes it")
+            raise UserError(
+                f"{path}: {key} is not a weight of a {type(backbone).__name__} as config.json describes it"
+            )
         parameter = missing.pop(name)  # a DTensor, [rows, ...], of which FSDP deals whole rows
         if tensor.get_shape() != list(parameter.shape):
-            shapes = f"{tensor.get_shape()} in the checkpoint, {list(parameter.shape)} by config.json"
+            shapes = (
+                f"{tensor.get_shape()} in the checkpoint, {list(parameter.shape)} by config.json"
+            )
             raise UserError(f"{path}: {key} has the wrong shape: {shapes}")
-        mesh, dim = parameter.device_mesh, parameter.placements.index(Shard(0))  # not that of replicas
-        rows, start = Shard.local_shard_size_and_offset(len(parameter), mesh.size(dim), mesh.get_local_rank(dim))
+        mesh, dim = (
+            parameter.device_mesh,
+            parameter.placements.index(Shard(0)),
+        )  # not that of replicas
+        rows, start = Shard.local_shard_size_and_offset(
+            len(parameter), mesh.size(dim), mesh.get_local_rank(dim)
+        )
         parameter.to_local().copy_(tensor[start : start + rows])
         if not parameter.to_local().isfinite().all():
             raise UserError(f"{path}: {key} has weights that are not finite")
     if missing:
-        raise UserError(f"{path}: {next(iter(missing))} is missing ({len(missing)} of the model's weights are)")
+        raise UserError(
+            f"{path}: {next(iter(missing))} is missing ({len(missing)} of the model's weights are)"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,7 +607,9 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True
+    )
     allocate_state(optimizer)
     return optimizer
 
@@ -508,19 +626,27 @@ def learning_rate_at(step: int, steps: int, settings: Settings) -> float:
     warmup = max(1, round(settings.warmup * steps))
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return (
+        settings.learning_rate
+        * 0.5
+        * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    )
 
 
-def forward_backward(model: nn.Module, batch: MicroBatch, row: PackedRow, pairs: Pairs, settings: Settings) -> Tensor:
+def forward_backward(
+    model: nn.Module, batch: MicroBatch, row: PackedRow, pairs: Pairs, settings: Settings
+) -> Tensor:
     """Adds a micro-batch's share to the gradients; returns its loss, right pairs and margin, summed over comparisons
     [3]."""
     loss, scores = losses(model, row, pairs, settings)
     # FSDP averages gradients over all ranks, of all replicas; times their number that is the sum, and the sum over all
     # comparisons of the step divided by their number is what one rank would have computed.
-    (loss * dist.get_world_size() / batch.size).backward()
+    (loss * dist.get_world_size() / batch.step_size).backward()
     with torch.no_grad():
         margins = scores[pairs.better] - scores[pairs.worse]  # [pairs]
-        return torch.stack([loss, (pairs.weight * (margins > 0)).sum(), (pairs.weight * margins).sum()])
+        return torch.stack(
+            [loss, (pairs.weight * (margins > 0)).sum(), (pairs.weight * margins).sum()]
+        )
 
 
 def train(settings: Settings) -> dict:
@@ -531,23 +657,32 @@ def train(settings: Settings) -> dict:
     processors, began_with = model.processors, model.trained_with
     comparisons, tokens, patches, held_out = open_data(settings, processors)
     held_out_name = held_out and held_out.folder
-    if model.reader:  # a critic or a judge
-        comparisons = Read(comparisons, patches, model.reader, device)
+    if model.rewrite:  # a critic or a judge
+        comparisons = Rewritten(comparisons, patches, model.rewrite, device)
         tokens, patches = comparisons.sizes()
-        held_out = held_out and Read(held_out, held_out.sizes()[1], model.reader, device)
+        held_out = held_out and Rewritten(held_out, held_out.sizes()[1], model.rewrite, device)
     order = order_of_training(len(comparisons), settings)
-    steps, micro_batches = len(order), plan(order, tokens, patches, settings.micro_tokens, rank, world)
+    steps, micro_batches = (
+        len(order),
+        plan(order, tokens, patches, settings.micro_tokens, rank, world),
+    )
 
     vision = model_stage.parts_of(model.backbone).vision
     if settings.freeze_vision and vision is not None:
         vision.requires_grad_(False)
     heads = (model.head,) if model.head else ()
-    how = {"activation_checkpointing": settings.activation_checkpointing, "compile": settings.compile}
+    how = {
+        "activation_checkpointing": settings.activation_checkpointing,
+        "compile": settings.compile,
+    }
     shard(model, model.backbone, device, in_float32=heads, shard_size=settings.shard_size, **how)
     load_weights(model.backbone, settings.model, device)
     model.train()
     optimizer = make_optimizer(model, settings)
-    about = {"settings": dataclasses.asdict(settings), "data": fingerprint(settings.data)}  # in every checkpoint
+    about = {
+        "settings": dataclasses.asdict(settings),
+        "data": fingerprint(settings.data),
+    }  # in every checkpoint
     start = begin(settings, model, optimizer, about)
     checkpoints, log = Path(settings.out, "checkpoints"), Path(settings.out, "metrics.jsonl")
     if rank == 0:
@@ -560,20 +695,29 @@ def train(settings: Settings) -> dict:
         if sum(p.numel() for p in model.parameters()) > 1e8 and settings.learning_rate > 5e-5:
             rate = f"--learning_rate {settings.learning_rate:g} suits small models"
             print(f"{rate}; for pretrained ones of this size the paper takes 3e-6")
-        print(f"steps {start + 1} to {steps} of {settings.batch_size} comparisons on {world} rank(s), ", end="")
+        print(
+            f"steps {start + 1} to {steps} of {settings.batch_size} comparisons on {world} rank(s), ",
+            end="",
+        )
         print(f"whose work differs by {differs:.1f}%", flush=True)
 
     stop = []  # not empty: SIGTERM has come
     if settings.checkpoint_every:
         signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    bar = {"total": steps * settings.batch_size, "initial": start * settings.batch_size, "unit": " comparisons"}
+    bar = {
+        "total": steps * settings.batch_size,
+        "initial": start * settings.batch_size,
+        "unit": " comparisons",
+    }
     progress = tqdm(desc=f"step {start}/{steps}", **bar, disable=rank > 0, mininterval=1)
     line, shown = {}, {}
-    sums = torch.zeros(4, device=device)  # of a step: loss, right pairs, margins, how many ranks are to stop
+    sums = torch.zeros(
+        4, device=device
+    )  # of a step: loss, right pairs, margins, how many ranks are to stop
     began = asked = time.perf_counter()
     waited = 0.0
     remaining = [batch for batch in micro_batches if batch.step >= start]
-    for batch, row, pairs in load(comparisons, remaining, processors, device, settings.workers):
+    for batch, row, pairs in load(comparisons, remaining, model, device, settings.workers):
         waited += time.perf_counter() - asked
         sums[:3] += forward_backward(model, batch, row, pairs, settings)
         asked = time.perf_counter()
@@ -586,7 +730,7 @@ def train(settings: Settings) -> dict:
         dist.all_reduce(sums)
         # On a GPU the only place in a step where the CPU waits for it. From here on all ranks know the same.
         *totals, stopping, norm = [*sums.tolist(), norm.item()]
-        loss, accuracy, margin = (total / batch.size for total in totals)
+        loss, accuracy, margin = (total / batch.step_size for total in totals)
         done, skipped = batch.step + 1, {}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(batch.step, steps, settings)
@@ -598,33 +742,42 @@ def train(settings: Settings) -> dict:
         optimizer.zero_grad()
         sums.zero_()
 
-        line = {
-            "step": done,
-            "loss": loss,  # all that is trained: ranking, regularisers, what a critic or a judge writes
-            "accuracy": accuracy,  # share of training pairs whose better response scores higher (a critic's with the
-            # data's critiques, which give it away)
-            "margin": margin,  # mean score of the better response minus that of the worse
-            "grad_norm": norm,  # before clipping
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "tokens": int(tokens[order[batch.step]].sum()),  # of the packed rows, over all ranks
-            "seconds": time.perf_counter() - began,
-            "data_seconds": waited,  # of these, this rank's wait for the loader
-        } | skipped
+        line = (
+            {
+                "step": done,
+                "loss": loss,  # all that is trained: ranking, regularisers, what a critic or a judge writes
+                "accuracy": accuracy,  # share of training pairs whose better response scores higher (a critic's with the
+                # data's critiques, which give it away)
+                "margin": margin,  # mean score of the better response minus that of the worse
+                "grad_norm": norm,  # before clipping
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "tokens": int(
+                    tokens[order[batch.step]].sum()
+                ),  # of the packed rows, over all ranks
+                "seconds": time.perf_counter() - began,
+                "data_seconds": waited,  # of these, this rank's wait for the loader
+            }
+            | skipped
+        )
         due = settings.validate_every and done % settings.validate_every == 0
         if held_out is not None and (due or done == steps):
             line |= validate(model, held_out, settings, device)
         if rank == 0:
             with data.writing(log), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
-        shown |= {name: line[name] for name in ("loss", "accuracy", "validation_accuracy") if name in line}
+        shown |= {
+            name: line[name] for name in ("loss", "accuracy", "validation_accuracy") if name in line
+        }
         progress.set_description(f"step {done}/{steps}", refresh=False)
         progress.set_postfix(shown, refresh=False)
-        progress.update(batch.size)
+        progress.update(batch.step_size)
         due = settings.checkpoint_every and done % settings.checkpoint_every == 0
         if (due or stopping) and done < steps:
             save_checkpoint(checkpoints, done, training_state(model, optimizer), about)
             if stopping:
-                raise UserError(f"stopped by SIGTERM after step {done}, which has a checkpoint; continue with --resume")
+                raise UserError(
+                    f"stopped by SIGTERM after step {done}, which has a checkpoint; continue with --resume"
+                )
         began = asked = time.perf_counter()
         waited = 0.0
     progress.close()
@@ -634,7 +787,9 @@ def train(settings: Settings) -> dict:
     model.trained_with = {"data": settings.data, "steps": began_with.get("steps", 0) + steps}
     model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
     with data.writing(settings.out):
-        model.save_pretrained(settings.out, model_stage.DTYPES[settings.export_dtype], settings.export_file_size)
+        model.save_pretrained(
+            settings.out, model_stage.DTYPES[settings.export_dtype], settings.export_file_size
+        )
     dist.barrier()
     return line
 
@@ -644,7 +799,9 @@ def train(settings: Settings) -> dict:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, comparisons: Dataset, settings: Settings, device: torch.device) -> dict[str, float]:
+def validate(
+    model: nn.Module, comparisons: Dataset, settings: Settings, device: torch.device
+) -> dict[str, float]:
     """Ranking loss, without regularisers and what is written, and pair accuracy over the first --validation_size
     comparisons, each counting once."""
     chosen = list(range(min(settings.validation_size, len(comparisons))))
@@ -652,7 +809,7 @@ def validate(model: nn.Module, comparisons: Dataset, settings: Settings, device:
     micro_batches = plan([chosen], *comparisons.sizes(), settings.micro_tokens, rank, world)
     sums = torch.zeros(3, device=device)
     model.eval()
-    for _, row, pairs in load(comparisons, micro_batches, model.processors, device, workers=0):
+    for _, row, pairs in load(comparisons, micro_batches, model, device, workers=0):
         scores = model(row)
         right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
         sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
@@ -682,20 +839,28 @@ def stop_or_skip(
     named = []
     for batch in micro_batches:
         model.zero_grad()
-        read, row = pack_micro_batch(batch, comparisons, model.processors)
-        again = forward_backward(model, batch, row.to(device), pairs_of(read, row).to(device), settings)[0]
-        mine, everyone = [str(each) for each in read if each.place], [None] * dist.get_world_size()
+        read, row = pack_micro_batch(batch, comparisons, model.processors, model.pack)
+        again = forward_backward(model, batch, row.to(device), pairs_of(read).to(device), settings)[
+            0
+        ]
+        mine, everyone = [str(each) for each in read if each.origin], [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (bool(again.isfinite()), mine))
         if not clip_grad_norm_(model.parameters(), math.inf).full_tensor().isfinite():
-            guilty = [names for finite, names in everyone if not finite] or [names for _, names in everyone]
+            guilty = [names for finite, names in everyone if not finite] or [
+                names for _, names in everyone
+            ]
             named += [name for names in guilty for name in names]
     found = f"step {micro_batches[0].step + 1}: loss {loss:g}, norm of the gradient {norm:g}, from {len(named)} "
     found += f"comparison(s): {', '.join(named)}"
     if settings.non_finite == "stop":
-        raise UserError(f"{found}; the weights are as before. Mend the data, or go on with --non_finite skip")
+        raise UserError(
+            f"{found}; the weights are as before. Mend the data, or go on with --non_finite skip"
+        )
     if dist.get_rank() == 0:
         print(f"{found}; its update is skipped", flush=True)
-    return dict.fromkeys(("loss", "accuracy", "margin", "grad_norm")) | {"skipped": named}  # JSON has no word for nan
+    return dict.fromkeys(("loss", "accuracy", "margin", "grad_norm")) | {
+        "skipped": named
+    }  # JSON has no word for nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -711,7 +876,9 @@ def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     state = {}
     for name, parameter in model.named_parameters():
         state[f"model.{name}"] = parameter.detach()
-        state |= {f"{key}.{name}": tensor for key, tensor in optimizer.state.get(parameter, {}).items()}
+        state |= {
+            f"{key}.{name}": tensor for key, tensor in optimizer.state.get(parameter, {}).items()
+        }
     return state
 
 
@@ -719,7 +886,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor], about: dict, keep: int = 2) -> None:
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Tensor], about: dict, keep: int = 2
+) -> None:
     """Writes `step_000050/` under a temporary name and renames it when all ranks are done; then removes old ones, again
     by renaming first. So what is called step_... is whole, and there is one at any moment after the first. Its run.json
     says what the run is `about`, anything that JSON can hold."""
@@ -730,14 +899,22 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor], about: di
             unfinished.mkdir(parents=True)
         dist.barrier()
         try:
-            dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
+            dcp.save(
+                state,
+                storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
+            )
         except dcp.CheckpointException as error:  # on all ranks, with what went wrong on each
             shutil.rmtree(unfinished, ignore_errors=True)
             reason = next(iter(error.failures.values()))[0]
-            raise reason if isinstance(reason, OSError) else OSError(str(reason).splitlines()[0]) from None
+            raise (
+                reason if isinstance(reason, OSError) else OSError(str(reason).splitlines()[0])
+            ) from None
         if dist.get_rank() == 0:
             files = {file.name: file.stat().st_size for file in unfinished.glob("*.safetensors")}
-            data.write_file(unfinished / "run.json", json.dumps({"step": step, **about, "files": files}, indent=1))
+            data.write_file(
+                unfinished / "run.json",
+                json.dumps({"step": step, **about, "files": files}, indent=1),
+            )
             remove(final)
             unfinished.rename(final)
             for old in sorted(folder.glob("step_*"), key=step_of)[:-keep]:
@@ -767,10 +944,17 @@ def check_checkpoint(checkpoint: Path, state: dict[str, Tensor]) -> dict:
         saved = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata()
         for piece, stored in saved.storage_data.items():
             tensor = state.get(piece.fqn)
-            if tensor is None or (stored.dtype, stored.shape[1:]) != (tensor.dtype, tensor.shape[1:]):
-                raise data.Unusable(f"{Path(stored.relative_path).name}: {piece.fqn} is none of this run's tensors")
+            if tensor is None or (stored.dtype, stored.shape[1:]) != (
+                tensor.dtype,
+                tensor.shape[1:],
+            ):
+                raise data.Unusable(
+                    f"{Path(stored.relative_path).name}: {piece.fqn} is none of this run's tensors"
+                )
         for name, tensor in state.items():
-            pieces = saved.state_dict_metadata[name].chunks if name in saved.state_dict_metadata else []
+            pieces = (
+                saved.state_dict_metadata[name].chunks if name in saved.state_dict_metadata else []
+            )
             end = 0
             for piece in sorted(pieces, key=lambda piece: piece.offsets) if tensor.ndim else []:
                 if piece.offsets[0] != end:
@@ -807,7 +991,9 @@ def load_checkpoint(checkpoint: Path, state: dict[str, Tensor]) -> None:
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
     for name, tensor in state.items():
         if not (tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all():
-            raise UserError(f"{checkpoint}: {name} has numbers that are not finite; remove it to continue from another")
+            raise UserError(
+                f"{checkpoint}: {name} has numbers that are not finite; remove it to continue from another"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -817,7 +1003,11 @@ def load_checkpoint(checkpoint: Path, state: dict[str, Tensor]) -> None:
 def begin(settings: Settings, model: nn.Module, optimizer: Optimizer, about: dict) -> int:
     """Readies --out for a run; with --resume loads its newest checkpoint, which has to be `about` the same settings and
     data. Returns the step after which the run begins."""
-    checkpoints, log, start = Path(settings.out, "checkpoints"), Path(settings.out, "metrics.jsonl"), 0
+    checkpoints, log, start = (
+        Path(settings.out, "checkpoints"),
+        Path(settings.out, "metrics.jsonl"),
+        0,
+    )
     refuse_unfinished(settings, checkpoints)
     state = training_state(model, optimizer)
     if settings.resume and (newest := newest_whole(checkpoints, state)):
@@ -843,7 +1033,9 @@ def refuse_unfinished(settings: Settings, checkpoints: Path) -> None:
     head = Path(settings.out, "reward_head.safetensors")
     exported = head.is_file() and found and head.stat().st_mtime > found[-1].stat().st_mtime
     if found and not exported and not settings.resume:
-        raise UserError(f"{found[-1]} is of a run that has not ended; --resume continues it, or remove {checkpoints}")
+        raise UserError(
+            f"{found[-1]} is of a run that has not ended; --resume continues it, or remove {checkpoints}"
+        )
 
 
 def fingerprint(folders: list[str]) -> str:
@@ -862,7 +1054,11 @@ def check_same_run(checkpoint: Path, about: dict) -> None:
         was, its_data = dict(made_with["settings"]), made_with["data"]
     now = about["settings"]
     names = [field.name for field in dataclasses.fields(Recipe)]
-    differ = [f"--{name} {was.get(name)} (now {now[name]})" for name in names if was.get(name) != now[name]]
+    differ = [
+        f"--{name} {was.get(name)} (now {now[name]})"
+        for name in names
+        if was.get(name) != now[name]
+    ]
     if its_data != about["data"]:
         differ.append("other data in --data than is there now")
     if differ:
@@ -881,7 +1077,9 @@ class Work:
 
     tokens: np.ndarray  # of the packed rows
     pairs: np.ndarray  # (query, key) in a decoder layer: P^2 / 2 + sum of (R P + R^2 / 2)
-    joined: np.ndarray  # keys that attention copies to put a prompt before each response: sum of (P + R)
+    joined: (
+        np.ndarray
+    )  # keys that attention copies to put a prompt before each response: sum of (P + R)
     patches: np.ndarray  # of the images
     image_pairs: np.ndarray  # (query, key) in a vision block that attends over whole images
     window_pairs: np.ndarray  # in one that attends within windows
@@ -901,7 +1099,9 @@ def work_of(
     answers, (time, height, width) = summed(responses, starts), grids.astype(float).T
     vision = getattr(config, "vision_config", None)
     side = vision.window_size // vision.patch_size if vision else 1  # of a window, in patches
-    squares = lambda length: length // side * side**2 + (length % side) ** 2  # windows at the edge are smaller
+    squares = lambda length: (
+        length // side * side**2 + (length % side) ** 2
+    )  # windows at the edge are smaller
     columns = [
         prompts + answers,
         prompts**2 / 2 + prompts * answers + summed(responses**2, starts) / 2,
@@ -917,19 +1117,32 @@ def work_to_plan(settings: Settings, config: PreTrainedConfig) -> tuple[np.ndarr
     """The fields of Work for every comparison in the shards, or for the assumed one, [n, 6], and in words what they are
     of. The tokenizer of the shards is not compared with the model's."""
     if settings.plan_lengths:
-        if len(settings.plan_lengths) < 3 or settings.plan_lengths[1] and not hasattr(config, "vision_config"):
-            raise UserError("--plan_lengths: tokens of text, of an image (0 for a text-only model), of each response")
+        if (
+            len(settings.plan_lengths) < 3
+            or settings.plan_lengths[1]
+            and not hasattr(config, "vision_config")
+        ):
+            raise UserError(
+                "--plan_lengths: tokens of text, of an image (0 for a text-only model), of each response"
+            )
         text, image, *responses = settings.plan_lengths
         merge = config.vision_config.spatial_merge_size if image else 1
         grids = np.full((int(image > 0), 3), [1, *[merge * image**0.5] * 2])  # square
         starts, of_image = np.array([0, len(responses)]), np.array([0, len(grids)])
-        found = work_of(config, np.array([text + image]), np.array(responses), starts, grids, of_image)
-        return found, f"assumed: {text} tokens of text, {image} of an image, responses of {responses}"
+        found = work_of(
+            config, np.array([text + image]), np.array(responses), starts, grids, of_image
+        )
+        return (
+            found,
+            f"assumed: {text} tokens of text, {image} of an image, responses of {responses}",
+        )
 
     def of_shard(shard) -> np.ndarray:
         prompts, responses = np.diff(shard.offsets["prompts"]), np.diff(shard.offsets["responses"])
         grids = shard.grids[shard.image_index]
-        return work_of(config, prompts, responses, shard.offsets["ranks"], grids, shard.offsets["image_index"])
+        return work_of(
+            config, prompts, responses, shard.offsets["ranks"], grids, shard.offsets["image_index"]
+        )
 
     sets = [data.Comparisons(folder) for folder in settings.data]
     named = ", ".join(f"{each.folder} (tokens of {each.info['backbone']})" for each in sets)
@@ -941,7 +1154,10 @@ def work_to_plan(settings: Settings, config: PreTrainedConfig) -> tuple[np.ndarr
 
 
 def flops(
-    config: PreTrainedConfig, work: Work, freeze_vision: bool = False, activation_checkpointing: bool = False
+    config: PreTrainedConfig,
+    work: Work,
+    freeze_vision: bool = False,
+    activation_checkpointing: bool = False,
 ) -> dict[str, float]:
     """Floating-point operations of forward and backward, by part; a multiply-add is two.
 
@@ -951,20 +1167,40 @@ def flops(
     Source: the modules of transformers' modeling_qwen2_5_vl.py.
     """
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    hidden, mlp = text.hidden_size, text.hidden_size * text.intermediate_size  # mlp: weights of one of its three
-    keys = hidden // text.num_attention_heads * text.num_key_value_heads  # width of all keys, and of all values
+    hidden, mlp = (
+        text.hidden_size,
+        text.hidden_size * text.intermediate_size,
+    )  # mlp: weights of one of its three
+    keys = (
+        hidden // text.num_attention_heads * text.num_key_value_heads
+    )  # width of all keys, and of all values
     last = 2 * work.tokens * mlp
-    layer = 2 * work.tokens * (2 * hidden**2 + 2 * hidden * keys) + 3 * last + 4 * work.pairs * hidden
-    counted = {"language model": text.num_hidden_layers * (3 * layer + activation_checkpointing * (layer - last))}
+    layer = (
+        2 * work.tokens * (2 * hidden**2 + 2 * hidden * keys) + 3 * last + 4 * work.pairs * hidden
+    )
+    counted = {
+        "language model": text.num_hidden_layers
+        * (3 * layer + activation_checkpointing * (layer - last))
+    }
     if vision is not None:
         width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
         last = 2 * work.patches * width * vision.intermediate_size
         whole = len(vision.fullatt_block_indexes)
-        attention = 4 * width * (whole * work.image_pairs + (vision.depth - whole) * work.window_pairs)
+        attention = (
+            4 * width * (whole * work.image_pairs + (vision.depth - whole) * work.window_pairs)
+        )
         blocks = vision.depth * (2 * work.patches * 4 * width**2 + 3 * last) + attention
-        merger = 2 * work.patches / vision.spatial_merge_size**2 * merged * (merged + vision.out_hidden_size)
+        merger = (
+            2
+            * work.patches
+            / vision.spatial_merge_size**2
+            * merged
+            * (merged + vision.out_hidden_size)
+        )
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        embedding = 2 * work.patches * patch * width  # in backward, only for its weights: pixels have no gradient
+        embedding = (
+            2 * work.patches * patch * width
+        )  # in backward, only for its weights: pixels have no gradient
         again = activation_checkpointing * (blocks - vision.depth * last)
         trained = 3 * (blocks + merger) + 2 * embedding + again
         counted["vision tower"] = blocks + merger + embedding if freeze_vision else trained
@@ -986,13 +1222,23 @@ def activations(
     Source: the modules of transformers' modeling_qwen2_5_vl.py. The masks of attention are not counted.
     """
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    kept = lambda layer, inputs, depth: depth * inputs + layer if activation_checkpointing else depth * layer
-    hidden, keys = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    kept = lambda layer, inputs, depth: (
+        depth * inputs + layer if activation_checkpointing else depth * layer
+    )
+    hidden, keys = (
+        text.hidden_size,
+        text.hidden_size // text.num_attention_heads * text.num_key_value_heads,
+    )
     layer = row.tokens * (8 * hidden + width * (7 * hidden + 2 * keys + 4 * text.intermediate_size))
     layer += row.joined * width * 2 * keys  # the prompt's keys and values before each response's
-    parts = {"language model": kept(layer, row.tokens * width * hidden, text.num_hidden_layers), "vision tower": 0.0}
+    parts = {
+        "language model": kept(layer, row.tokens * width * hidden, text.num_hidden_layers),
+        "vision tower": 0.0,
+    }
     if vision is not None and not freeze_vision:
-        hidden = vision.hidden_size  # queries, keys and values also stay as one tensor, from before the rotation
+        hidden = (
+            vision.hidden_size
+        )  # queries, keys and values also stay as one tensor, from before the rotation
         block = row.patches * (8 * hidden + width * (11 * hidden + 4 * vision.intermediate_size))
         merger = row.patches * hidden * (4 + 4 * width)
         parts["vision tower"] = kept(block, row.patches * width * hidden, vision.depth) + merger
@@ -1016,7 +1262,9 @@ def memory(
     parts = model_stage.parts_of(model.backbone)
     layers = parts.language.layers
     everything, vision, layer = size(model), size(parts.vision), size(layers[0])
-    root = everything - vision - len(layers) * layer  # FSDP's last unit: the embedding, for the most part
+    root = (
+        everything - vision - len(layers) * layer
+    )  # FSDP's last unit: the embedding, for the most part
     trained = everything - freeze_vision * vision
     kept = activations(model.backbone.config, row, freeze_vision, activation_checkpointing, width)
     # Of a unit that is reduced: its gradient, that in float32 for the reduce-scatter, and the shard that comes of it.
@@ -1029,9 +1277,19 @@ def memory(
         # It ends with the gradients of the largest units.
         (0.0, 0.0, width * root, reduced * max(root, vision - freeze_vision * vision)),
     ]
-    names = *(f"activations, {part}" for part in kept), "gathered parameters", "gradients on their way"
-    sharded = {"parameters": 4 * everything, "gradients": 4 * trained, "AdamW's two moments": 8 * trained}
-    return {part: count / ranks for part, count in sharded.items()} | dict(zip(names, max(moments, key=sum)))
+    names = (
+        *(f"activations, {part}" for part in kept),
+        "gathered parameters",
+        "gradients on their way",
+    )
+    sharded = {
+        "parameters": 4 * everything,
+        "gradients": 4 * trained,
+        "AdamW's two moments": 8 * trained,
+    }
+    return {part: count / ranks for part, count in sharded.items()} | dict(
+        zip(names, max(moments, key=sum))
+    )
 
 
 def model_to_plan(path: str) -> RewardModel:
@@ -1043,7 +1301,9 @@ def model_to_plan(path: str) -> RewardModel:
     backbone = model_stage.load_backbone(path, empty=True)
     if not data.FAMILIES[backbone.config.model_type].planned:
         known = ", ".join(name for name, family in data.FAMILIES.items() if family.planned)
-        raise UserError(f"{path}: a {backbone.config.model_type}, which --plan does not know; it knows {known}")
+        raise UserError(
+            f"{path}: a {backbone.config.model_type}, which --plan does not know; it knows {known}"
+        )
     with torch.device("meta"):
         head = model_stage.RewardHead(backbone.config.get_text_config().hidden_size)
         return RewardModel(backbone, head, None)
@@ -1065,7 +1325,7 @@ def print_plan(settings: Settings) -> None:
     order = order_of_training(len(work), dataclasses.replace(settings, steps=min(steps, 20)))
     tokens, patches = work[:, 0].astype(int), work[:, 3].astype(int)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, 0, gpus)
-    rows, cost = [batch.comparisons for batch in micro_batches], tokens + patches // 4
+    rows, cost = [batch.indices for batch in micro_batches], tokens + patches // 4
     largest = max([*rows, [int(cost.argmax())]], key=lambda row: cost[row].sum())
     row, mean = Work(*work[largest].sum(axis=0)), Work(*work.mean(axis=0))
     waiting = 1 + imbalance(micro_batches)
@@ -1079,19 +1339,26 @@ def print_plan(settings: Settings) -> None:
     # Of every micro-batch: parameters in bfloat16 for forward and backward, then gradients in float32. Within groups of
     # --shard_size, which have a fast network of their own, that is free; between them gradients are reduced and sent.
     per_step = len(micro_batches) / len(order)
-    travelling = (2 * 2 + 4) * (gpus - 1) / gpus if shards == gpus else 2 * 4 / shards  # bytes of each parameter
+    travelling = (
+        (2 * 2 + 4) * (gpus - 1) / gpus if shards == gpus else 2 * 4 / shards
+    )  # bytes of each parameter
     traffic = per_step * travelling * everything
     moving = traffic / settings.gpu_link
     hours = steps * max(computing, moving) / 3600
 
     heading = lambda title, unit: print(f"\n{title:<30}{unit:>14}")
-    line = lambda name, number, note="": print(f"  {name:<28}{number:>14,.4g}{note and f'  {note}'}")
+    line = lambda name, number, note="": print(
+        f"  {name:<28}{number:>14,.4g}{note and f'  {note}'}"
+    )
 
     run = steps * settings.batch_size
     tower, kept = ("frozen" if how[0] else "trained"), ("recomputed" if how[1] else "kept")
     print(f"model  {settings.model}: {everything:,} parameters with a reward head of two layers")
     print(f"data   {count:,} comparisons; {source}")
-    print(f"run    {steps:,} steps of {settings.batch_size}, {run / count:.2f} epochs, on {gpus} GPUs;", end=" ")
+    print(
+        f"run    {steps:,} steps of {settings.batch_size}, {run / count:.2f} epochs, on {gpus} GPUs;",
+        end=" ",
+    )
     print(f"vision tower {tower}, activations {kept}")
     heading("work", "a comparison")
     line("tokens", mean.tokens, f"{mean.tokens * run:.3g} in the run")
@@ -1104,21 +1371,35 @@ def print_plan(settings: Settings) -> None:
         line(part, each / 1e9)
     needed = sum(parts.values()) / 1e9
     fits = "fits in" if needed < 0.9 * settings.gpu_memory else "does NOT fit in"
-    line("all of it", needed, f"{fits} {settings.gpu_memory:g} GB, a tenth kept free for what is not counted")
-    print(f"  a step is {per_step:.1f} micro-batches; its largest {row.tokens:,.0f} tokens, {row.patches:,.0f} patches")
+    line(
+        "all of it",
+        needed,
+        f"{fits} {settings.gpu_memory:g} GB, a tenth kept free for what is not counted",
+    )
+    print(
+        f"  a step is {per_step:.1f} micro-batches; its largest {row.tokens:,.0f} tokens, {row.patches:,.0f} patches"
+    )
 
     heading("disk", "GB")
     if every := settings.checkpoint_every:
-        kept = shards * (parts["parameters"] + parts["AdamW's two moments"])  # of all ranks that share the model
+        kept = shards * (
+            parts["parameters"] + parts["AdamW's two moments"]
+        )  # of all ranks that share the model
         line("a checkpoint", kept / 1e9, f"every {every} steps; two stay, a third is written")
-    line("the trained model", (2 if settings.export_dtype == "bf16" else 4) * everything / 1e9, settings.export_dtype)
+    line(
+        "the trained model",
+        (2 if settings.export_dtype == "bf16" else 4) * everything / 1e9,
+        settings.export_dtype,
+    )
 
     heading("time", "s a step")
     speed = f"at {settings.utilisation:.0%} of {settings.gpu_flops / 1e12:g} TFLOP/s"
     line("computing", computing, f"{speed}; the fullest GPU has {waiting:.2f} times the mean work")
     moved = f"{traffic / 1e9:.1f} GB through each GPU at {settings.gpu_link / 1e9:g} GB/s"
     line("communicating", moving, f"{moved}, while it computes")
-    print(f"{hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours: the longer of both, without validations and checkpoints")
+    print(
+        f"{hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours: the longer of both, without validations and checkpoints"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1134,8 +1415,14 @@ def main(settings: Settings) -> None:
         return
     last = train(settings)
     if dist.get_rank() == 0:
-        validated = f", validation accuracy {last['validation_accuracy']:.3f}" if "validation_accuracy" in last else ""
-        print(f"{settings.out}: the trained reward model{validated}; metrics in {settings.out}/metrics.jsonl")
+        validated = (
+            f", validation accuracy {last['validation_accuracy']:.3f}"
+            if "validation_accuracy" in last
+            else ""
+        )
+        print(
+            f"{settings.out}: the trained reward model{validated}; metrics in {settings.out}/metrics.jsonl"
+        )
         data.say_next("04_eval.py", model=data.unless_default(settings, "out"))
 
 

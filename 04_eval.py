@@ -53,28 +53,50 @@ from transformers import PreTrainedTokenizerBase
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
-option, Comparison, Comparisons, UserError = data.option, data.Comparison, data.Comparisons, data.UserError
+option, Comparison, Comparisons, UserError = (
+    data.option,
+    data.Comparison,
+    data.Comparisons,
+    data.UserError,
+)
 Reward = model_stage.Reward
 
-DEFAULT_BENCHMARKS = ["artifacts/data/new_scenes", "artifacts/data/unseen_combinations", "artifacts/data/new_text"]
+DEFAULT_BENCHMARKS = [
+    "artifacts/data/new_scenes",
+    "artifacts/data/unseen_combinations",
+    "artifacts/data/new_text",
+]
 
 
 @dataclass
 class Settings:
-    model: list[str] = option([], "reward model to score with, repeatable, then side by side; none: artifacts/reward")
-    benchmark: list[str] = option([], "prepared comparisons to score, repeatable; none: the embedded held-out sets")
-    scores_from: str = option(
-        "", "another system's scores instead of a model: one JSON list of N numbers a line, in the benchmark's order"
+    model: list[str] = option(
+        [], "reward model to score with, repeatable, then side by side; none: artifacts/reward"
     )
-    text_model: str = option("", "text-only reward model for what has no image (the paper's advice); '' for none")
+    benchmark: list[str] = option(
+        [], "prepared comparisons to score, repeatable; none: the embedded held-out sets"
+    )
+    scores_from: str = option(
+        "",
+        "another system's scores instead of a model: one JSON list of N numbers a line, in the benchmark's order",
+    )
+    text_model: str = option(
+        "", "text-only reward model for what has no image (the paper's advice); '' for none"
+    )
     score: str = option(
         "",
         "instead of benchmarks a JSONL file, lines with prompt, images if any, and responses or chosen and rejected; "
         "out come the same lines with their scores, or the error that kept one from being scored",
     )
-    out: str = option("artifacts/scores", "folder that receives one folder for each model, or system")
-    micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens of the packed row")
-    max_length: int = option(4096, "--score: longest prompt + response, in tokens; longer ones get an error")
+    out: str = option(
+        "artifacts/scores", "folder that receives one folder for each model, or system"
+    )
+    micro_tokens: int = option(
+        8192, "budget of one forward on one rank, in tokens of the packed row"
+    )
+    max_length: int = option(
+        4096, "--score: longest prompt + response, in tokens; longer ones get an error"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,13 +108,19 @@ def short_names(models: list[str]) -> list[str]:
     names = [Path(model).name for model in models]
     if len(set(models)) < len(models):
         raise UserError(f"the same model is given twice: {', '.join(models)}")
-    return [model.strip("/").replace("/", "-") if names.count(name) > 1 else name for name, model in zip(names, models)]
+    return [
+        model.strip("/").replace("/", "-") if names.count(name) > 1 else name
+        for name, model in zip(names, models)
+    ]
 
 
 def models_of(settings: Settings) -> dict[str, str]:
     """{name in tables and files: folder} of every --model."""
     models, text = settings.model or ["artifacts/reward"], settings.text_model
-    return {f"{name}+{Path(text).name}" if text else name: model for name, model in zip(short_names(models), models)}
+    return {
+        f"{name}+{Path(text).name}" if text else name: model
+        for name, model in zip(short_names(models), models)
+    }
 
 
 @torch.inference_mode()
@@ -105,42 +133,59 @@ def score_comparisons(
     data.use_pixel_limits(model.processors, [comparisons])
     tokens, patches = comparisons.sizes()
     if model.processors.image is None and patches.any():
-        raise UserError(f"{comparisons.folder}: {(patches > 0).sum()} comparisons have images, the model is text-only")
-    batches = training.plan([list(range(len(comparisons)))], tokens, patches, micro_tokens, rank, world)
+        raise UserError(
+            f"{comparisons.folder}: {(patches > 0).sum()} comparisons have images, the model is text-only"
+        )
+    batches = training.plan(
+        [list(range(len(comparisons)))], tokens, patches, micro_tokens, rank, world
+    )
     starts = np.cumsum([0, *comparisons.response_counts()])
     flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)
-    work, name = sum(sum(batch.costs) for batch in batches), comparisons.info["name"]  # work of all ranks
-    progress = tqdm(total=work, desc=name, unit=" tokens", unit_scale=True, disable=rank > 0, mininterval=1)
+    work, name = (
+        sum(sum(batch.loads) for batch in batches),
+        comparisons.info["name"],
+    )  # work of all ranks
+    progress = tqdm(
+        total=work, desc=name, unit=" tokens", unit_scale=True, disable=rank > 0, mininterval=1
+    )
     for batch in batches:
-        if batch.comparisons:
-            where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.comparisons])
-            scores = model.score_encoded([comparisons[i] for i in batch.comparisons], micro_tokens)
+        if batch.indices:
+            where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.indices])
+            scores = model.score_encoded([comparisons[i] for i in batch.indices], micro_tokens)
             flat[torch.from_numpy(where).to(device)] = scores.double()
-        progress.update(sum(batch.costs))
+        progress.update(sum(batch.loads))
     progress.close()
     dist.all_reduce(flat)  # every score was written by one rank and is zero on the others
     return np.split(flat.cpu().numpy(), starts[1:-1])
 
 
-def cost_of(model: Reward, comparisons: int, seconds: float, device: torch.device) -> dict[str, float]:
+def cost_of(
+    model: Reward, comparisons: int, seconds: float, device: torch.device
+) -> dict[str, float]:
     """What so many comparisons have cost the model on all ranks, divided by their number; the next call counts anew.
 
     Tokens read (a critic's twice, to write a critique and to score it) and written, image patches, operations and
     seconds of one rank. A token or patch is 2 FLOP for each weight of the matrices that it goes through in decoder or
     vision tower; attention's own operations are not counted, nor are heads.
     """
-    size = lambda module: sum(p.numel() for p in module.parameters() if p.ndim > 1) if module is not None else 0
+    size = lambda module: (
+        sum(p.numel() for p in module.parameters() if p.ndim > 1) if module is not None else 0
+    )
     spent = torch.tensor([0, 0, 0, 0, seconds], dtype=torch.float64)
     for part in model.modules():
         if isinstance(part, model_stage.RewardModel):  # a router has two
-            read, written, patches = (part.cost.pop(what, 0) for what in ("read", "written", "patches"))
+            read, written, patches = (
+                part.cost.pop(what, 0) for what in ("read", "written", "patches")
+            )
             parts = model_stage.parts_of(part.backbone)
             decoder = size(parts.language) - size(parts.language.get_input_embeddings())
             flop = 2 * (decoder * (read + written) + size(parts.vision) * patches)
             spent += torch.tensor([read, written, patches, flop / 1e9, 0])
     spent = spent.to(device)
     dist.all_reduce(spent)
-    return dict(zip(("read", "written", "patches", "GFLOP", "seconds"), (spent / comparisons).tolist()))
+    return dict(
+        zip(("read", "written", "patches", "GFLOP", "seconds"), (spent / comparisons).tolist())
+    )
 
 
 def read_scores(path: str, comparisons: Comparisons) -> list[np.ndarray]:
@@ -148,7 +193,9 @@ def read_scores(path: str, comparisons: Comparisons) -> list[np.ndarray]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--scores_from {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(
+            f"--scores_from {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     counts, scores = comparisons.response_counts(), []
     if len(lines) != len(counts):
         raise UserError(
@@ -161,7 +208,9 @@ def read_scores(path: str, comparisons: Comparisons) -> list[np.ndarray]:
             values = json.loads(line)
         except (ValueError, RecursionError):
             values = None
-        are_numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) <= largest for v in values)
+        are_numbers = isinstance(values, list) and all(
+            type(v) in (int, float) and abs(v) <= largest for v in values
+        )
         if not are_numbers or len(values) != count:
             what = f"not a JSON list of {count} finite numbers: {line[:60]!r}"
             raise UserError(f"--scores_from {path}, line {number}: {what}")
@@ -171,7 +220,11 @@ def read_scores(path: str, comparisons: Comparisons) -> list[np.ndarray]:
 
 def save_scores(path: Path, scores: list[np.ndarray], comparisons: Comparisons, model: str) -> None:
     flat, offsets = data.flatten(scores, np.float32)
-    made_of = {"model": model, "benchmark": str(comparisons.folder), "made": comparisons.info["tokenizer"]}
+    made_of = {
+        "model": model,
+        "benchmark": str(comparisons.folder),
+        "made": comparisons.info["tokenizer"],
+    }
     # One key of metadata: the order of several is not fixed.
     data.write_tensors(path, {"scores": flat, "offsets": offsets}, {"made_of": json.dumps(made_of)})
 
@@ -189,25 +242,34 @@ class Items:
     ranks: list[list[int]]  # of its responses; 1 is best, equal ranks tie
     categories: list[str]
     groups: list[str]  # what goes right and wrong together, like questions about one picture
-    characters: list[list[int]] = field(default_factory=list)  # length of each response; only `baselines` asks
+    characters: list[list[int]] = field(
+        default_factory=list
+    )  # length of each response; only `baselines` asks
     subsets: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # they need not be unique
 
     @classmethod
     def of(cls, comparisons: Iterable) -> "Items":
-        read = [(comparison.ranks, comparison.record) for comparison in comparisons]  # not the images
+        read = [
+            (comparison.ranks, comparison.record) for comparison in comparisons
+        ]  # not the images
         records = [record for _, record in read]
         return cls(
             ranks=[ranks for ranks, _ in read],
             categories=[record.get("category", "all") for record in records],
-            groups=[f"group {r['group']}" if "group" in r else f"comparison {i}" for i, r in enumerate(records)],
+            groups=[
+                f"group {r['group']}" if "group" in r else f"comparison {i}"
+                for i, r in enumerate(records)
+            ],
             characters=[record["characters"] for record in records],
             subsets=[record.get("subset", "") for record in records],
             ids=[str(record.get("id", "")) for record in records],
         )
 
 
-def right_pairs(scores: list[np.ndarray], items: Items) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def right_pairs(
+    scores: list[np.ndarray], items: Items
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each pair of responses of which one is ranked better, [pairs] each: whether that one scores higher, the pair's
     category, and a number for its group. A tie is wrong, and so is a score of nan."""
     right, of = [], []
@@ -230,7 +292,9 @@ def wilson(share: float, n: float) -> tuple[float, float]:
         return 0.0, 1.0
     z2 = 1.959964**2
     centre, half = share + z2 / (2 * n), np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
-    return float(max(0, (centre - half) / (1 + z2 / n))), float(min(1, (centre + half) / (1 + z2 / n)))
+    return float(max(0, (centre - half) / (1 + z2 / n))), float(
+        min(1, (centre + half) / (1 + z2 / n))
+    )
 
 
 def with_interval(share: float, items: int, independent: float) -> dict:
@@ -260,7 +324,9 @@ def acc_plus(right: np.ndarray, groups: np.ndarray) -> dict:
     """The share of groups with every pair right, and its interval; both [pairs]."""
     _, group = np.unique(groups, return_inverse=True)
     all_right = np.bincount(group, np.logical_not(right)) == 0  # [groups]
-    return with_interval(float(all_right.mean()) if len(all_right) else float("nan"), len(all_right), len(all_right))
+    return with_interval(
+        float(all_right.mean()) if len(all_right) else float("nan"), len(all_right), len(all_right)
+    )
 
 
 def mean_of(rows: list[dict], weights: list[float] | None = None) -> dict:
@@ -279,7 +345,9 @@ def mean_of(rows: list[dict], weights: list[float] | None = None) -> dict:
     return mean
 
 
-def by_category(right: np.ndarray, categories: np.ndarray, groups: np.ndarray, measure: Callable = accuracy) -> dict:
+def by_category(
+    right: np.ndarray, categories: np.ndarray, groups: np.ndarray, measure: Callable = accuracy
+) -> dict:
     """{category: accuracy (or acc_plus) of its pairs}, in the order of the names; all [pairs]."""
     parts = {name: categories == name for name in np.unique(categories).tolist()}
     return {name: measure(right[part], groups[part]) for name, part in parts.items()}
@@ -319,7 +387,9 @@ def vl_rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
     def group_in_the_paper(id: str) -> str:
         if "mmmu" in id or "mathverse" in id:
             return "reasoning"
-        return "hallucination" if "hallucination" in id or "rlhf" in id or "rlaif" in id else "general"
+        return (
+            "hallucination" if "hallucination" in id or "rlhf" in id or "rlaif" in id else "general"
+        )
 
     official = metrics(scores, items)
     paper = metrics(scores, replace(items, categories=[group_in_the_paper(id) for id in items.ids]))
@@ -350,7 +420,10 @@ REWARDBENCH = {  # sections, their subsets and what those weigh: their pairs, bu
     "Prior Sets": {"anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1},  # alike, and all of it half
 }
 # fmt: on
-SAFETY_IN_THE_CODE = REWARDBENCH["Safety"] | {"xstest-should-refuse": 250, "xstest-should-respond": 154}
+SAFETY_IN_THE_CODE = REWARDBENCH["Safety"] | {
+    "xstest-should-refuse": 250,
+    "xstest-should-respond": 154,
+}
 
 
 def rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
@@ -366,19 +439,25 @@ def rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
         rows = {}
         for section, parts in weights.items():
             if there := [name for name in parts if name in subsets]:
-                rows[section] = mean_of([subsets[name] for name in there], [parts[name] for name in there])
+                rows[section] = mean_of(
+                    [subsets[name] for name in there], [parts[name] for name in there]
+                )
         overall = mean_of([*rows.values()], [0.5 if name == "Prior Sets" else 1.0 for name in rows])
         return {"overall": overall, **rows}
 
     code = sections(REWARDBENCH | {"Safety": SAFETY_IN_THE_CODE})
-    as_code = {f"{name}, as the code weighs": code[name] for name in ("overall", "Safety") if name in code}
+    as_code = {
+        f"{name}, as the code weighs": code[name] for name in ("overall", "Safety") if name in code
+    }
     return sections(REWARDBENCH) | as_code | subsets
 
 
 def best_of(score: np.ndarray, ranks: list[int]) -> float:
     """1 if a right response scores highest, shared with as many as score the same; else 0. Both [responses]."""
     highest = score == score.max()
-    return float(highest[np.array(ranks) == 1].any() / max(1, highest.sum()))  # none is highest where one is nan
+    return float(
+        highest[np.array(ranks) == 1].any() / max(1, highest.sum())
+    )  # none is highest where one is nan
 
 
 def ties_score(scores: list[np.ndarray], ranks: list[list[int]], ids: list[str]) -> float:
@@ -388,7 +467,9 @@ def ties_score(scores: list[np.ndarray], ranks: list[list[int]], ids: list[str])
     former, the gap from the worst right to the best wrong one is to be wider than the right ones' spread.
     """
     mean = lambda values: float(np.mean(values)) if len(values) else 0.0
-    found = defaultdict(dict)  # {"tied" or "ref": {number: (worst right - best wrong, best right - worst right)}}
+    found = defaultdict(
+        dict
+    )  # {"tied" or "ref": {number: (worst right - best wrong, best right - worst right)}}
     for score, rank, id in zip(scores, ranks, ids):
         kind, _, number = id.partition(":")
         right, wrong = score[np.array(rank) == 1], score[np.array(rank) != 1]
@@ -401,7 +482,9 @@ def ties_score(scores: list[np.ndarray], ranks: list[list[int]], ids: list[str])
         margin = np.nan_to_num(np.tanh(smaller / width - 1), nan=0.0)
     above = [mean([gap > 0 for gap, _ in questions.values()]) for questions in (tied, ref)]
     close = [mean(gap > width), mean(smaller > width)]
-    return 0.30 * above[0] + 0.30 * above[1] + 0.20 * close[0] + 0.20 * close[1] + 0.01 * mean(margin)
+    return (
+        0.30 * above[0] + 0.30 * above[1] + 0.20 * close[0] + 0.20 * close[1] + 0.01 * mean(margin)
+    )
 
 
 def rewardbench_2(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
@@ -412,7 +495,10 @@ def rewardbench_2(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
         places = [i for i, category in enumerate(items.categories) if category == name]
         chosen, ranks = [scores[i] for i in places], [items.ranks[i] for i in places]
         if name == "Ties":
-            rows[name] = {"accuracy": ties_score(chosen, ranks, [items.ids[i] for i in places]), "items": len(places)}
+            rows[name] = {
+                "accuracy": ties_score(chosen, ranks, [items.ids[i] for i in places]),
+                "items": len(places),
+            }
         else:
             share = float(np.mean([best_of(*each) for each in zip(chosen, ranks)]))
             rows[name] = with_interval(share, len(places), len(places))
@@ -425,16 +511,27 @@ def rm_bench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
     alike, hard where the rejected one is the fancier. A domain's accuracy is the mean of the three, and all others are
     means over the domains.
     """
-    right = np.array([s[np.array(r) == 1][:, None] > s[np.array(r) == 2] for s, r in zip(scores, items.ranks)])
-    all_cells, domains = np.ones((3, 3), bool), np.array(items.categories)  # right: [prompts, chosen, rejected]
-    levels = {"easy": np.tril(all_cells, -1), "normal": np.eye(3, dtype=bool), "hard": np.triu(all_cells, 1)}
+    right = np.array(
+        [s[np.array(r) == 1][:, None] > s[np.array(r) == 2] for s, r in zip(scores, items.ranks)]
+    )
+    all_cells, domains = (
+        np.ones((3, 3), bool),
+        np.array(items.categories),
+    )  # right: [prompts, chosen, rejected]
+    levels = {
+        "easy": np.tril(all_cells, -1),
+        "normal": np.eye(3, dtype=bool),
+        "hard": np.triu(all_cells, 1),
+    }
 
     def of_domain(name: str, cells: np.ndarray) -> dict:
         pairs = right[domains == name][:, cells]  # [prompts, cells]
         return accuracy(pairs.flatten(), np.arange(len(pairs)).repeat(cells.sum()))
 
     rows = {name: of_domain(name, all_cells) for name in sorted(set(items.categories))}
-    over_domains = {level: mean_of([of_domain(name, cells) for name in rows]) for level, cells in levels.items()}
+    over_domains = {
+        level: mean_of([of_domain(name, cells) for name in rows]) for level, cells in levels.items()
+    }
     return {"overall": mean_of([*rows.values()]), **over_domains, **rows}
 
 
@@ -463,10 +560,17 @@ METRICS: dict[str, Callable[[list[np.ndarray], Items], dict[str, dict]]] = {
 
 def baselines(items: Items, measure: Callable = metrics, draws: int = 200) -> dict[str, dict]:
     """What stands beside every model: 'longer wins' and 'random'."""
-    rng, longer = np.random.default_rng(0), [np.array(lengths, float) for lengths in items.characters]
-    drawn = [measure([rng.random(len(ranks)) for ranks in items.ranks], items) for _ in range(draws)]
+    rng, longer = (
+        np.random.default_rng(0),
+        [np.array(lengths, float) for lengths in items.characters],
+    )
+    drawn = [
+        measure([rng.random(len(ranks)) for ranks in items.ranks], items) for _ in range(draws)
+    ]
     mean = {name: float(np.mean([each[name]["accuracy"] for each in drawn])) for name in drawn[0]}
-    random = {name: {"accuracy": mean[name], "items": row["items"]} for name, row in drawn[0].items()}
+    random = {
+        name: {"accuracy": mean[name], "items": row["items"]} for name, row in drawn[0].items()
+    }
     return {"longer wins": measure(longer, items), "random": random}
 
 
@@ -487,7 +591,9 @@ def table(title: str, systems: dict[str, dict[str, dict]], counts: bool = True) 
     def cell(value: dict | None) -> str:
         if value is None:
             return "-"
-        interval = f" [{100 * value['low']:.1f}, {100 * value['high']:.1f}]" if "low" in value else ""
+        interval = (
+            f" [{100 * value['low']:.1f}, {100 * value['high']:.1f}]" if "low" in value else ""
+        )
         return f"{100 * value['accuracy']:.1f}{interval}"
 
     first = next(iter(systems.values()))
@@ -502,9 +608,19 @@ def table(title: str, systems: dict[str, dict[str, dict]], counts: bool = True) 
 
 def overall_table(benchmarks: dict[str, dict[str, dict]]) -> str:
     """The overall accuracy of every system on every benchmark, and its mean where a system was on all of them."""
-    overall = {title: {name: each["overall"] for name, each in found.items()} for title, found in benchmarks.items()}
-    names = [name for name in next(iter(overall.values())) if all(name in each for each in overall.values())]
-    mean = {name: float(np.mean([each[name]["accuracy"] for each in overall.values()])) for name in names}
+    overall = {
+        title: {name: each["overall"] for name, each in found.items()}
+        for title, found in benchmarks.items()
+    }
+    names = [
+        name
+        for name in next(iter(overall.values()))
+        if all(name in each for each in overall.values())
+    ]
+    mean = {
+        name: float(np.mean([each[name]["accuracy"] for each in overall.values()]))
+        for name in names
+    }
     overall["mean"] = {name: {"accuracy": value} for name, value in mean.items()}
     return table("overall accuracy", overall, counts=False)
 
@@ -518,23 +634,36 @@ def overlap(comparisons: Comparisons, training: list[str], distance: int = 2) ->
     pictures, the exact bytes of a picture, the look of a picture (a perceptual hash that differs in at most `distance`
     of 64 bits: scaled or recompressed copies, and drawings that are alike)."""
     seen = [data.Comparisons(folder) for folder in training]
-    prompts, images, looks = (np.unique(np.concatenate([each.hashes(name) for each in seen])) for name in data.HASHES)
+    prompts, images, looks = (
+        np.unique(np.concatenate([each.hashes(name) for each in seen])) for name in data.HASHES
+    )
     found = {"prompt": 0, "picture": 0, "picture that looks alike": 0}
     for comparison in comparisons:
-        found["prompt"] += not comparison.images and data.prompt_hash(comparison.prompt, None) in prompts
+        found["prompt"] += (
+            not comparison.images and data.prompt_hash(comparison.prompt, None) in prompts
+        )
         found["picture"] += any(data.hash_of(image) in images for image in comparison.images)
-        alike = (np.bitwise_count(looks ^ np.uint64(data.look_of(image))) <= distance for image in comparison.images)
+        alike = (
+            np.bitwise_count(looks ^ np.uint64(data.look_of(image))) <= distance
+            for image in comparison.images
+        )
         found["picture that looks alike"] += any(near.any() for near in alike)
     return {what: int(count) for what, count in found.items()}
 
 
 def warn_of_overlap(name: str, model: Reward, comparisons: Comparisons) -> None:
     """Prints what a benchmark shares with the data its model was trained on, where that is still there."""
-    there = [folder for folder in model.trained_with.get("data", []) if Path(folder, "dataset.json").is_file()]
+    there = [
+        folder
+        for folder in model.trained_with.get("data", [])
+        if Path(folder, "dataset.json").is_file()
+    ]
     try:
         shared = overlap(comparisons, there) if there else {}
     except UserError as error:  # scores are not lost over this
-        print(f"{name}: whether {comparisons.folder} and the training data overlap is not known: {error}")
+        print(
+            f"{name}: whether {comparisons.folder} and the training data overlap is not known: {error}"
+        )
         return
     for what, count in shared.items():
         if count:
@@ -576,7 +705,9 @@ def bars(systems: dict[str, dict[str, dict]]) -> str:
                 low, high = (100 * value[end] for end in ("low", "high"))
                 bar += f'<b style="left:{low:.2f}%;width:{high - low:.2f}%"></b>'
             label = f"<span>{escape(system)}</span>"
-            made.append(f"<div class=bar>{label}<div>{bar}</div><span>{100 * value['accuracy']:.1f}</span></div>")
+            made.append(
+                f"<div class=bar>{label}<div>{bar}</div><span>{100 * value['accuracy']:.1f}</span></div>"
+            )
     return "\n".join(made)
 
 
@@ -595,12 +726,18 @@ def plot(marks: list[tuple[list[tuple], str, str]], x_label: str, y_label: str) 
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
     across = lambda x: 60 + 530 * (x - left) / (right - left or 1)
     up = lambda y: 175 - 150 * (y - low) / (high - low or 1)
-    made = [f'<text x="60" y="14">{y_label}</text><text x="590" y="214" text-anchor="end">{x_label}</text>']
+    made = [
+        f'<text x="60" y="14">{y_label}</text><text x="590" y="214" text-anchor="end">{x_label}</text>'
+    ]
     for x in round_numbers(left, right):
-        made.append(f'<text class=x x="{across(x):.2f}" y="194" text-anchor="middle">{x:,.10g}</text>')
+        made.append(
+            f'<text class=x x="{across(x):.2f}" y="194" text-anchor="middle">{x:,.10g}</text>'
+        )
     for y in round_numbers(low, high):
         made.append(f'<path d="M60 {up(y):.2f}H590" stroke="var(--line)"/>')
-        made.append(f'<text class=y x="54" y="{up(y):.2f}" dy=".35em" text-anchor="end">{y:,.10g}</text>')
+        made.append(
+            f'<text class=y x="54" y="{up(y):.2f}" dy=".35em" text-anchor="end">{y:,.10g}</text>'
+        )
     for points, look, title in marks:
         places = " ".join(f"{across(x):.2f},{up(y):.2f}" for x, y in points)
         made.append(f'<polyline points="{places}" {look}><title>{escape(title)}</title></polyline>')
@@ -626,18 +763,32 @@ def learning_curves(model: str) -> str:
         with suppress(data.Unusable):  # the last one of a killed run may be half written
             lines.append(data.read_json(line))
     for what in ("loss", "accuracy"):
-        names = sorted({name for line in lines for name in line if re.match(rf"(validation_)?{what}", name)})
+        names = sorted(
+            {name for line in lines for name in line if re.match(rf"(validation_)?{what}", name)}
+        )
         marks, legend = [], ""
         for name, colour in zip(names, ('"#888"', '"var(--bar)"')):
-            there = [line for line in lines if all(type(line.get(key)) in (int, float) for key in ("step", name))]
-            points = [(line["step"], line[name]) for line in there]  # none at a step that was skipped
+            there = [
+                line
+                for line in lines
+                if all(type(line.get(key)) in (int, float) for key in ("step", name))
+            ]
+            points = [
+                (line["step"], line[name]) for line in there
+            ]  # none at a step that was skipped
             marks += [(points, f'stroke={colour} fill="none"', name)] if points else []
             dot = f'stroke={colour} stroke-width="7" stroke-linecap="round"'
-            marks += [([each, each], dot, "step {}: {:.4f}".format(*each)) for each in points if len(points) < 100]
+            marks += [
+                ([each, each], dot, "step {}: {:.4f}".format(*each))
+                for each in points
+                if len(points) < 100
+            ]
             legend += f'<tspan fill={colour} dx="8">{escape(name)}</tspan>'
         if marks:
             made.append(plot(marks, "step", legend))
-    return f"<h1>Training of {escape(model)}</h1><div class=side>{''.join(made)}</div>" if made else ""
+    return (
+        f"<h1>Training of {escape(model)}</h1><div class=side>{''.join(made)}</div>" if made else ""
+    )
 
 
 def shaded(tokens: np.ndarray, scores: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -663,25 +814,35 @@ def scores_while_reading(model: Reward, comparison: Comparison) -> list[np.ndarr
     model = model.model_for(bool(comparison.images))
     row = model_stage.pack([comparison], model.processors).to(model.device)
     read = model.head(model.hidden_states(row))[len(comparison.prompt) - 1 :].float().cpu().numpy()
-    responses = np.split(read[1:], np.cumsum([len(response) for response in comparison.responses])[:-1])
+    responses = np.split(
+        read[1:], np.cumsum([len(response) for response in comparison.responses])[:-1]
+    )
     return [np.concatenate([read[:1], response]) for response in responses]
 
 
 def article(
-    comparison: Comparison, scores: np.ndarray, margin: float, model: Reward, tokenizer: PreTrainedTokenizerBase
+    comparison: Comparison,
+    scores: np.ndarray,
+    margin: float,
+    model: Reward,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """One comparison: pictures, prompt, and its responses from the best ranked to the worst, with their scores."""
     prompt = tokenizer.decode(comparison.prompt.tolist()).replace("\ufffd", "")
     prompt = re.sub(r"(<\|image_pad\|>|<IMG_CONTEXT>)+", "[picture]", prompt)
     for token in tokenizer.added_tokens_decoder.values():
         prompt = prompt.replace(token.content, "") if token.special else prompt
-    made = [f"<article><p><b>{margin:.2f}</b> <small>{escape(str(comparison.record.get('id', '')))}</small></p>"]
+    made = [
+        f"<article><p><b>{margin:.2f}</b> <small>{escape(str(comparison.record.get('id', '')))}</small></p>"
+    ]
     for image in comparison.images:
         data.open_image(image)  # raises where it is none
         kind = data.Image.open(io.BytesIO(image)).get_format_mimetype() or "image/png"
         made.append(f'<img alt="" src="data:{kind};base64,{base64.b64encode(image).decode()}">')
     made.append(f"<div class=text>{escape(prompt.strip())}</div><div class=side>")
-    naive = model and model.model_for(bool(comparison.images)).kind == "naive"  # others' heads have not read responses
+    naive = (
+        model and model.model_for(bool(comparison.images)).kind == "naive"
+    )  # others' heads have not read responses
     reading = scores_while_reading(model, comparison) if naive else [None] * len(scores)
     for i in sorted(range(len(scores)), key=lambda i: comparison.ranks[i]):
         tokens = comparison.responses[i]
@@ -689,7 +850,9 @@ def article(
             text = escape(tokenizer.decode(tokens[:-1].tolist()))
         else:
             text = shaded(tokens, reading[i], tokenizer)
-        made.append(f"<div><p>rank {comparison.ranks[i]}, score {scores[i]:.3f}</p><div class=text>{text}</div></div>")
+        made.append(
+            f"<div><p>rank {comparison.ranks[i]}, score {scores[i]:.3f}</p><div class=text>{text}</div></div>"
+        )
     return "".join([*made, "</div></article>"])
 
 
@@ -705,7 +868,7 @@ def section(
     """What the page shows of one benchmark. `model` is None where only scores are known."""
     margins, wrong = [], []
     for i, (score, comparison) in enumerate(zip(scores, comparisons)):
-        found = [score[a] - score[b] for a, b in training.ordered_pairs(comparison.ranks)]
+        found = [score[a] - score[b] for a, b in comparison.pairs]
         margins += found
         if min(found) < 0:
             wrong.append((min(found), i))
@@ -713,7 +876,10 @@ def section(
     finite = margins[np.isfinite(margins)]
     lost = len(margins) - len(finite)
     of = f"{len(margins):,} pairs" + (f", {lost:,} not finite" if lost else "")
-    gallery = [article(comparisons[i], scores[i], margin, model, tokenizer) for margin, i in sorted(wrong)[:worst]]
+    gallery = [
+        article(comparisons[i], scores[i], margin, model, tokenizer)
+        for margin, i in sorted(wrong)[:worst]
+    ]
     aid = "Words are shaded by how the score moves while they are read (green up, red down): an aid to look with."
     return f"""<h1>{escape(title)}</h1>
 {bars(systems)}
@@ -727,26 +893,38 @@ def section(
 def page(title: str, sections: list[str]) -> str:
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f"<meta charset=utf-8>{viewport}<title>{escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(sections)}</body></html>"
+    return (
+        f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(sections)}</body></html>"
+    )
 
 
 def check_names(folders: list[str]) -> None:
     """Raises UserError where results of two benchmarks would stand under one name."""
     names = [data.Comparisons(folder).info["name"] for folder in folders]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"--benchmark: two are named {', '.join(twice)}; prepare one of them with another --name")
+        raise UserError(
+            f"--benchmark: two are named {', '.join(twice)}; prepare one of them with another --name"
+        )
 
 
-def evaluate(name: str, path: str, folders: list[str], settings: Settings, device: torch.device) -> dict[str, dict]:
+def evaluate(
+    name: str, path: str, folders: list[str], settings: Settings, device: torch.device
+) -> dict[str, dict]:
     """Scores every benchmark with one model, or reads the scores that take its place (`path` empty), and writes what
     belongs to it. Returns, on rank 0, {title of the benchmark: {name and baselines: metrics}}."""
-    model = model_stage.place(model_stage.load_reward(path, settings.text_model), device) if path else None
+    model = (
+        model_stage.place(model_stage.load_reward(path, settings.text_model), device)
+        if path
+        else None
+    )
     out, found, costs = Path(settings.out, name), {}, {}
     sections = [learning_curves(each) for each in (path, settings.text_model) if each]
     for folder in folders:
         comparisons = data.Comparisons(folder, model.fingerprint if model else None)
         if not len(comparisons) or not all(comparisons.response_counts()):
-            raise UserError(f"{folder}: has prompts without responses; a benchmark is made of pairs or rankings")
+            raise UserError(
+                f"{folder}: has prompts without responses; a benchmark is made of pairs or rankings"
+            )
         title = benchmark_title(comparisons)
         if model:
             dist.barrier()  # rank 0 comes from the metrics of the benchmark before
@@ -757,15 +935,24 @@ def evaluate(name: str, path: str, folders: list[str], settings: Settings, devic
             scores = read_scores(settings.scores_from, comparisons)
         if dist.get_rank() > 0:
             continue
-        save_scores(out / f"{comparisons.info['name']}.safetensors", scores, comparisons, path or settings.scores_from)
+        save_scores(
+            out / f"{comparisons.info['name']}.safetensors",
+            scores,
+            comparisons,
+            path or settings.scores_from,
+        )
         items, measure = Items.of(comparisons), METRICS[comparisons.info["metric"]]
         found[title] = {name: measure(scores, items), **baselines(items, measure)}
         if model:
             cost = ", ".join(f"{value:.4g} {what}" for what, value in costs[title].items())
             print(f"{name} on {title}: a comparison costs {cost}", flush=True)
             warn_of_overlap(name, model, comparisons)
-        processors = model.processors if model else data.load_processors(comparisons.info["backbone"])
-        sections.append(section(title, found[title], scores, comparisons, model, processors.tokenizer))
+        processors = (
+            model.processors if model else data.load_processors(comparisons.info["backbone"])
+        )
+        sections.append(
+            section(title, found[title], scores, comparisons, model, processors.tokenizer)
+        )
     if dist.get_rank() == 0:
         data.write_file(out / "summary.json", json.dumps(found, indent=1))
         if model:
@@ -788,7 +975,11 @@ def to_score(record: dict) -> tuple[list, list[str], list]:
     if "prompt" not in record:
         raise data.Unusable("missing field: prompt")
     images = data.images_in(record)
-    return record["prompt"], [data.text_of(response, name) for name, response in named.items()], images
+    return (
+        record["prompt"],
+        [data.text_of(response, name) for name, response in named.items()],
+        images,
+    )
 
 
 def scored_lines(
@@ -802,7 +993,11 @@ def scored_lines(
         comparisons = [comparison for _, comparison in waiting if comparison is not None]
         scores = iter(model.score_encoded(comparisons, micro_tokens).tolist())
         for record, comparison in waiting:
-            yield record if comparison is None else record | {"scores": list(islice(scores, len(comparison.responses)))}
+            yield (
+                record
+                if comparison is None
+                else record | {"scores": list(islice(scores, len(comparison.responses)))}
+            )
 
     for line in lines:
         record, comparison = {"line": line.decode(errors="replace")}, None
@@ -843,18 +1038,26 @@ def score_file(settings: Settings) -> None:
         lines.seek(0)
         progress = tqdm(lines, source.name, total, unit=" lines", disable=rank > 0, mininterval=1)
         mine = islice(progress, rank, None, world)
-        for record in scored_lines(model, mine, source.parent, settings.micro_tokens, settings.max_length):
+        for record in scored_lines(
+            model, mine, source.parent, settings.micro_tokens, settings.max_length
+        ):
             part.write(json.dumps(record) + "\n")
             counts += torch.tensor([1, "error" in record])
     dist.all_reduce(counts)  # so all have written
     if rank == 0:
-        with data.in_place_of(out) as temporary, open(temporary, "w") as whole, ExitStack() as stack:
+        with (
+            data.in_place_of(out) as temporary,
+            open(temporary, "w") as whole,
+            ExitStack() as stack,
+        ):
             dealt = [stack.enter_context(open(part)) for part in parts]
             for together in zip_longest(*dealt, fillvalue=""):  # the i-th line of every rank
                 whole.writelines(together)
         for part in parts:
             part.unlink()
-        print(f"{out}: {counts[0]} lines, {counts[1]} of them without scores but with the reason as `error`")
+        print(
+            f"{out}: {counts[0]} lines, {counts[1]} of them without scores but with the reason as `error`"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -867,17 +1070,24 @@ def main(settings: Settings) -> None:
     rank, _, device = data.start_distributed()
     if settings.scores_from:
         if len(settings.benchmark) != 1 or settings.model:
-            raise UserError("--scores_from: in place of --model, and with one --benchmark, whose scores these are")
+            raise UserError(
+                "--scores_from: in place of --model, and with one --benchmark, whose scores these are"
+            )
         systems = {Path(settings.scores_from).stem: ""}
     else:
         systems = models_of(settings)
     folders = settings.benchmark or DEFAULT_BENCHMARKS
     check_names(folders)
-    found = {name: evaluate(name, path, folders, settings, device) for name, path in systems.items()}
+    found = {
+        name: evaluate(name, path, folders, settings, device) for name, path in systems.items()
+    }
     if rank > 0:
         return
     first = next(iter(found.values()))  # for the baselines, which are everyone's
-    together = {title: {name: each[title][name] for name, each in found.items()} | first[title] for title in first}
+    together = {
+        title: {name: each[title][name] for name, each in found.items()} | first[title]
+        for title in first
+    }
     for title, columns in together.items():
         print(f"\n{table(title, columns)}")
     if len(systems) > 1:

@@ -40,15 +40,25 @@ option, Comparisons, UserError = data.option, data.Comparisons, data.UserError
 
 @dataclass
 class Settings:
-    member: list[str] = option([], "reward models to combine, repeatable; none: artifacts/reward and one trained here")
-    text_member: str = option(
-        "auto", "text-only reward model for comparisons without images; auto: one trained here if no --member; '': none"
+    member: list[str] = option(
+        [], "reward models to combine, repeatable; none: artifacts/reward and one trained here"
     )
-    heldout: str = option("artifacts/data/train_holdout", "held-out training pairs to fit the weights on; no benchmark")
-    benchmark: list[str] = option([], "prepared comparisons to score, repeatable; none: the embedded held-out sets")
+    text_member: str = option(
+        "auto",
+        "text-only reward model for comparisons without images; auto: one trained here if no --member; '': none",
+    )
+    heldout: str = option(
+        "artifacts/data/train_holdout",
+        "held-out training pairs to fit the weights on; no benchmark",
+    )
+    benchmark: list[str] = option(
+        [], "prepared comparisons to score, repeatable; none: the embedded held-out sets"
+    )
     out: str = option("artifacts/ensemble", "folder for the members trained here and summary.json")
     backbone: str = option("tests/tiny", "backbone of the members trained here")
-    steps: int = option(0, "training steps of each member trained here; 0: two passes over its data, 03's default")
+    steps: int = option(
+        0, "training steps of each member trained here; 0: two passes over its data, 03's default"
+    )
     learning_rate: float = option(2e-4, "of the members trained here")
     seed: int = option(1, "of the members trained here")
 
@@ -78,7 +88,9 @@ def fit_weights(scores: np.ndarray, ranks: list[list[int]]) -> dict[str, np.ndar
     Args: scores [members, responses], and for each comparison the ranks of its responses.
     """
     starts = np.cumsum([0, *map(len, ranks)])
-    pairs = [(start + i, start + j) for start, r in zip(starts, ranks) for i, j in training.ordered_pairs(r)]
+    pairs = [
+        (start + i, start + j) for start, r in zip(starts, ranks) for i, j in data.ordered_pairs(r)
+    ]
     better, worse = np.array(pairs).T
     margins = scores[:, better] - scores[:, worse]  # [members, pairs]
     accuracy, confidence = (margins > 0).mean(1), np.abs(margins).mean(1)
@@ -98,7 +110,9 @@ def language_half(backbone: str, out: str) -> None:
     for multimodal in ("mrope_section", "mrope_interleaved"):
         config["rope_parameters"].pop(multimodal, None)
     own = config.pop("model_type")
-    half = AutoModel.from_config(AutoConfig.for_model(data.FAMILIES[model.config.model_type].half or own, **config))
+    half = AutoModel.from_config(
+        AutoConfig.for_model(data.FAMILIES[model.config.model_type].half or own, **config)
+    )
     half.load_state_dict(language.state_dict())
     model_stage.export(half, replace(data.load_processors(backbone), image=None), out)
 
@@ -109,7 +123,9 @@ def train_member(name: str, backbone: str, train_data: str, settings: Settings) 
     if dist.get_rank() == 0:
         print(f"\n{name}: {backbone} on {train_data}", flush=True)
         torch.manual_seed(settings.seed)
-        model_stage.RewardModel.from_backbone(backbone, model_stage.HeadSettings()).save_pretrained(f"{out}/initial")
+        model_stage.RewardModel.from_backbone(backbone, model_stage.HeadSettings()).save_pretrained(
+            f"{out}/initial"
+        )
     dist.barrier()
     how = {"steps": settings.steps, "learning_rate": settings.learning_rate, "seed": settings.seed}
     how |= {"validate_every": 0, "checkpoint_every": 0}
@@ -124,14 +140,18 @@ def train_members(settings: Settings) -> tuple[list[str], str]:
     if dist.get_rank() == 0:
         language_half(settings.backbone, half)
     dist.barrier()
-    return ["artifacts/reward", second], train_member("text", half, "artifacts/data/train_text", settings)
+    return ["artifacts/reward", second], train_member(
+        "text", half, "artifacts/data/train_text", settings
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores of all members on all sets; a model is loaded once and scores one set after the other.
 
 
-def score_sets(members: list[str], folders: list[str], device: torch.device) -> dict[str, np.ndarray]:
+def score_sets(
+    members: list[str], folders: list[str], device: torch.device
+) -> dict[str, np.ndarray]:
     """{folder: scores [members, responses]}."""
     scores = {folder: [] for folder in folders}
     for member in members:
@@ -150,7 +170,9 @@ def score_text(text_member: str, folders: list[str], device: torch.device) -> di
         scores[folder] = np.full(len(with_text), np.nan)
         if with_text.any():
             subset = data.Comparisons(folder, model.processors.fingerprint, text_only=True)
-            scores[folder][with_text] = np.concatenate(evaluation.score_comparisons(model, subset, device))
+            scores[folder][with_text] = np.concatenate(
+                evaluation.score_comparisons(model, subset, device)
+            )
     return scores
 
 
@@ -164,7 +186,10 @@ def main(settings: Settings) -> None:
     folders = settings.benchmark or evaluation.DEFAULT_BENCHMARKS
     evaluation.check_names(folders)  # before anything is trained
     data.Comparisons(settings.heldout)
-    members, text_member = settings.member, "" if settings.text_member == "auto" else settings.text_member
+    members, text_member = (
+        settings.member,
+        "" if settings.text_member == "auto" else settings.text_member,
+    )
     if not members:
         members, trained = train_members(settings)
         text_member = trained if settings.text_member == "auto" else text_member
@@ -179,7 +204,9 @@ def main(settings: Settings) -> None:
     print(f"\nfitted on {settings.heldout}, {len(heldout)} comparisons")
     for i, name in enumerate(names):
         by = ", ".join(f"by {key} {values[i]:.3f}" for key, values in weights.items())
-        print(f"  {name:<12} spread of its scores {scores[settings.heldout][i].std():.2f}; weight {by}")
+        print(
+            f"  {name:<12} spread of its scores {scores[settings.heldout][i].std():.2f}; weight {by}"
+        )
 
     benchmarks = {}  # {benchmark: {system: metrics}}
     for folder in folders:
@@ -193,14 +220,22 @@ def main(settings: Settings) -> None:
             systems["mean, text routed"] = route(systems["mean"], text_scores[folder], ~text_only)
             if text_only.all():
                 systems["text-only"] = text_scores[folder]
-        items, ends = evaluation.Items.of(comparisons), np.cumsum(comparisons.response_counts())[:-1]
+        items, ends = (
+            evaluation.Items.of(comparisons),
+            np.cumsum(comparisons.response_counts())[:-1],
+        )
         measure = evaluation.METRICS[comparisons.info["metric"]]
         results = {name: measure(np.split(flat, ends), items) for name, flat in systems.items()}
         benchmarks[evaluation.benchmark_title(comparisons)] = results
 
     print("\n" + evaluation.overall_table(benchmarks))
     fitted = {key: values.tolist() for key, values in weights.items()}
-    summary = {"members": members, "text_member": text_member, "weights": fitted, "benchmarks": benchmarks}
+    summary = {
+        "members": members,
+        "text_member": text_member,
+        "weights": fitted,
+        "benchmarks": benchmarks,
+    }
     data.write_file(Path(settings.out, "summary.json"), json.dumps(summary, indent=1))
     print(f"\n{settings.out}/summary.json has all metrics")
     data.say_next("06_grpo.py")

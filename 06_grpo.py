@@ -53,38 +53,73 @@ from transformers import PreTrainedTokenizerBase
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
-option, Comparison, Comparisons, UserError = data.option, data.Comparison, data.Comparisons, data.UserError
+option, Comparison, Comparisons, UserError = (
+    data.option,
+    data.Comparison,
+    data.Comparisons,
+    data.UserError,
+)
 PackedRow, Reward = model_stage.PackedRow, model_stage.Reward
 texts_of = model_stage.texts_of
 
 
 @dataclass
 class Settings:
-    backbone: str = option("tests/tiny", "the policy to start from, with its LM head (paper: Qwen2.5-VL-3B)")
+    backbone: str = option(
+        "tests/tiny", "the policy to start from, with its LM head (paper: Qwen2.5-VL-3B)"
+    )
     model: str = option("artifacts/reward", "the reward model")
-    text_model: str = option("", "text-only reward model for what has no image (the paper's advice); '' for none")
+    text_model: str = option(
+        "", "text-only reward model for what has no image (the paper's advice); '' for none"
+    )
     data: str = option("artifacts/data/questions", "prepared questions to train on")
-    benchmark: str = option("artifacts/data/new_questions", "prepared questions to evaluate on; '' for none")
-    out: str = option("artifacts/policy", "folder for the trained policy, its metrics and its answers")
-    reward: Literal["rule", "model", "hybrid"] = option("hybrid", "of an answer, by what (paper's best: hybrid)")
+    benchmark: str = option(
+        "artifacts/data/new_questions", "prepared questions to evaluate on; '' for none"
+    )
+    out: str = option(
+        "artifacts/policy", "folder for the trained policy, its metrics and its answers"
+    )
+    reward: Literal["rule", "model", "hybrid"] = option(
+        "hybrid", "of an answer, by what (paper's best: hybrid)"
+    )
     steps: int = option(60, "updates; each from fresh rollouts")
     batch_size: int = option(32, "prompts a step, over all ranks (paper: 256)")
     group_size: int = option(8, "rollouts a prompt (paper: 8)")
     max_new_tokens: int = option(96, "longest answer, in tokens")
-    rollout_batch: int = option(64, "prompts that one rank answers at a time; their keys and values take memory")
-    temperature: float = option(1.0, "of sampling; the loss uses the same")
-    learning_rate: float = option(1e-4, "peak of AdamW, after 5 warm-up steps, then linear to 0 (for 3B about 1e-6)")
-    advantage: Literal["centred", "batch", "group"] = option(
-        "centred", "reward - group mean; by its deviation in the batch, for raw scores; in the group, as published"
+    rollout_batch: int = option(
+        64, "prompts that one rank answers at a time; their keys and values take memory"
     )
-    fallback_scale: float = option(0.5, "hybrid: factor on sigmoid(score) of a wrong closed answer (paper: 1)")
-    kl_coefficient: float = option(0.1, "weight of the KL divergence to the start; 0: it is only logged")
+    temperature: float = option(1.0, "of sampling; the loss uses the same")
+    learning_rate: float = option(
+        1e-4, "peak of AdamW, after 5 warm-up steps, then linear to 0 (for 3B about 1e-6)"
+    )
+    advantage: Literal["centred", "batch", "group"] = option(
+        "centred",
+        "reward - group mean; by its deviation in the batch, for raw scores; in the group, as published",
+    )
+    fallback_scale: float = option(
+        0.5, "hybrid: factor on sigmoid(score) of a wrong closed answer (paper: 1)"
+    )
+    kl_coefficient: float = option(
+        0.1, "weight of the KL divergence to the start; 0: it is only logged"
+    )
     clip: float = option(1.0, "largest norm of the gradient")
-    micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens of the packed row")
-    evaluate_size: int = option(400, "held-out questions of the evaluation; 0: all, as a published score needs")
-    export_dtype: Literal["fp32", "bf16"] = option("fp32", "of the exported policy; bf16 is half as large")
-    export_file_size: str = option("5GB", "largest file of the export, which is what rank 0 gathers at a time")
-    seed: int = option(0, "of the order of the prompts and of sampling; rollouts do not depend on the number of ranks")
+    micro_tokens: int = option(
+        8192, "budget of one forward on one rank, in tokens of the packed row"
+    )
+    evaluate_size: int = option(
+        400, "held-out questions of the evaluation; 0: all, as a published score needs"
+    )
+    export_dtype: Literal["fp32", "bf16"] = option(
+        "fp32", "of the exported policy; bf16 is half as large"
+    )
+    export_file_size: str = option(
+        "5GB", "largest file of the export, which is what rank 0 gathers at a time"
+    )
+    seed: int = option(
+        0,
+        "of the order of the prompts and of sampling; rollouts do not depend on the number of ranks",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +147,11 @@ class Policy(model_stage.Writer):
 
 
 def rollout(
-    policy: Policy, prompts: list[Comparison], group: int, max_new_tokens: int, noise: np.ndarray | None
+    policy: Policy,
+    prompts: list[Comparison],
+    group: int,
+    max_new_tokens: int,
+    noise: np.ndarray | None,
 ) -> Tensor:
     """Samples `group` answers to each prompt: token ids [prompts, group, max_new_tokens], -1 after the end-of-turn
     token; `noise` is as in `write`, None decodes greedily."""
@@ -126,7 +165,11 @@ def rollout(
 
 
 def reward_of(
-    kind: Literal["rule", "model", "hybrid"], match: Tensor, closed: Tensor, score: Tensor | None, fallback_scale: float
+    kind: Literal["rule", "model", "hybrid"],
+    match: Tensor,
+    closed: Tensor,
+    score: Tensor | None,
+    fallback_scale: float,
 ) -> Tensor:
     """Rewards [groups, G] of the paper's Table 11: `rule` 1 on a match, `model` the raw score, `hybrid` 1 on a match,
     else sigmoid(score), of closed questions times `fallback_scale`.
@@ -137,7 +180,9 @@ def reward_of(
     if kind == "model":
         return score
     if kind == "hybrid":
-        return torch.where(match > 0, 1.0, torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0))
+        return torch.where(
+            match > 0, 1.0, torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0)
+        )
     raise ValueError(f"reward {kind!r}: known are rule, model and hybrid")
 
 
@@ -161,7 +206,9 @@ def phantom_share(advantage: Tensor, match: Tensor, closed: Tensor) -> float:
     return (size[closed[:, 0] & (match.sum(1) == 0)].sum() / size.sum().clamp(min=1e-9)).item()
 
 
-def grpo_loss(log_p: Tensor, start_log_p: Tensor, advantage: Tensor, kl_coefficient: float) -> tuple[Tensor, Tensor]:
+def grpo_loss(
+    log_p: Tensor, start_log_p: Tensor, advantage: Tensor, kl_coefficient: float
+) -> tuple[Tensor, Tensor]:
     """The loss, and of it the KL divergence to the start, both summed over sampled tokens, from [tokens] each: their
     log-probability by the policy, with gradient, and by its start, and the advantage of the answer that each is of.
 
@@ -244,7 +291,11 @@ def numbers_of(text: str) -> list[float]:
 def list_of(text: str) -> list[float]:
     """The numbers of the last list in brackets, of the whole text if it has none."""
     lists = re.findall(r"\[([^\[\]]*)\]", text)
-    return [number for part in (lists[-1].split(",") if lists else [text]) for number in numbers_of(part)]
+    return [
+        number
+        for part in (lists[-1].split(",") if lists else [text])
+        for number in numbers_of(part)
+    ]
 
 
 def is_number(text: str, answer: str, rule: dict) -> bool:
@@ -261,7 +312,9 @@ def is_number(text: str, answer: str, rule: dict) -> bool:
     if rule.get("type") == "integer":
         found, right = ([int(number) for number in each] for each in (found, right))
     elif rule.get("precision") is not None:
-        found, right = ([round(number, rule["precision"]) for number in each] for each in (found, right))
+        found, right = (
+            [round(number, rule["precision"]) for number in each] for each in (found, right)
+        )
     return found == right != []
 
 
@@ -283,7 +336,9 @@ def is_right(text: str, record: dict) -> bool:
 # One step: sample, reward, update. B prompts, G answers to each; what a function returns is the same on all ranks.
 
 
-def sample(actor: Policy, prompts: list[Comparison], seeds: list | None, settings: Settings) -> Tensor:
+def sample(
+    actor: Policy, prompts: list[Comparison], seeds: list | None, settings: Settings
+) -> Tensor:
     """Every rank answers its share of the prompts; all ranks get all answers, [B, G, max_new_tokens], -1 after the end.
 
     `seeds` has one for each prompt, so that its answers do not depend on who else is asked, nor by which rank. Without
@@ -293,26 +348,47 @@ def sample(actor: Policy, prompts: list[Comparison], seeds: list | None, setting
     samples = torch.full((len(prompts), *shape), -1, device=device)
     mine = list(range(rank, len(prompts), world))
     if seeds:  # ranks are to take equally long in every step
-        mine = training.deal(list(range(len(prompts))), np.array([len(p.prompt) for p in prompts]), world)[rank]
-    parts = [mine[start : start + settings.rollout_batch] for start in range(0, len(mine), settings.rollout_batch)]
-    for part in tqdm(parts, desc="held-out questions", unit=" batch", disable=rank > 0 or seeds is not None):
-        noise = np.stack([np.random.default_rng(seeds[i]).random(shape) for i in part]) if seeds else None
+        mine = training.deal(
+            list(range(len(prompts))), np.array([len(p.prompt) for p in prompts]), world
+        )[rank]
+    parts = [
+        mine[start : start + settings.rollout_batch]
+        for start in range(0, len(mine), settings.rollout_batch)
+    ]
+    for part in tqdm(
+        parts, desc="held-out questions", unit=" batch", disable=rank > 0 or seeds is not None
+    ):
+        noise = (
+            np.stack([np.random.default_rng(seeds[i]).random(shape) for i in part])
+            if seeds
+            else None
+        )
         samples[part] = rollout(actor, [prompts[i] for i in part], *shape, noise)
     dist.all_reduce(samples, dist.ReduceOp.MAX)
     return samples
 
 
 def score_groups(
-    reward_model: Reward | None, prompts: list[Comparison], texts: list[list[str]], settings: Settings
+    reward_model: Reward | None,
+    prompts: list[Comparison],
+    texts: list[list[str]],
+    settings: Settings,
 ) -> Tensor:
     """The reward model's scores [groups, G]. Answers are tokenized anew, as the reward model saw them in training."""
-    encoded = [[data.encode_response(text, reward_model.processors) for text in group] for group in texts]
-    groups = [replace(prompt, responses=answers, ranks=[]) for prompt, answers in zip(prompts, encoded)]
+    encoded = [
+        [data.encode_response(text, reward_model.processors) for text in group] for group in texts
+    ]
+    groups = [
+        replace(prompt, responses=answers, ranks=[]) for prompt, answers in zip(prompts, encoded)
+    ]
     return reward_model.score_encoded(groups, settings.micro_tokens).view(len(groups), -1)
 
 
 def reward_answers(
-    reward_model: Reward | None, prompts: list[Comparison], texts: list[list[str]], settings: Settings
+    reward_model: Reward | None,
+    prompts: list[Comparison],
+    texts: list[list[str]],
+    settings: Settings,
 ) -> tuple:
     """Which prompts are closed [B, 1], exact matches, raw scores (0 without a reward model) and rewards, all [B, G]."""
     rank, world, device = data.start_distributed()
@@ -322,9 +398,16 @@ def reward_answers(
     score = torch.zeros_like(match)
     mine = list(range(rank, len(prompts), world))
     if reward_model and mine:
-        score[mine] = score_groups(reward_model, [prompts[i] for i in mine], [texts[i] for i in mine], settings)
+        score[mine] = score_groups(
+            reward_model, [prompts[i] for i in mine], [texts[i] for i in mine], settings
+        )
     dist.all_reduce(score)
-    return closed, match, score, reward_of(settings.reward, match, closed, score, settings.fallback_scale)
+    return (
+        closed,
+        match,
+        score,
+        reward_of(settings.reward, match, closed, score, settings.fallback_scale),
+    )
 
 
 def update(
@@ -339,18 +422,23 @@ def update(
     """One optimizer step on the groups, packed and dealt as in 03. `samples` [B, G, tokens], `advantage` [B, G]."""
     rank, world, device = data.start_distributed()
     lengths = (samples >= 0).sum(-1)  # [B, G]
-    answers = [[tokens[tokens >= 0].cpu().numpy().astype(np.int32) for tokens in group] for group in samples]
+    answers = [
+        [tokens[tokens >= 0].cpu().numpy().astype(np.int32) for tokens in group]
+        for group in samples
+    ]
     groups = [replace(prompt, responses=group, ranks=[]) for prompt, group in zip(prompts, answers)]
     sizes = np.array([group.length for group in groups])
     patches = np.array([group.grids.prod(1).sum() for group in groups], int)
     total = int(lengths.sum())  # tokens of all answers on all ranks
     sums = torch.zeros(2, device=device)
-    for batch in training.plan([list(range(len(groups)))], sizes, patches, settings.micro_tokens, rank, world):
+    for batch in training.plan(
+        [list(range(len(groups)))], sizes, patches, settings.micro_tokens, rank, world
+    ):
         row = training.pack_micro_batch(batch, groups, policy.processors)[1].to(device)
         log_p, entropy = policy(row)  # [tokens of the answers]
         with torch.no_grad():
             start_log_p = frozen(row)[0]
-        of_tokens = [advantage[i].repeat_interleave(lengths[i]) for i in batch.comparisons]
+        of_tokens = [advantage[i].repeat_interleave(lengths[i]) for i in batch.indices]
         of_tokens = torch.cat([log_p.new_zeros(0), *of_tokens])  # [tokens of the answers]
         loss, kl = grpo_loss(log_p, start_log_p, of_tokens, settings.kl_coefficient)
         (loss * world / total).backward()  # FSDP takes the mean over ranks
@@ -378,13 +466,21 @@ def copy_weights(policy: Policy, actor: Policy) -> None:
 # Which metric is a benchmark's own stands beside its source in 01.
 
 Outcomes = list[tuple[str, object, bool]]
-MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+MME_COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
 
 
 def accuracy(outcomes: Outcomes) -> dict[str, float]:
     """The share of right answers in each category."""
     categories = sorted({category for category, _, _ in outcomes})
-    return {name: float(np.mean([right for category, _, right in outcomes if category == name])) for name in categories}
+    return {
+        name: float(np.mean([right for category, _, right in outcomes if category == name]))
+        for name in categories
+    }
 
 
 def all_right(outcomes: Outcomes) -> Outcomes:
@@ -416,7 +512,9 @@ def mme(outcomes: Outcomes) -> dict[str, float]:
 METRICS = {"accuracy": accuracy, "circular": circular, "mme": mme}  # of what has none: accuracy
 
 
-def evaluate(policy: Policy, questions: Comparisons, settings: Settings) -> tuple[dict[str, float], list[dict]]:
+def evaluate(
+    policy: Policy, questions: Comparisons, settings: Settings
+) -> tuple[dict[str, float], list[dict]]:
     """Greedy answers to held-out questions: matches of closed ones, the world's grade of open ones.
 
     Returns {"exact_match" if any are closed, "open_grade" if any are graded, how many are "closed" and "open", and what
@@ -425,19 +523,25 @@ def evaluate(policy: Policy, questions: Comparisons, settings: Settings) -> tupl
     if not questions:
         return {}, []
     n = min(settings.evaluate_size or len(questions), len(questions))
-    tokens = sample(policy, torch.utils.data.Subset(questions, range(n)), None, settings)[:, 0]  # [n, max_new_tokens]
+    tokens = sample(policy, torch.utils.data.Subset(questions, range(n)), None, settings)[
+        :, 0
+    ]  # [n, max_new_tokens]
     answers, outcomes, grades = [], [], []
     for i, text in enumerate(texts_of(tokens, policy.processors)):
         record = questions[i].record
         answers.append({"id": record.get("id", i), "answer": text})
         if record.get("answer") is not None:
-            outcomes.append((record.get("category", "closed"), record.get("group", i), is_right(text, record)))
+            outcomes.append(
+                (record.get("category", "closed"), record.get("group", i), is_right(text, record))
+            )
         elif "truth" in record:
             grades.append(data.embedded_world().grade(text, record["truth"]))
     found = {"exact_match": [right for _, _, right in outcomes], "open_grade": grades}
     result = {name: float(np.mean(values)) for name, values in found.items() if values}
     result |= {"closed": len(outcomes), "open": len(grades)}
-    return result | (METRICS.get(questions.info["metric"], accuracy)(outcomes) if outcomes else {}), answers
+    return result | (
+        METRICS.get(questions.info["metric"], accuracy)(outcomes) if outcomes else {}
+    ), answers
 
 
 def llava_line(record: dict, answer: str, model: str, tokens: int) -> dict:
@@ -457,31 +561,52 @@ JUDGES = {"llava-in-the-wild": llava_line, "wildvision": wildvision_line}
 
 
 def write_for_judge(
-    path: Path, questions: Comparisons, answers: list[dict], model: str, tokenizer: PreTrainedTokenizerBase
+    path: Path,
+    questions: Comparisons,
+    answers: list[dict],
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Writes the policy's answers, in the order of the questions, in the form that the benchmark's judge reads."""
     line_of, lines = JUDGES[questions.info["metric"]], []
     for i, answer in enumerate(answers):
         text = answer["answer"]
-        line = line_of(questions[i].record["judged"], text, model, len(data.tokenize_text(text, tokenizer)))
+        line = line_of(
+            questions[i].record["judged"], text, model, len(data.tokenize_text(text, tokenizer))
+        )
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     data.write_file(path, "".join(lines))
 
 
 def write_evaluation(
-    settings: Settings, questions: Comparisons, before: tuple, after: tuple, tokenizer: PreTrainedTokenizerBase
+    settings: Settings,
+    questions: Comparisons,
+    before: tuple,
+    after: tuple,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """What `evaluate` found before and after: evaluation.json, samples.jsonl, and answers for the benchmark's judge."""
     out = Path(settings.out)
     results = {"reward": settings.reward, "before": before[0], "after": after[0]}
     data.write_file(out / "evaluation.json", json.dumps(results, indent=1))
-    both = [{"id": b["id"], "before": b["answer"], "after": a["answer"]} for b, a in zip(before[1], after[1])]
+    both = [
+        {"id": b["id"], "before": b["answer"], "after": a["answer"]}
+        for b, a in zip(before[1], after[1])
+    ]
     data.write_file(out / "samples.jsonl", "".join(json.dumps(answers) + "\n" for answers in both))
     if questions and questions.info["metric"] in JUDGES:
-        write_for_judge(out / "answers_before.jsonl", questions, before[1], Path(settings.backbone).name, tokenizer)
+        write_for_judge(
+            out / "answers_before.jsonl",
+            questions,
+            before[1],
+            Path(settings.backbone).name,
+            tokenizer,
+        )
         write_for_judge(out / "answers_after.jsonl", questions, after[1], out.name, tokenizer)
         of = f"{len(both)} of the {questions.info['read']} questions of {questions.info['metric']}"
-        print(f"{out}/answers_before.jsonl and answers_after.jsonl: {of}, for its judge model to score")
+        print(
+            f"{out}/answers_before.jsonl and answers_after.jsonl: {of}, for its judge model to score"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,26 +616,42 @@ def write_evaluation(
 def train(settings: Settings) -> dict:
     """Trains the policy; returns {"before": ..., "after": ...} of the evaluation."""
     rank, _, device = data.start_distributed()
-    data.check_least(settings, steps=1, batch_size=1, group_size=2, max_new_tokens=1, rollout_batch=1, micro_tokens=1)
+    data.check_least(
+        settings,
+        steps=1,
+        batch_size=1,
+        group_size=2,
+        max_new_tokens=1,
+        rollout_batch=1,
+        micro_tokens=1,
+    )
     policy = Policy(settings.backbone, settings.temperature, empty=True)  # trained and sharded
     frozen = model_stage.place(Policy(settings.backbone, settings.temperature), device)  # the start
     # A whole copy samples: a sharded one would gather its weights anew for every token.
     actor = model_stage.place(Policy(settings.backbone, settings.temperature), device)
     processors, reward_model = policy.processors, None
     if settings.reward != "rule":
-        reward_model = model_stage.place(model_stage.load_reward(settings.model, settings.text_model), device)
+        reward_model = model_stage.place(
+            model_stage.load_reward(settings.model, settings.text_model), device
+        )
         if reward_model.fingerprint != processors.fingerprint:
             other = "has another tokenizer or chat template than the policy"
             raise UserError(f"{settings.model} {other}, {settings.backbone}")
     questions = data.Comparisons(settings.data, processors.fingerprint)
     if settings.benchmark and not Path(settings.benchmark, "dataset.json").is_file():
-        raise UserError(f"--benchmark {settings.benchmark}: no prepared questions there; '' evaluates on none")
-    held_out = data.Comparisons(settings.benchmark, processors.fingerprint) if settings.benchmark else None
+        raise UserError(
+            f"--benchmark {settings.benchmark}: no prepared questions there; '' evaluates on none"
+        )
+    held_out = (
+        data.Comparisons(settings.benchmark, processors.fingerprint) if settings.benchmark else None
+    )
     if not len(questions):
         raise UserError(f"{settings.data}: no questions to train on")
     for model in (policy, actor, frozen, reward_model):
         if model:
-            data.use_pixel_limits(model.processors, [questions, held_out] if held_out else [questions])
+            data.use_pixel_limits(
+                model.processors, [questions, held_out] if held_out else [questions]
+            )
     training.shard(policy, policy.lm, device)
     training.load_weights(policy.lm, settings.backbone, device)
     adam = {"lr": settings.learning_rate, "weight_decay": 0.0, "betas": (0.9, 0.99), "fused": True}
@@ -521,18 +662,28 @@ def train(settings: Settings) -> dict:
         data.write_file(log, "")
         for name, kind in (("exact_match", "closed"), ("open_grade", "open")):
             if name in before[0]:
-                print(f"before: {name} {before[0][name]:.3f} of {before[0][kind]} {kind} questions", flush=True)
+                print(
+                    f"before: {name} {before[0][name]:.3f} of {before[0][kind]} {kind} questions",
+                    flush=True,
+                )
 
     B, G = settings.batch_size, settings.group_size
     epochs = math.ceil(settings.steps * B / len(questions))
-    shuffles = [np.random.default_rng([settings.seed, epoch]).permutation(len(questions)) for epoch in range(epochs)]
+    shuffles = [
+        np.random.default_rng([settings.seed, epoch]).permutation(len(questions))
+        for epoch in range(epochs)
+    ]
     order = np.concatenate([*shuffles, []]).astype(int)
-    progress = tqdm(range(settings.steps), desc="grpo", unit=" step", disable=rank > 0, mininterval=1)
+    progress = tqdm(
+        range(settings.steps), desc="grpo", unit=" step", disable=rank > 0, mininterval=1
+    )
     for step in progress:
         times = [time.perf_counter()]
         chosen = order[step * B : (step + 1) * B].tolist()
         prompts = [questions[i] for i in chosen]
-        samples = sample(actor, prompts, [[settings.seed, step, i] for i in chosen], settings)  # [B, G, max_new_tokens]
+        samples = sample(
+            actor, prompts, [[settings.seed, step, i] for i in chosen], settings
+        )  # [B, G, max_new_tokens]
         texts = texts_of(samples.flatten(0, 1), processors)
         texts = [texts[i : i + G] for i in range(0, B * G, G)]
         times.append(time.perf_counter())
@@ -542,7 +693,9 @@ def train(settings: Settings) -> dict:
         times.append(time.perf_counter())
 
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1, (step + 1) / 5) * (1 - step / settings.steps)
+            group["lr"] = (
+                settings.learning_rate * min(1, (step + 1) / 5) * (1 - step / settings.steps)
+            )
         updated = update(policy, frozen, optimizer, prompts, samples, advantage, settings)
         copy_weights(policy, actor)
         times.append(time.perf_counter())
@@ -553,26 +706,41 @@ def train(settings: Settings) -> dict:
             "step": step + 1,
             "reward": reward.mean().item(),
             "reward_std": reward.std().item(),
-            "match": (match.sum() / max(1, G * closed.sum())).item(),  # exact matches among answers to closed questions
-            "phantom": phantom_share(advantage, match, closed),  # of all advantage, what is between wrong answers
+            "match": (
+                match.sum() / max(1, G * closed.sum())
+            ).item(),  # exact matches among answers to closed questions
+            "phantom": phantom_share(
+                advantage, match, closed
+            ),  # of all advantage, what is between wrong answers
             "score": score.mean().item(),  # the reward model's, raw
             "score_std": score.std().item(),
             "zero_variance": equal.float().mean().item(),  # groups that teach nothing
             "cut": cut.float().mean().item(),  # answers that reached the length limit
             "length": (samples >= 0).float().sum(-1).mean().item(),  # mean tokens of an answer
             **updated,  # KL to the start and entropy, both per token; norm of the gradient before clipping
-            **dict(zip(("seconds_sample", "seconds_judge", "seconds_update"), np.diff(times).tolist())),
+            **dict(
+                zip(("seconds_sample", "seconds_judge", "seconds_update"), np.diff(times).tolist())
+            ),
         }
         for part, rewards in (("closed", reward[closed[:, 0]]), ("open", reward[~closed[:, 0]])):
             if len(rewards):  # by the rule (with hybrid, where it matches), by the reward model
-                line |= {f"reward_{part}": rewards.mean().item(), f"reward_std_{part}": rewards.std().item()}
-        truths = [(p.record["truth"], group) for p, group in zip(prompts, texts) if "truth" in p.record]
-        if grades := [data.embedded_world().grade(text, truth) for truth, group in truths for text in group]:
+                line |= {
+                    f"reward_{part}": rewards.mean().item(),
+                    f"reward_std_{part}": rewards.std().item(),
+                }
+        truths = [
+            (p.record["truth"], group) for p, group in zip(prompts, texts) if "truth" in p.record
+        ]
+        if grades := [
+            data.embedded_world().grade(text, truth) for truth, group in truths for text in group
+        ]:
             line["open_grade"] = float(np.mean(grades))
         if rank == 0:
             with data.writing(log), open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
-        progress.set_postfix(reward=f"{line['reward']:.3f}", match=f"{line['match']:.2f}", refresh=False)
+        progress.set_postfix(
+            reward=f"{line['reward']:.3f}", match=f"{line['match']:.2f}", refresh=False
+        )
 
     after = evaluate(actor, held_out, settings)
     with data.writing(settings.out):
@@ -591,10 +759,14 @@ def main(settings: Settings) -> None:
     before, after = result["before"], result["after"]
     rows = [name for name in before if name not in ("closed", "open")]
     if rows:
-        print(f"\n| held-out questions | {'before':>6} | {'after':>6} |\n|--------------------|--------|--------|")
+        print(
+            f"\n| held-out questions | {'before':>6} | {'after':>6} |\n|--------------------|--------|--------|"
+        )
     for name in rows:
         print(f"| {name:<18} | {100 * before[name]:6.1f} | {100 * after[name]:6.1f} |")
-    print(f"\n{settings.out}: the trained policy, metrics.jsonl, evaluation.json, samples.jsonl. All six stages done.")
+    print(
+        f"\n{settings.out}: the trained policy, metrics.jsonl, evaluation.json, samples.jsonl. All six stages done."
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import pytest
 from forks import ROOT, STAGES
 from PIL import Image
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two would mostly wait for each other here
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported; two would mostly wait for each other here
 sys.path.insert(0, str(ROOT))
 stages = SimpleNamespace(**{name[3:]: importlib.import_module(name) for name in STAGES})
 
@@ -26,29 +28,56 @@ import torch  # noqa: E402
 
 TINY = str(ROOT / "tests" / "tiny")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of ranks
-CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()  # a GPU that was looked for is lost in a fork
+CAN_FORK = (
+    sys.platform == "linux" and not torch.cuda.is_available()
+)  # a GPU that was looked for is lost in a fork
 
 
 def torchrun(
-    script: str | Path, *arguments, ranks: int = 2, cwd: Path = ROOT, check: bool = True, fresh: bool = False, **more
+    script: str | Path,
+    *arguments,
+    ranks: int = 2,
+    cwd: Path = ROOT,
+    check: bool = True,
+    fresh: bool = False,
+    **more,
 ) -> subprocess.CompletedProcess:
     """Runs a script on ranks of one thread each and returns what they printed: `fresh` by torchrun, as a user would,
     and with `more` in the environment; else by forks.py, which is the same for much less work."""
-    command, environment = [str(script), *map(str, arguments)], {**os.environ, **ENVIRONMENT, **more}
+    command, environment = (
+        [str(script), *map(str, arguments)],
+        {**os.environ, **ENVIRONMENT, **more},
+    )
     if fresh or more or not CAN_FORK:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+        ]
         run = {"cwd": cwd, "env": environment, "capture_output": True, "text": True, "timeout": 600}
         done = subprocess.run([*start, *command], **run)
     else:
         with tempfile.TemporaryDirectory() as folder:
             stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-            told = {"command": command, "ranks": ranks, "cwd": cwd, "stdout": stdout, "stderr": stderr}
+            told = {
+                "command": command,
+                "ranks": ranks,
+                "cwd": cwd,
+                "stdout": stdout,
+                "stderr": stderr,
+            }
             print(json.dumps(told, default=str), file=forks().stdin, flush=True)
             status = forks().stdout.readline()
             assert status, "tests/forks.py has ended"
-            done = subprocess.CompletedProcess(command, int(status), stdout.read_text(), stderr.read_text())
+            done = subprocess.CompletedProcess(
+                command, int(status), stdout.read_text(), stderr.read_text()
+            )
     if check and done.returncode:
-        own = done.stderr.split("torch.distributed.elastic")[0]  # without torchrun's own report behind it
+        own = done.stderr.split("torch.distributed.elastic")[
+            0
+        ]  # without torchrun's own report behind it
         pytest.fail(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{own[-4000:]}")
     return done
 
@@ -57,7 +86,9 @@ def torchrun(
 def forks() -> subprocess.Popen:
     """The process that ranks are forked from. It ends with this one, when its standard input does."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, ROOT / "tests/forks.py"], env={**os.environ, **ENVIRONMENT}, **pipes)
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tests/forks.py"], env={**os.environ, **ENVIRONMENT}, **pipes
+    )
 
 
 def prepare_here(**settings) -> None:
@@ -82,7 +113,10 @@ def picture(width: int = 56, height: int = 56, seed: int = 0) -> bytes:
 def user(text: str, *images) -> dict:
     return {
         "role": "user",
-        "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}],
+        "content": [
+            *({"type": "image", "image": image} for image in images),
+            {"type": "text", "text": text},
+        ],
     }
 
 
@@ -131,7 +165,11 @@ def comparisons(processors):
         ids, files, grids = stages.data.encode_prompt(prompt, [], processors)
         made.append(
             stages.data.Comparison(
-                ids, [stages.data.encode_response(text, processors) for text in RESPONSES], [1, 2, 3], files, grids
+                ids,
+                [stages.data.encode_response(text, processors) for text in RESPONSES],
+                [1, 2, 3],
+                files,
+                grids,
             )
         )
     return made
@@ -159,5 +197,7 @@ def world(tmp_path_factory):
 
 
 def write_jsonl(path: Path, lines: list) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
     return path

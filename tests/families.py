@@ -15,15 +15,44 @@ from conftest import TINY
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "hidden_act": "silu", "use_cache": True}
-DECODER |= {"attention_dropout": 0.0, "initializer_range": 0.02, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"}
-NARROW = {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 16, as wide together as the hidden states
-WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "attention_bias": False}  # Qwen3: wider
-QWEN = {"bos_token_id": 151643, "eos_token_id": 151645, "vocab_size": 151936, "max_position_embeddings": 32768}
+DECODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "hidden_act": "silu",
+    "use_cache": True,
+}
+DECODER |= {
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "torch_dtype": "bfloat16",
+}
+NARROW = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # heads of 16, as wide together as the hidden states
+WIDE = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "attention_bias": False,
+}  # Qwen3: wider
+QWEN = {
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+}
 WINDOWS = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28}
 VISION_TOKENS = {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
 VISION_TOKENS |= {"image_token_id": 151655, "video_token_id": 151656}
-PATCHES = {"patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2}
+PATCHES = {
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+}
 MROPE = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
 
 CONFIGS = {
@@ -108,8 +137,17 @@ PUBLISHED_NAMES = {  # what transformers calls a tensor of a model with LM head,
 }
 IN_ONE_FILE = ("qwen2", "llama")
 
-CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-QWEN_IMAGES = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+QWEN_IMAGES = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+}
 QWEN_IMAGES |= {**CLIP, "image_processor_type": "Qwen2VLImageProcessor"}
 IMAGES = {
     "qwen2_5_vl": {**QWEN_IMAGES, "processor_class": "Qwen2_5_VLProcessor"},
@@ -135,7 +173,9 @@ QWEN_SPECIAL += "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|
 SPECIAL = {
     "qwen": QWEN_SPECIAL,
     "internvl": QWEN_SPECIAL + " _" * 8 + " <img> </img> <IMG_CONTEXT>" + " _" * 6,
-    "llama": "<|begin_of_text|> <|end_of_text|>" + " _" * 4 + " <|start_header_id|> <|end_header_id|> _ <|eot_id|>",
+    "llama": "<|begin_of_text|> <|end_of_text|>"
+    + " _" * 4
+    + " <|start_header_id|> <|end_header_id|> _ <|eot_id|>",
 }
 LLAMA_TEMPLATE = """{{- bos_token }}
 {%- for message in messages %}
@@ -156,29 +196,58 @@ def write_tokenizer(name: str, folder: Path) -> None:
     size = 128000 if kind == "llama" else 151643
     vocab = tiny["model"]["vocab"]
     vocab |= {f"unused {i}": i for i in range(len(vocab), size)}
-    names = [f"<|reserved_{i}|>" if token == "_" else token for i, token in enumerate(SPECIAL[kind].split())]
-    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False) | {"special": True}
-    tiny["added_tokens"] = [{"id": size + i, "content": token, **plain} for i, token in enumerate(names)]
-    about = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    names = [
+        f"<|reserved_{i}|>" if token == "_" else token
+        for i, token in enumerate(SPECIAL[kind].split())
+    ]
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False) | {
+        "special": True
+    }
+    tiny["added_tokens"] = [
+        {"id": size + i, "content": token, **plain} for i, token in enumerate(names)
+    ]
+    about = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
     about["chat_template"] = Path(TINY, "chat_template.jinja").read_text()
     if name == "qwen2":
-        about["eos_token"] = "<|endoftext|>"  # as in the checkpoints without -Instruct, whose template has <|im_end|>
+        about["eos_token"] = (
+            "<|endoftext|>"  # as in the checkpoints without -Instruct, whose template has <|im_end|>
+        )
     if name == "internvl":
         image = "<|vision_start|><|image_pad|><|vision_end|>"
         about["chat_template"] = about["chat_template"].replace(image, "<IMG_CONTEXT>\\n")
-        extra = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+        extra = {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+        }
         about["extra_special_tokens"] = extra | {"video_token": "<video>"}
     if name == "llama":
         begin, end = names[0], "<|eot_id|>"
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end}
         about["chat_template"] = LLAMA_TEMPLATE
-        first, text = {"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        first, text = (
+            {"SpecialToken": {"id": begin, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        )
         tokens = {begin: {"id": begin, "ids": [size], "tokens": [begin]}}
-        more = {"pair": [first, text], "special_tokens": tokens}  # encoding a text sets <|begin_of_text|> before it
+        more = {
+            "pair": [first, text],
+            "special_tokens": tokens,
+        }  # encoding a text sets <|begin_of_text|> before it
         tiny["post_processor"] = {"type": "TemplateProcessing", "single": [first, text], **more}
-    about["added_tokens_decoder"] = {str(size + i): {"content": each, **plain} for i, each in enumerate(names)}
-    if name == "qwen2_vl":  # a file of the processor, in older checkpoints the only one with a template
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": about.pop("chat_template")}))
+    about["added_tokens_decoder"] = {
+        str(size + i): {"content": each, **plain} for i, each in enumerate(names)
+    }
+    if (
+        name == "qwen2_vl"
+    ):  # a file of the processor, in older checkpoints the only one with a template
+        (folder / "chat_template.json").write_text(
+            json.dumps({"chat_template": about.pop("chat_template")})
+        )
     (folder / "tokenizer.json").write_text(json.dumps(tiny))
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
@@ -186,7 +255,9 @@ def write_tokenizer(name: str, folder: Path) -> None:
 def random_(name: str, shape: torch.Size) -> torch.Tensor:
     """Weights that let everything that goes in have a say in what comes out, where transformers' own would not."""
     if len(shape) > 1:
-        return torch.randn(shape) / (1 if "embed_tokens" in name else max(1, shape[1:].numel()) ** 0.5)
+        return torch.randn(shape) / (
+            1 if "embed_tokens" in name else max(1, shape[1:].numel()) ** 0.5
+        )
     return torch.randn(shape) / 10 + ("bias" not in name)
 
 
@@ -205,7 +276,9 @@ def write(name: str, folder: Path) -> Path:
             key = re.sub(pattern, published, key)
         weights[key] = random_(key, parameter.shape).bfloat16()
     if name == "llama":
-        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # in Llama 2's; to be ignored
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
+            8
+        )  # in Llama 2's; to be ignored
     count = 1 if name in IN_ONE_FILE else 3
     names = list(weights)
     files = {f"model-{i + 1:05d}-of-{count:05d}.safetensors": names[i::count] for i in range(count)}

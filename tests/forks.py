@@ -32,15 +32,26 @@ def import_stages() -> None:
 def fork_ranks(ranks: int, seconds: int = 600) -> None:
     """Returns in each of so many new processes. The present one waits for them and exits with 1 if one of them fails;
     the others then get SIGTERM and, after 30 seconds, SIGKILL, which all get after `seconds`."""
-    from torch.distributed import TCPStore  # not before it is needed: kills.py starts torchrun without it
+    from torch.distributed import (
+        TCPStore,
+    )  # not before it is needed: kills.py starts torchrun without it
 
     listener = socket.create_server(("127.0.0.1", 0))
     port, pids = listener.getsockname()[1], []
     for rank in range(ranks):
         pids.append(os.fork())
         if pids[-1] == 0:
-            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
-            where |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            where = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "TORCHELASTIC_USE_AGENT_STORE": True,
+            }
+            where |= {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+            }
             os.environ |= {name: str(value) for name, value in where.items()}
             listener.close()
             return

@@ -95,10 +95,31 @@ WORDS += [
 FULL = [
     PAIR,
     RANKED,
-    {**PAIR, "prompt": SEE, "images": ["plain.png"], "id": 1, "category": "c", "critiques": ["a", "b"]},
-    {"prompt": [{"role": "system", "content": "s"}, *SEE], "images": ["plain.jpg"], "answer": "B", "rule": "letter"},
-    {"prompt": "q", "answer": "2", "rule": {"kind": "number", "type": "integer", "precision": 2, "unit": "m"}},
-    {**RANKED, "responses": ["a", ["b"], [{"role": "assistant", "content": "c"}]], "ranks": [1, 2, 2], "group": "g"},
+    {
+        **PAIR,
+        "prompt": SEE,
+        "images": ["plain.png"],
+        "id": 1,
+        "category": "c",
+        "critiques": ["a", "b"],
+    },
+    {
+        "prompt": [{"role": "system", "content": "s"}, *SEE],
+        "images": ["plain.jpg"],
+        "answer": "B",
+        "rule": "letter",
+    },
+    {
+        "prompt": "q",
+        "answer": "2",
+        "rule": {"kind": "number", "type": "integer", "precision": 2, "unit": "m"},
+    },
+    {
+        **RANKED,
+        "responses": ["a", ["b"], [{"role": "assistant", "content": "c"}]],
+        "ranks": [1, 2, 2],
+        "group": "g",
+    },
 ]
 
 
@@ -121,7 +142,11 @@ def change_value(value, rng: random.Random):
         return value[:i] + [change_value(value[i], rng)] + value[i + 1 :]
     if isinstance(value, str) and value and rng.random() < 0.5:
         i = rng.randrange(len(value))
-        return value[:i] + chr(rng.choice([0, 7, 0x202E, 0xD800, 0xE000, 0xFFFF, 0x1F642, *range(32, 127)])) + value[i:]
+        return (
+            value[:i]
+            + chr(rng.choice([0, 7, 0x202E, 0xD800, 0xE000, 0xFFFF, 0x1F642, *range(32, 127)]))
+            + value[i:]
+        )
     return rng.choice(ODD)
 
 
@@ -130,8 +155,14 @@ def change_bytes(content: bytes, rng: random.Random) -> bytes:
     i = rng.randrange(len(content) + 1)
     n = rng.choice([1, 1, 1, 2, 4, 8, 64])
     some = bytes(rng.choice([0, 255, 1, 127, 128, rng.randrange(256)]) for _ in range(n))
-    changed = (content[:i] + some + content[i + n :], content[:i] + content[i + n :], content[:i] + some + content[i:])
-    return rng.choice([*changed, content[:i], content[:i] + content[i : i + n] * 3 + content[i + n :]])
+    changed = (
+        content[:i] + some + content[i + n :],
+        content[:i] + content[i + n :],
+        content[:i] + some + content[i:],
+    )
+    return rng.choice(
+        [*changed, content[:i], content[:i] + content[i : i + n] * 3 + content[i + n :]]
+    )
 
 
 def fuzz_line(rng: random.Random, folder: Path, processors) -> None:
@@ -139,7 +170,11 @@ def fuzz_line(rng: random.Random, folder: Path, processors) -> None:
     line = json.dumps(record).encode()
     if rng.random() < 0.3:
         line = rng.choice([entry[0] for entry in LINES.values()])
-        line = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        line = (
+            line
+            if isinstance(line, bytes)
+            else (line if isinstance(line, str) else json.dumps(line)).encode()
+        )
     if rng.random() < 0.6:
         for _ in range(rng.randint(1, 4)):
             record = change_value(record, rng)
@@ -176,9 +211,13 @@ def fuzz_set(rng: random.Random, folder: Path, processors) -> None:
             array = tensors[name].copy()
             if array.size and rng.random() < 0.8:
                 large = rng.choice([-1, 0, 1, 2**31 - 1, 2**62, rng.randrange(-(2**40), 2**40)])
-                array.flat[rng.randrange(array.size)] = large % 2 ** (8 * array.itemsize - 1) * rng.choice([1, 1, 0])
+                array.flat[rng.randrange(array.size)] = (
+                    large % 2 ** (8 * array.itemsize - 1) * rng.choice([1, 1, 0])
+                )
             else:
-                array = rng.choice([array[:-1], array.astype("f4"), array[None], array.repeat(2, axis=0)])
+                array = rng.choice(
+                    [array[:-1], array.astype("f4"), array[None], array.repeat(2, axis=0)]
+                )
             tensors[name] = array
         save_file(tensors, path)
     elif path.suffix == ".json" and rng.random() < 0.6:
@@ -197,7 +236,9 @@ def prepare_good(folder: Path, processors) -> None:
     for name, (content, *_) in PICTURES.items():
         (folder / name).write_bytes(content)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in FULL[:4]))
-    settings = data.Settings(source=[str(folder / "pairs.jsonl")], out=str(folder), name="good", shard_size=2)
+    settings = data.Settings(
+        source=[str(folder / "pairs.jsonl")], out=str(folder), name="good", shard_size=2
+    )
     lines = data.open_source(settings.source[0])
     data.prepare("good", lines, processors, settings, 0.0, [folder])
 
@@ -210,7 +251,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--once", type=int, help="only the execution of this number, with its traceback")
+    parser.add_argument(
+        "--once", type=int, help="only the execution of this number, with its traceback"
+    )
     asked = parser.parse_args()
     data.start_distributed()
     processors = data.load_processors(TINY)
@@ -220,7 +263,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         prepare_good(folder, processors)
-        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+        used = (
+            int(
+                next(
+                    line for line in open("/proc/self/status") if line.startswith("VmSize")
+                ).split()[1]
+            )
+            * 1024
+        )
         resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**30,) * 2)
         number = asked.once or 0
         while time.time() - began < asked.seconds:
@@ -240,14 +290,19 @@ def main() -> None:
                     raise
                 if place not in findings:
                     findings[place] = number
-                    print(f"seed {asked.seed}, execution {number}, {fuzz.__name__}: {place}", flush=True)
+                    print(
+                        f"seed {asked.seed}, execution {number}, {fuzz.__name__}: {place}",
+                        flush=True,
+                    )
             finally:
                 signal.alarm(0)
             endings[f"{fuzz.__name__} {end}"] += 1
             number += 1
             if asked.once is not None:
                 break
-    print(f"{sum(endings.values())} executions in {time.time() - began:.0f} s, {len(findings)} findings")
+    print(
+        f"{sum(endings.values())} executions in {time.time() - began:.0f} s, {len(findings)} findings"
+    )
     for name, count in sorted(endings.items()):
         print(f"  {name:<22} {count}")
 

@@ -26,7 +26,17 @@ from safetensors import safe_open  # noqa: E402
 
 PREPARE = ["01_data.py", "--world_size", 0.05, "--shard_size", 32]
 STEPS, EVERY = 12, 2
-TRAIN = ["03_train.py", "--steps", STEPS, "--checkpoint_every", EVERY, "--batch_size", 12, "--warmup", 0.5]
+TRAIN = [
+    "03_train.py",
+    "--steps",
+    STEPS,
+    "--checkpoint_every",
+    EVERY,
+    "--batch_size",
+    12,
+    "--warmup",
+    0.5,
+]
 TRAIN += ["--learning_rate", 1e-3, "--validate_every", 3, "--validation_size", 32, "--resume"]
 NEVER = lambda out: False
 
@@ -47,7 +57,13 @@ def start(command: list, out: Path, ranks: int = 2) -> multiprocessing.Process:
         if FORK:
             forks.fork_ranks(ranks)
             return forks.run(arguments)
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+        ]
         os.execv(sys.executable, [*run, *arguments])
 
     process = multiprocessing.get_context("fork").Process(target=launch)
@@ -57,7 +73,9 @@ def start(command: list, out: Path, ranks: int = 2) -> multiprocessing.Process:
 
 def children(pid: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     except OSError:
         return []
 
@@ -76,11 +94,16 @@ def kill(process: multiprocessing.Process, everything: bool, rng: random.Random)
     process.join(120)
     assert process.exitcode is not None, "torchrun did not end"
     for pid in victims:  # their own children are left to end by themselves
-        while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        while (
+            Path(f"/proc/{pid}").exists()
+            and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        ):
             time.sleep(0.01)
 
 
-def run_until(command: list, out: Path, moment: Callable[[Path], bool], wait: float, everything: bool, rng) -> bool:
+def run_until(
+    command: list, out: Path, moment: Callable[[Path], bool], wait: float, everything: bool, rng
+) -> bool:
     """Runs a stage and kills it `wait` seconds after `moment(out)` is first true. False: it had ended before."""
     process = start(command, out)
     while process.is_alive() and not moment(out):
@@ -107,7 +130,9 @@ def folders_in(out: Path) -> set[tuple[str, int]]:
         return set()
 
 
-def moments(stage: str, out: Path, rng: random.Random, of: list) -> tuple[str, Callable[[Path], bool], float]:
+def moments(
+    stage: str, out: Path, rng: random.Random, of: list
+) -> tuple[str, Callable[[Path], bool], float]:
     """What to wait for, one of those named, and how long then."""
     if stage != "03":
         return "any moment", lambda out: True, rng.uniform(0, 15)
@@ -116,12 +141,20 @@ def moments(stage: str, out: Path, rng: random.Random, of: list) -> tuple[str, C
     new = lambda start: any(name.startswith(start) for name, _ in folders_in(out) - before)
     known = {
         "start": (lambda out: True, rng.uniform(0, 12)),
-        "a step": (lambda out: lines_of(out) not in (there, 0) and lines_of(out) >= min(there + steps, STEPS), 0.15),
+        "a step": (
+            lambda out: (
+                lines_of(out) not in (there, 0) and lines_of(out) >= min(there + steps, STEPS)
+            ),
+            0.15,
+        ),
         "a checkpoint": (lambda out: new(".writing_"), 0.04),
         "its renaming": (lambda out: new("step_"), 0.003),
         "the removal of an old one": (lambda out: new(".old_"), 0.001),
         "export": (lambda out: (out / ".writing").exists(), 0.06),
-        "renaming in the export": (lambda out: (out / ".writing/reward_head.safetensors").exists(), 0.004),
+        "renaming in the export": (
+            lambda out: (out / ".writing/reward_head.safetensors").exists(),
+            0.004,
+        ),
     }
     name = rng.choice(of or list(known))
     moment, longest = known[name]
@@ -134,7 +167,9 @@ def checkpoints_of(out: Path, files: int | None = 2) -> list[int]:
     for folder in sorted(out.glob("checkpoints/step_*")):
         run = json.loads((folder / "run.json").read_text())
         sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
-        assert sizes == run["files"] and len(sizes) == (files or len(sizes)), f"{folder} is not whole"
+        assert sizes == run["files"] and len(sizes) == (files or len(sizes)), (
+            f"{folder} is not whole"
+        )
         steps.append(run["step"])
     return steps
 
@@ -156,7 +191,10 @@ def results_of(out: Path) -> dict[str, bytes]:
             continue
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in content.splitlines()]
-            timeless = [{key: value for key, value in line.items() if "seconds" not in key} for line in lines]
+            timeless = [
+                {key: value for key, value in line.items() if "seconds" not in key}
+                for line in lines
+            ]
             content = json.dumps(timeless).encode()
         if path.name == "cost.json":
             costs = json.loads(content).items()
@@ -167,12 +205,16 @@ def results_of(out: Path) -> dict[str, bytes]:
 
 def compare(stage: str, out: Path, whole: dict[str, bytes]) -> None:
     found = results_of(out)
-    differ = sorted(name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name))
+    differ = sorted(
+        name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)
+    )
     if differ:
         raise SystemExit(f"stage {stage} after kills: {', '.join(differ)} differ")
 
 
-def torture(stage: str, command: list, folder: Path, kills: int, rng: random.Random, of: list) -> Counter:
+def torture(
+    stage: str, command: list, folder: Path, kills: int, rng: random.Random, of: list
+) -> Counter:
     """Kills a stage `kills` times, at most five times before it may end and is compared; returns counts."""
     whole = folder / f"whole_{stage}"
     run_until(command, whole, NEVER, 0, True, rng)
@@ -198,12 +240,17 @@ def torture(stage: str, command: list, folder: Path, kills: int, rng: random.Ran
             continue
         after = checkpoints_of(out)
         if before and (not after or after[-1] < before[-1]):
-            raise SystemExit(f"checkpoints {before} became {after}\n{Path(f'{out}.log').read_text()[-3000:]}")
+            raise SystemExit(
+                f"checkpoints {before} became {after}\n{Path(f'{out}.log').read_text()[-3000:]}"
+            )
         hits += 1
         counts["kills"] += 1
         counts[f"in {name}"] += 1
         counts["of all ranks" if everything else "of one rank"] += 1
-        print(f"{stage}: killed {'all' if everything else 'one'} in {name}; checkpoints {after}", flush=True)
+        print(
+            f"{stage}: killed {'all' if everything else 'one'} in {name}; checkpoints {after}",
+            flush=True,
+        )
     return counts
 
 
@@ -212,7 +259,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--moments", nargs="+", default=[], help="of stage 3, by name; none: all")
-    parser.add_argument("--fork", action="store_true", help="no torchrun: ranks are forked from this process")
+    parser.add_argument(
+        "--fork", action="store_true", help="no torchrun: ranks are forked from this process"
+    )
     asked = parser.parse_args()
     if asked.fork:
         global FORK
@@ -225,9 +274,19 @@ def main() -> None:
         model = ["02_model.py", "--data", folder / "data/train"]
         run_until(model, folder / "model", NEVER, 0, True, rng)
         train = [*TRAIN, "--model", folder / "model", "--data", folder / "data/train"]
-        score = ["04_eval.py", "--model", folder / "model", "--benchmark", folder / "data/new_scenes"]
+        score = [
+            "04_eval.py",
+            "--model",
+            folder / "model",
+            "--benchmark",
+            folder / "data/new_scenes",
+        ]
         few = asked.kills // 8
-        for stage, command, kills in (("03", train, asked.kills - 2 * few), ("01", PREPARE, few), ("04", score, few)):
+        for stage, command, kills in (
+            ("03", train, asked.kills - 2 * few),
+            ("01", PREPARE, few),
+            ("04", score, few),
+        ):
             if kills:
                 began = time.time()
                 counts = torture(stage, command, folder, kills, rng, asked.moments)

@@ -30,10 +30,22 @@ def run(seed: int, ranks: int) -> dict:
         seconds = {}
         for script in sorted(path.name for path in ROOT.glob("0*.py")):
             began = time.perf_counter()
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-            seeded = [] if script == "04_eval.py" else ["--seed", str(seed + (script == "05_ensemble.py"))]
+            launch = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={ranks}",
+            ]
+            seeded = (
+                []
+                if script == "04_eval.py"
+                else ["--seed", str(seed + (script == "05_ensemble.py"))]
+            )
             command = [*launch, script, *seeded]
-            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            subprocess.run(
+                command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
             seconds[script] = time.perf_counter() - began
         artifacts = Path(folder, "artifacts")
         scores = json.loads((artifacts / "scores/reward/summary.json").read_text())
@@ -43,12 +55,21 @@ def run(seed: int, ranks: int) -> dict:
     accuracy = {}
     for system in ("longer wins", *ensemble["new_text"]):
         accuracy[system] = {
-            name: 100 * found[system]["overall"]["accuracy"] for name, found in systems.items() if system in found
+            name: 100 * found[system]["overall"]["accuracy"]
+            for name, found in systems.items()
+            if system in found
         }
     grades = {}
     for when in ("before", "after"):
-        grades[f"policy {when}"] = {kind: 100 * policy[when][kind] for kind in ("exact_match", "open_grade")}
-    return {"seed": seed, "accuracy": accuracy, "policy": grades, "seconds": seconds | {"all": sum(seconds.values())}}
+        grades[f"policy {when}"] = {
+            kind: 100 * policy[when][kind] for kind in ("exact_match", "open_grade")
+        }
+    return {
+        "seed": seed,
+        "accuracy": accuracy,
+        "policy": grades,
+        "seconds": seconds | {"all": sum(seconds.values())},
+    }
 
 
 def cell(values: list[float]) -> str:
@@ -58,10 +79,16 @@ def cell(values: list[float]) -> str:
 
 def table(title: str, results: list[dict]) -> str:
     """What the runs say under the same names, rows down and columns across, as Markdown."""
-    rows, columns = list(results[0]), list(dict.fromkeys(name for row in results[0].values() for name in row))
+    rows, columns = (
+        list(results[0]),
+        list(dict.fromkeys(name for row in results[0].values() for name in row)),
+    )
     lines = [[title, *columns], ["---"] * (len(columns) + 1)]
     for row in rows:
-        cells = [[result[row][column] for result in results if column in result[row]] for column in columns]
+        cells = [
+            [result[row][column] for result in results if column in result[row]]
+            for column in columns
+        ]
         lines.append([row, *map(cell, cells)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

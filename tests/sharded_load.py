@@ -14,14 +14,18 @@ import torch.distributed as dist
 from transformers import AutoModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-data, model, train, grpo = (importlib.import_module(name) for name in ("01_data", "02_model", "03_train", "06_grpo"))
+data, model, train, grpo = (
+    importlib.import_module(name) for name in ("01_data", "02_model", "03_train", "06_grpo")
+)
 
 
 def compare(plain: torch.nn.Module, sharded: torch.nn.Module, what: str) -> None:
     parameters, buffers = dict(sharded.named_parameters()), dict(sharded.named_buffers())
     for name, expected in plain.named_parameters():
         parameter = parameters.pop(name)
-        assert parameter.dtype == torch.float32 and torch.equal(parameter.full_tensor(), expected), (what, name)
+        assert parameter.dtype == torch.float32 and torch.equal(
+            parameter.full_tensor(), expected
+        ), (what, name)
         assert len(parameter.to_local()) <= -(-len(expected) // dist.get_world_size()), (what, name)
     for name, expected in plain.named_buffers():
         assert torch.equal(buffers.pop(name), expected), (what, name)
@@ -32,21 +36,30 @@ def compare(plain: torch.nn.Module, sharded: torch.nn.Module, what: str) -> None
 def compare_loads(folder: str, device: torch.device) -> None:
     """Of a reward model; or of a checkpoint, without its LM head, with it, and as a policy."""
     if Path(folder, model.HEAD_FILE).is_file():
-        plain, sharded = (model.RewardModel.from_pretrained(folder, empty) for empty in (False, True))
+        plain, sharded = (
+            model.RewardModel.from_pretrained(folder, empty) for empty in (False, True)
+        )
         train.shard(sharded, sharded.backbone, device, in_float32=(sharded.head,))
         train.load_weights(sharded.backbone, folder, device)
         return compare(plain, sharded, f"{folder}, a reward model")
     sharded = model.load_backbone(folder, empty=True)
     train.shard(torch.nn.Sequential(sharded), sharded, device)
     train.load_weights(sharded, folder, device)
-    compare(AutoModel.from_pretrained(folder, dtype=torch.float32), sharded, f"{folder}, without LM head")
+    compare(
+        AutoModel.from_pretrained(folder, dtype=torch.float32),
+        sharded,
+        f"{folder}, without LM head",
+    )
     plain, sharded = (grpo.Policy(folder, 1.0, empty) for empty in (False, True))
     train.shard(sharded, sharded.lm, device)
     train.load_weights(sharded.lm, folder, device)
     compare(plain, sharded, f"{folder}, a policy")
     with_head = type(plain.lm).from_pretrained(folder, dtype=torch.float32)
     compare(with_head, sharded.lm, f"{folder}, with LM head")
-    shared = (each.lm_head.weight is each.get_input_embeddings().weight for each in (with_head, sharded.lm))
+    shared = (
+        each.lm_head.weight is each.get_input_embeddings().weight
+        for each in (with_head, sharded.lm)
+    )
     assert len({*shared}) == 1, folder
 
 

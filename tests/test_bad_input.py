@@ -61,22 +61,33 @@ def sixteen_bits(format: str) -> bytes:
 
 def animation(format: str) -> bytes:
     frames = [plain("RGB", colour) for colour in (RED, GREY, (0, 0, 200))]
-    return encoded(frames[0], format, save_all=True, append_images=frames[1:], duration=50, lossless=True)
+    return encoded(
+        frames[0], format, save_all=True, append_images=frames[1:], duration=50, lossless=True
+    )
 
 
 def bomb(width: int, height: int) -> bytes:
     """A PNG of a few bytes that says it is width x height."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    chunk = lambda kind, body: (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    )
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 def text_bomb() -> bytes:
     """A PNG with a comment of a few bytes that unpacks to 128 MB."""
     png = picture(56, 28)
     body = b"Comment\0\0" + zlib.compress(b"\0" * 2**27, 9)
-    chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    chunk = (
+        struct.pack(">I", len(body))
+        + b"zTXt"
+        + body
+        + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    )
     return png[:33] + chunk + png[33:]
 
 
@@ -101,7 +112,11 @@ PICTURES = {  # name: (file, (width, height), colour) or (file, reason)
     "black_and_white.png": (encoded(plain("1", 1), "PNG"), (56, 28), (255, 255, 255)),
     "palette.png": (encoded(plain("RGB", RED).quantize(4), "PNG"), (56, 28), RED),
     "palette.gif": (encoded(plain("RGB", RED).quantize(4), "GIF"), (56, 28), RED),
-    "cmyk.jpg": (encoded(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (56, 28), (255, 0, 0)),
+    "cmyk.jpg": (
+        encoded(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=100),
+        (56, 28),
+        (255, 0, 0),
+    ),
     "cmyk.tif": (encoded(plain("CMYK", (0, 255, 255, 0)), "TIFF"), (56, 28), (255, 0, 0)),
     "16_bits.png": (sixteen_bits("PNG"), (56, 28), GREY),
     "16_bits.tif": (sixteen_bits("TIFF"), (56, 28), GREY),
@@ -123,7 +138,10 @@ PICTURES = {  # name: (file, (width, height), colour) or (file, reason)
     "exif_of_rubbish.jpg": (bad_exif(), (56, 28), RED),
     "1x1.png": (encoded(plain("RGB", RED, (1, 1)), "PNG"), (1, 1), RED),
     "2000x10.png": (encoded(plain("RGB", RED, (2000, 10)), "PNG"), (2000, 10), RED),
-    "30000x10.png": (encoded(plain("RGB", RED, (30000, 10)), "PNG"), "unusable image of 30000 x 10 pixels"),
+    "30000x10.png": (
+        encoded(plain("RGB", RED, (30000, 10)), "PNG"),
+        "unusable image of 30000 x 10 pixels",
+    ),
     "empty.png": (b"", "the file is empty"),
     "zeros.png": (bytes(1000), "none of PNG"),
     "page.png": (b"<!DOCTYPE html><html>404</html>", "the file begins with b'<!DOCTYPE html>"),
@@ -143,7 +161,9 @@ PICTURES = {  # name: (file, (width, height), colour) or (file, reason)
 
 
 def tokens_of(text: str) -> list[int]:
-    return data.tokenize_text(text, data.load_processors(str(Path(__file__).parent / "tiny")).tokenizer)
+    return data.tokenize_text(
+        text, data.load_processors(str(Path(__file__).parent / "tiny")).tokenizer
+    )
 
 
 def says(text: str):
@@ -179,9 +199,15 @@ LINES = {  # name: (line, check or reason)
     "NUL in a text": ({**PAIR, "prompt": "a\0b"}, says("a\0b")),
     "control characters": ({**PAIR, "prompt": "a\x1b[2J\x07\u202eb"}, says("a\x1b[2J\x07\u202eb")),
     "special tokens in a prompt": ({**PAIR, "prompt": SPECIAL}, says(SPECIAL)),
-    "special tokens in a part": ({**PAIR, "prompt": in_parts({"type": "text", "text": SPECIAL})}, says(SPECIAL)),
+    "special tokens in a part": (
+        {**PAIR, "prompt": in_parts({"type": "text", "text": SPECIAL})},
+        says(SPECIAL),
+    ),
     "special tokens in a response": ({**PAIR, "chosen": SPECIAL}, answers(SPECIAL)),
-    "private characters": ({**PAIR, "prompt": "\ue0000\ue001 \ue000"}, says("\ue0000\ue001 \ue000")),
+    "private characters": (
+        {**PAIR, "prompt": "\ue0000\ue001 \ue000"},
+        says("\ue0000\ue001 \ue000"),
+    ),
     "template code": ({**PAIR, "prompt": "{{ 7*7 }}{% raw %}"}, says("{{ 7*7 }}{% raw %}")),
     "a response of a space and a dot": ({**PAIR, "chosen": " ."}, answers(" .")),
     "a text part that also names an image": (
@@ -189,7 +215,10 @@ LINES = {  # name: (line, check or reason)
         says("one"),
     ),
     "a line of a megabyte": ({**PAIR, "note": "x" * 2**20}, KEPT),
-    "ranks with gaps": ({**RANKED, "ranks": [70, 3]}, lambda comparison: comparison.ranks == [70, 3]),
+    "ranks with gaps": (
+        {**RANKED, "ranks": [70, 3]},
+        lambda comparison: comparison.ranks == [70, 3],
+    ),
     "empty line": ("", "not a line of JSON"),
     "spaces": ("   ", "not a line of JSON"),
     "half a line": (json.dumps(PAIR)[:40], "not a line of JSON"),
@@ -207,13 +236,22 @@ LINES = {  # name: (line, check or reason)
     "UTF-16": (json.dumps(PAIR).encode("utf-16"), "not UTF-8"),
     "raw NUL": (b'{"prompt": "a\0b"}', "not a line of JSON: Invalid control character"),
     "zeros": (bytes(100), "not a line of JSON"),
-    "half a surrogate pair in a prompt": ('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}', "surrogate pair"),
-    "half a surrogate pair in a response": ('{"prompt": "q", "chosen": "\\udfff", "rejected": "b"}', "chosen: half of"),
+    "half a surrogate pair in a prompt": (
+        '{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}',
+        "surrogate pair",
+    ),
+    "half a surrogate pair in a response": (
+        '{"prompt": "q", "chosen": "\\udfff", "rejected": "b"}',
+        "chosen: half of",
+    ),
     "half a surrogate pair in a category": (
         '{"prompt": "q", "chosen": "a", "rejected": "b", "category": "\\ud800"}',
         "category: cannot be written",
     ),
-    "half a surrogate pair in a path": (json.dumps({**PAIR, "prompt": SEE, "images": ["\ud800"]}), "unreadable image"),
+    "half a surrogate pair in a path": (
+        json.dumps({**PAIR, "prompt": SEE, "images": ["\ud800"]}),
+        "unreadable image",
+    ),
     "no prompt": ({"chosen": "a", "rejected": "b"}, "missing field: prompt"),
     "no rejected": ({"prompt": "q", "chosen": "a"}, "missing field: rejected"),
     "a prompt of nothing": ({**PAIR, "prompt": ""}, "prompt: empty"),
@@ -223,15 +261,33 @@ LINES = {  # name: (line, check or reason)
     "a number as prompt": ({**PAIR, "prompt": 7}, "prompt: not a list of messages"),
     "an object as prompt": ({**PAIR, "prompt": {"role": "user"}}, "prompt: not a list of messages"),
     "strings as turns": ({**PAIR, "prompt": ["q"]}, "prompt: a message without the role"),
-    "a role of another set": ({**PAIR, "prompt": [{"from": "human", "value": "q"}]}, "without the role"),
-    "a list as role": ({**PAIR, "prompt": [{"role": ["user"], "content": "q"}]}, "without the role"),
+    "a role of another set": (
+        {**PAIR, "prompt": [{"from": "human", "value": "q"}]},
+        "without the role",
+    ),
+    "a list as role": (
+        {**PAIR, "prompt": [{"role": ["user"], "content": "q"}]},
+        "without the role",
+    ),
     "no content": ({**PAIR, "prompt": [{"role": "user"}]}, "content is neither"),
-    "a part without text": ({**PAIR, "prompt": in_parts({"type": "text"})}, "NoneType where a text"),
-    "a part with a number": ({**PAIR, "prompt": in_parts({"type": "text", "text": 7})}, "int where a text"),
-    "a video": ({**PAIR, "prompt": in_parts({"type": "video", "video": "a.mp4"})}, "a part of type 'video'"),
+    "a part without text": (
+        {**PAIR, "prompt": in_parts({"type": "text"})},
+        "NoneType where a text",
+    ),
+    "a part with a number": (
+        {**PAIR, "prompt": in_parts({"type": "text", "text": 7})},
+        "int where a text",
+    ),
+    "a video": (
+        {**PAIR, "prompt": in_parts({"type": "video", "video": "a.mp4"})},
+        "a part of type 'video'",
+    ),
     "a number as response": ({**PAIR, "chosen": 7}, "chosen: not a text"),
     "null as response": ({**PAIR, "rejected": None}, "rejected: not a text"),
-    "two turns as response": ({**PAIR, "chosen": [assistant("a"), assistant("b")]}, "chosen: not a text or a list"),
+    "two turns as response": (
+        {**PAIR, "chosen": [assistant("a"), assistant("b")]},
+        "chosen: not a text or a list",
+    ),
     "a picture as response": (
         {**PAIR, "chosen": {"role": "assistant", "content": [{"type": "image"}]}},
         "chosen: has a part that is no text",
@@ -251,22 +307,39 @@ LINES = {  # name: (line, check or reason)
     "a list as id": ({**PAIR, "id": [1]}, "id: list where a text or a number should be"),
     "a number as category": ({**PAIR, "category": 7}, "category: int where a text should be"),
     "one critique of two": ({**PAIR, "critiques": ["good"]}, "critiques: not a list of 2 texts"),
-    "an unknown rule": ({"prompt": "q", "answer": "a", "rule": "regex"}, "rule: 'regex'; known are"),
+    "an unknown rule": (
+        {"prompt": "q", "answer": "a", "rule": "regex"},
+        "rule: 'regex'; known are",
+    ),
     "too long": ({**PAIR, "prompt": "word " * 5000}, "tokens, more than --max_length"),
     "images as a text": ({**PAIR, "prompt": SEE, "images": "plain.png"}, "images: not a list"),
     "no image, said so": ({**PAIR, "image": None}, KEPT),
-    "image instead of images": ({**PAIR, "image": "plain.png"}, "image: pictures are in `images`, a list"),
+    "image instead of images": (
+        {**PAIR, "image": "plain.png"},
+        "image: pictures are in `images`, a list",
+    ),
     "a picture's place in a text": (
         {**PAIR, "prompt": "What is <image>?", "images": ["plain.png"]},
-        lambda c: says("What is ")(c) and not says("<image>")(c) and not says("<")(c) and len(c.images) == 1,
+        lambda c: (
+            says("What is ")(c)
+            and not says("<image>")(c)
+            and not says("<")(c)
+            and len(c.images) == 1
+        ),
     ),
     "a place in a text too many": (
         {**PAIR, "prompt": "<image> <image>", "images": ["plain.png"]},
         "images: 1 given, but the prompt has 2",
     ),
-    "<image> in a text without pictures": ({**PAIR, "prompt": "What does <image> mean in HTML?"}, KEPT),
+    "<image> in a text without pictures": (
+        {**PAIR, "prompt": "What does <image> mean in HTML?"},
+        KEPT,
+    ),
     "a field that is not known": ({**PAIR, "system": "Be short.", "rating": 3}, KEPT),
-    "a number as image": ({**PAIR, "prompt": SEE, "images": [7]}, "images: a int where a path should be"),
+    "a number as image": (
+        {**PAIR, "prompt": SEE, "images": [7]},
+        "images: a int where a path should be",
+    ),
     "an image too few": ({**PAIR, "prompt": SEE}, "images: 0 given, but the prompt has 1"),
     "an image too many": (
         {**PAIR, "prompt": SEE, "images": ["plain.png"] * 2},
@@ -277,12 +350,27 @@ LINES = {  # name: (line, check or reason)
     "a folder as image": ({**PAIR, "prompt": SEE, "images": ["folder"]}, "folder: not a file"),
     "a pipe as image": ({**PAIR, "prompt": SEE, "images": ["pipe"]}, "pipe: not a file"),
     "NUL in a path": ({**PAIR, "prompt": SEE, "images": ["a\0.png"]}, "unreadable image"),
-    "a path of 5000 letters": ({**PAIR, "prompt": SEE, "images": ["a" * 5000]}, "File name too long"),
-    "a file of 300 MB": ({**PAIR, "prompt": SEE, "images": ["huge.png"]}, "a file of more than 256 MB"),
+    "a path of 5000 letters": (
+        {**PAIR, "prompt": SEE, "images": ["a" * 5000]},
+        "File name too long",
+    ),
+    "a file of 300 MB": (
+        {**PAIR, "prompt": SEE, "images": ["huge.png"]},
+        "a file of more than 256 MB",
+    ),
     "links in a circle": ({**PAIR, "prompt": SEE, "images": ["circle"]}, "unreadable image"),
-    "a path out of the folder": ({**PAIR, "prompt": SEE, "images": ["../secret.png"]}, "--allow_outside reads it"),
-    "an absolute path": ({**PAIR, "prompt": SEE, "images": ["/etc/hostname"]}, "--allow_outside reads it"),
-    "a link out of the folder": ({**PAIR, "prompt": SEE, "images": ["link.png"]}, "--allow_outside reads it"),
+    "a path out of the folder": (
+        {**PAIR, "prompt": SEE, "images": ["../secret.png"]},
+        "--allow_outside reads it",
+    ),
+    "an absolute path": (
+        {**PAIR, "prompt": SEE, "images": ["/etc/hostname"]},
+        "--allow_outside reads it",
+    ),
+    "a link out of the folder": (
+        {**PAIR, "prompt": SEE, "images": ["link.png"]},
+        "--allow_outside reads it",
+    ),
     "a path out in a part": (
         {**PAIR, "prompt": in_parts({"type": "image", "image": "../secret.png"})},
         "--allow_outside reads it",
@@ -311,11 +399,17 @@ def prepared(tmp_path_factory):
         (folder / name).write_bytes(entry[0])
         lines.append({**PAIR, "prompt": SEE, "images": [name]})
     as_bytes = lambda line: (
-        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        line
+        if isinstance(line, bytes)
+        else (line if isinstance(line, str) else json.dumps(line)).encode()
     )
     (folder / "bad.jsonl").write_bytes(b"\n".join(map(as_bytes, lines)) + b"\n")
-    out = torchrun("01_data.py", "--source", folder / "bad.jsonl", "--out", root / "out", "--holdout", 0)
-    rejected = {line["line"]: line for line in map(json.loads, open(root / "out/bad/rejected.jsonl"))}
+    out = torchrun(
+        "01_data.py", "--source", folder / "bad.jsonl", "--out", root / "out", "--holdout", 0
+    )
+    rejected = {
+        line["line"]: line for line in map(json.loads, open(root / "out/bad/rejected.jsonl"))
+    }
     comparisons = data.Comparisons(str(root / "out/bad"))
     kept = iter(comparisons[i] for i in range(len(comparisons)))
     found = {name: rejected.get(i) or next(kept) for i, name in enumerate([*LINES, *PICTURES], 1)}
@@ -328,7 +422,9 @@ def prepared(tmp_path_factory):
 
 def assert_rejected(found, reason: str, file: str):
     assert isinstance(found, dict), "it was read"
-    assert reason in found["reason"] and found["file"] == file and "0x7" not in found["reason"], found
+    assert reason in found["reason"] and found["file"] == file and "0x7" not in found["reason"], (
+        found
+    )
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -342,7 +438,9 @@ def test_a_line_is_read_rightly_or_rejected_with_its_reason(name, prepared):
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_is_read_as_a_viewer_shows_it_or_rejected_with_its_reason(name, prepared, processors):
+def test_a_picture_is_read_as_a_viewer_shows_it_or_rejected_with_its_reason(
+    name, prepared, processors
+):
     (found, file), (content, *wanted) = prepared, PICTURES[name]
     if isinstance(wanted[0], str):
         return assert_rejected(found[name], wanted[0], file)
@@ -380,7 +478,9 @@ def test_a_published_set_reads_pictures_of_its_own_folder_and_no_others(tmp_path
     (blobs / "0").write_bytes(picture())
     (folder / "images/a.png").symlink_to("../../../blobs/0")
     (tmp_path / "secret.png").write_bytes(picture())
-    (folder / "meta.json").write_text(json.dumps({"x": {"root": "images", "annotation": "annotations/x.jsonl"}}))
+    (folder / "meta.json").write_text(
+        json.dumps({"x": {"root": "images", "annotation": "annotations/x.jsonl"}})
+    )
     row = {"question": "q", "chosen": "a", "rejected": "b"}
     images = ["a.png", "../../../../secret.png", str(tmp_path / "secret.png")]
     write_jsonl(folder / "annotations/x.jsonl", [{**row, "image": image} for image in images])
@@ -393,9 +493,13 @@ def test_a_published_set_reads_pictures_of_its_own_folder_and_no_others(tmp_path
 
 def test_a_line_without_end_is_rejected_and_never_held(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "LONGEST_LINE", 100)
-    (tmp_path / "a.jsonl").write_bytes(b"[" * 1000 + b"\n" + b'{"prompt": "q"}\n' + b"[" * 100 + b"\n" + b"[" * 1000)
+    (tmp_path / "a.jsonl").write_bytes(
+        b"[" * 1000 + b"\n" + b'{"prompt": "q"}\n' + b"[" * 100 + b"\n" + b"[" * 1000
+    )
     found = list(data.read_file(str(tmp_path / "a.jsonl")))
-    assert max(len(read.args[0]) for _, _, read in found) == 101 and [number for _, number, _ in found] == [1, 2, 3, 4]
+    assert max(len(read.args[0]) for _, _, read in found) == 101 and [
+        number for _, number, _ in found
+    ] == [1, 2, 3, 4]
     assert found[1][2]() == {"prompt": "q"}
     for i in (0, 2, 3):
         with pytest.raises(data.Unusable, match="a line of more than"):
@@ -405,10 +509,18 @@ def test_a_line_without_end_is_rejected_and_never_held(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, content, reason",
     [
-        ("cut.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 100)[:-20], "cannot be read to its end"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(json.dumps(PAIR).encode() * 100)[:-20],
+            "cannot be read to its end",
+        ),
         ("no.jsonl.gz", b"no gzip", "cannot be read to its end: Not a gzipped file"),
         ("cut.parquet", b"PAR1" + bytes(50), "not a parquet file"),
-        ("latin.tsv", "question\tanswer\nGröße\t1\n".encode("latin-1"), "cannot be read to its end"),
+        (
+            "latin.tsv",
+            "question\tanswer\nGröße\t1\n".encode("latin-1"),
+            "cannot be read to its end",
+        ),
         ("list.json", b"[" * 100_000, "not a list in JSON"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -443,27 +555,51 @@ def at(i, value):
 SHARDS = {  # name: (what is done to a good shard's tensors, the reason)
     "a tensor is missing": (lambda tensors: tensors.pop("responses"), "responses"),
     "offsets are missing": (lambda tensors: tensors.pop("ranks_offsets"), "ranks_offsets"),
-    "offsets beyond the end": (set_offsets("prompts", lambda o: o.__setitem__(-1, 10**15)), "prompts: offsets"),
-    "offsets that fall": (set_offsets("responses", lambda o: o.__setitem__(2, 0)), "responses: offsets"),
-    "offsets that are negative": (set_offsets("records", lambda o: o.__setitem__(1, -5)), "records: offsets"),
-    "offsets that begin late": (set_offsets("images", lambda o: o.__setitem__(0, 1)), "images: offsets"),
+    "offsets beyond the end": (
+        set_offsets("prompts", lambda o: o.__setitem__(-1, 10**15)),
+        "prompts: offsets",
+    ),
+    "offsets that fall": (
+        set_offsets("responses", lambda o: o.__setitem__(2, 0)),
+        "responses: offsets",
+    ),
+    "offsets that are negative": (
+        set_offsets("records", lambda o: o.__setitem__(1, -5)),
+        "records: offsets",
+    ),
+    "offsets that begin late": (
+        set_offsets("images", lambda o: o.__setitem__(0, 1)),
+        "images: offsets",
+    ),
     "no offsets": (put("prompts_offsets", lambda o: o[:0]), "prompts"),
     "one comparison too few": (put("records_offsets", lambda o: o[:-1]), "records"),
     "offsets of another dtype": (put("prompts_offsets", lambda o: o.astype(np.float64)), "F64"),
     "tokens of another dtype": (put("prompts", lambda p: p.astype(np.float32)), "prompts: F32"),
     "tokens in two dimensions": (put("prompts", lambda p: p[None]), "prompts: offsets"),
-    "an image that is not there": (put("image_index", at(0, 7)), "image_index: an image that is none"),
+    "an image that is not there": (
+        put("image_index", at(0, 7)),
+        "image_index: an image that is none",
+    ),
     "a negative image": (put("image_index", at(0, -1)), "image_index: an image that is none"),
     "a huge grid": (put("grids", lambda g: g * 0 + 2**30), "grids"),
-    "an empty response": (set_offsets("responses", lambda o: o.__setitem__(1, 0)), "one of them is empty"),
-    "one prompt longer than planned": (set_offsets("prompts", lambda o: o.__setitem__(1, o[1] - 1)), "not the shard"),
+    "an empty response": (
+        set_offsets("responses", lambda o: o.__setitem__(1, 0)),
+        "one of them is empty",
+    ),
+    "one prompt longer than planned": (
+        set_offsets("prompts", lambda o: o.__setitem__(1, o[1] - 1)),
+        "not the shard",
+    ),
     "a token of no vocabulary": (put("prompts", at(0, 2**31 - 1)), r"token 2147483647 of 5\d\d"),
     "a negative token": (put("responses", at(0, -1)), r"token -1 of 5\d\d"),
     "an image token too many": (put("prompts", at(0, 542)), "5 image tokens for 16 patches"),
     "a broken picture": (put("images", lambda i: i // 2), "unreadable image"),
     "a record that is no JSON": (put("records", lambda r: r // 2), "damaged"),
     "a category that is a number": (
-        put("records", lambda r: np.frombuffer(r.tobytes().replace(b'"round"', b"      7"), np.uint8)),
+        put(
+            "records",
+            lambda r: np.frombuffer(r.tobytes().replace(b'"round"', b"      7"), np.uint8),
+        ),
         "category: int",
     ),
 }
@@ -482,11 +618,16 @@ def good_set(tmp_path_factory):
 
 def read_whole(folder, processors) -> int:
     comparisons = data.Comparisons(str(folder), processors.fingerprint)
-    return sum(stages.model.pack([comparisons[i]], processors).input_ids.numel() for i in range(len(comparisons)))
+    return sum(
+        stages.model.pack([comparisons[i]], processors).input_ids.numel()
+        for i in range(len(comparisons))
+    )
 
 
 @pytest.mark.parametrize("name", SHARDS)
-def test_a_damaged_or_hostile_shard_is_refused_with_its_reason(name, good_set, processors, tmp_path):
+def test_a_damaged_or_hostile_shard_is_refused_with_its_reason(
+    name, good_set, processors, tmp_path
+):
     damage, reason = SHARDS[name]
     folder = shutil.copytree(good_set, tmp_path / "set")
     assert read_whole(folder, processors) > 0
@@ -528,30 +669,50 @@ FOLDERS = {  # name: (what is done to a good data set's folder, the reason)
     "an empty shard": (rewrite(SHARD, lambda content: b""), SHARD),
     "a shard of text": (rewrite(SHARD, lambda content: b"text " * 1000), SHARD),
     "a declared size of a terabyte": (rewrite(SHARD, huge_header), SHARD),
-    "a header of a terabyte": (rewrite(SHARD, lambda content: struct.pack("<Q", 2**40) + content[8:]), SHARD),
+    "a header of a terabyte": (
+        rewrite(SHARD, lambda content: struct.pack("<Q", 2**40) + content[8:]),
+        SHARD,
+    ),
     "an index that is not there": (lambda folder: (folder / "index.safetensors").unlink(), "index"),
-    "an index that is cut off": (rewrite("index.safetensors", lambda content: content[:-8]), "index"),
+    "an index that is cut off": (
+        rewrite("index.safetensors", lambda content: content[:-8]),
+        "index",
+    ),
     "an index of another set": (change_info(shards=[[SHARD, 7]]), "numbers for 7 comparisons"),
     "a negative count": (change_info(shards=[[SHARD, -2]]), "have to be counts"),
     "a count beyond all": (change_info(shards=[[SHARD, 10**30]]), "have to be counts"),
-    "a shard elsewhere": (change_info(shards=[["../../secret.safetensors", 2]]), "is no name of a file"),
+    "a shard elsewhere": (
+        change_info(shards=[["../../secret.safetensors", 2]]),
+        "is no name of a file",
+    ),
     "a name that leads elsewhere": (change_info(name="../../evil"), "is no name of a file"),
     "an unknown metric": (change_info(metric="mine"), "metric: 'mine' is not known"),
-    "pixels that are none": (change_info(pixels={"shortest_edge": 0, "longest_edge": 10**30}), "pixels"),
+    "pixels that are none": (
+        change_info(pixels={"shortest_edge": 0, "longest_edge": 10**30}),
+        "pixels",
+    ),
     "pixels that say more": (
         change_info(pixels={"shortest_edge": 3136, "longest_edge": 501760, "height": 56}),
         "pixels",
     ),
     "shards that are none": (change_info(shards="abc"), "dataset.json"),
     "an info of a list": (rewrite("dataset.json", lambda content: b"[]"), "dataset.json"),
-    "an info that is cut off": (rewrite("dataset.json", lambda content: content[:-9]), "dataset.json"),
-    "an info without tokenizer": (rewrite("dataset.json", lambda c: c.replace(b'"tokenizer"', b'"tok"')), "tokenizer"),
+    "an info that is cut off": (
+        rewrite("dataset.json", lambda content: content[:-9]),
+        "dataset.json",
+    ),
+    "an info without tokenizer": (
+        rewrite("dataset.json", lambda c: c.replace(b'"tokenizer"', b'"tok"')),
+        "tokenizer",
+    ),
     "an info of another format": (change_info(format=2), "run 01_data.py again"),
 }
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_damaged_or_hostile_data_set_is_refused_with_its_reason(name, good_set, processors, tmp_path):
+def test_a_damaged_or_hostile_data_set_is_refused_with_its_reason(
+    name, good_set, processors, tmp_path
+):
     damage, reason = FOLDERS[name]
     folder = shutil.copytree(good_set, tmp_path / "set")
     damage(folder)
@@ -566,7 +727,9 @@ def test_a_damaged_or_hostile_data_set_is_refused_with_its_reason(name, good_set
 @pytest.fixture(scope="module")
 def good_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings()).save_pretrained(str(folder))
+    stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings()).save_pretrained(
+        str(folder)
+    )
     return folder
 
 
@@ -600,7 +763,10 @@ def only_pickled(folder):
 
 def remote_code(folder):
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(f"open({str(folder / 'evil')!r}, 'w')")
 
@@ -612,24 +778,50 @@ def head_of(**about):
 
 HEAD, LAST, NORM = "reward_head.safetensors", "mlp.2.weight", "language_model.norm.weight"
 MODELS = {
-    "weights that are no numbers": (tensors("model.safetensors", put(NORM, lambda w: w * np.nan)), "not finite"),
+    "weights that are no numbers": (
+        tensors("model.safetensors", put(NORM, lambda w: w * np.nan)),
+        "not finite",
+    ),
     "infinite weights": (tensors("model.safetensors", put(NORM, lambda w: w / 0)), "not finite"),
-    "a weight is missing": (tensors("model.safetensors", lambda t: t.pop(NORM)), f"{NORM} is missing"),
-    "a weight of another shape": (tensors("model.safetensors", put(NORM, lambda w: w[:5])), "damaged"),
-    "weights that are cut off": (rewrite("model.safetensors", lambda content: content[:-99]), "damaged"),
+    "a weight is missing": (
+        tensors("model.safetensors", lambda t: t.pop(NORM)),
+        f"{NORM} is missing",
+    ),
+    "a weight of another shape": (
+        tensors("model.safetensors", put(NORM, lambda w: w[:5])),
+        "damaged",
+    ),
+    "weights that are cut off": (
+        rewrite("model.safetensors", lambda content: content[:-99]),
+        "damaged",
+    ),
     "a declared size of a terabyte": (rewrite("model.safetensors", huge_header), "damaged"),
     "pickled weights alone": (only_pickled, "safetensors"),
     "code of its own": (remote_code, "no model in the Hugging Face layout"),
     "a head without description": (tensors(HEAD, lambda t: None, {}), "reward_head"),
-    "a head of another depth": (tensors(HEAD, lambda t: None, head_of(layers=3)), "not those of the head"),
-    "a head of a hundred layers": (tensors(HEAD, lambda t: None, head_of(layers=100)), "must be 1 to 5"),
-    "a head that wants a terabyte": (tensors(HEAD, lambda t: None, head_of(width=2**30)), "not those of the head"),
-    "a head of an unknown activation": (tensors(HEAD, lambda t: None, head_of(activation="exec")), "exec"),
+    "a head of another depth": (
+        tensors(HEAD, lambda t: None, head_of(layers=3)),
+        "not those of the head",
+    ),
+    "a head of a hundred layers": (
+        tensors(HEAD, lambda t: None, head_of(layers=100)),
+        "must be 1 to 5",
+    ),
+    "a head that wants a terabyte": (
+        tensors(HEAD, lambda t: None, head_of(width=2**30)),
+        "not those of the head",
+    ),
+    "a head of an unknown activation": (
+        tensors(HEAD, lambda t: None, head_of(activation="exec")),
+        "exec",
+    ),
     "a head that is no numbers": (tensors(HEAD, put(LAST, lambda w: w * np.nan)), "not finite"),
     "a head that is cut off": (rewrite(HEAD, lambda content: content[:-9]), HEAD),
     "a head for another backbone": (
         lambda folder: save_file(
-            {"mlp.0.weight": np.ones((1, 64), np.float32)}, folder / HEAD, head_of(hidden=64, layers=1, width=64)
+            {"mlp.0.weight": np.ones((1, 64), np.float32)},
+            folder / HEAD,
+            head_of(hidden=64, layers=1, width=64),
         ),
         "a head for hidden states of 64, the backbone has 128",
     ),
@@ -638,7 +830,9 @@ MODELS = {
 
 @pytest.mark.filterwarnings("ignore:divide by zero")
 @pytest.mark.parametrize("name", MODELS)
-def test_a_damaged_or_hostile_model_is_refused_with_its_reason_and_runs_no_code(name, good_model, tmp_path):
+def test_a_damaged_or_hostile_model_is_refused_with_its_reason_and_runs_no_code(
+    name, good_model, tmp_path
+):
     damage, reason = MODELS[name]
     folder = shutil.copytree(good_model, tmp_path / "model")
     damage(folder)
@@ -648,11 +842,27 @@ def test_a_damaged_or_hostile_model_is_refused_with_its_reason_and_runs_no_code(
 
 
 @pytest.mark.parametrize(
-    "line", ["", "[1", "1", "[1]", "[1, 2, 3]", "[1, null]", "[1, true]", "[1, NaN]", "[1, 1e999]", "[" * 100_000]
+    "line",
+    [
+        "",
+        "[1",
+        "1",
+        "[1]",
+        "[1, 2, 3]",
+        "[1, null]",
+        "[1, true]",
+        "[1, NaN]",
+        "[1, 1e999]",
+        "[" * 100_000,
+    ],
 )
-def test_scores_from_elsewhere_that_do_not_fit_are_refused_with_their_line(line, good_set, tmp_path):
+def test_scores_from_elsewhere_that_do_not_fit_are_refused_with_their_line(
+    line, good_set, tmp_path
+):
     (tmp_path / "scores.jsonl").write_text(f"[1, 2]\n{line}\n")
-    with pytest.raises(data.UserError, match="scores.jsonl, line 2: not a JSON list of 2 finite numbers"):
+    with pytest.raises(
+        data.UserError, match="scores.jsonl, line 2: not a JSON list of 2 finite numbers"
+    ):
         stages.eval.read_scores(str(tmp_path / "scores.jsonl"), data.Comparisons(str(good_set)))
 
 
@@ -660,5 +870,7 @@ def test_a_benchmark_is_no_training_data(good_set, good_model, tmp_path):
     folder = shutil.copytree(good_set, tmp_path / "set")
     change_info(metric="vl-rewardbench")(folder)
     processors = data.load_processors(str(good_model))
-    with pytest.raises(data.UserError, match="the benchmark vl-rewardbench, which is to score models"):
+    with pytest.raises(
+        data.UserError, match="the benchmark vl-rewardbench, which is to score models"
+    ):
         stages.train.open_data(stages.train.Settings(data=[str(folder)]), processors)

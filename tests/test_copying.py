@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
 from transformers.modeling_utils import AttentionInterface
 
-OPTIONAL = {"ranking loss": {"Written"}}  # not copied, since only a branch needs it: rows of critics and judges
+OPTIONAL: dict[str, set] = {}
 
 
 def defined(node: ast.stmt) -> set[str]:
@@ -60,21 +60,29 @@ def source_of(piece: str) -> str:
     for script, names in sorted(PIECES[piece].items()):
         if names:
             body = SCRIPTS[script]
-            imports += [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            imports += [
+                ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))
+            ]
             copied += [ast.unparse(node) for node in body if defined(node) & names]
-    return "\n".join(imports) + re.sub(r"(?<![.\w])(data|model_stage|training)\.", "", "\n" + "\n".join(copied))
+    return "\n".join(imports) + re.sub(
+        r"(?<![.\w])(data|model_stage|training)\.", "", "\n" + "\n".join(copied)
+    )
 
 
 def undefined(table: symtable.SymbolTable, known: set[str]) -> set[str]:
     """Names that are used somewhere in a module and defined nowhere."""
-    names = {each.get_name() for each in table.get_symbols() if each.is_referenced() and each.is_global()}
+    names = {
+        each.get_name() for each in table.get_symbols() if each.is_referenced() and each.is_global()
+    }
     return (names - known).union(*(undefined(child, known) for child in table.get_children()))
 
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_piece_needs_nothing_else(piece):
     table = symtable.symtable(source_of(piece), piece, "exec")
-    known = {each.get_name() for each in table.get_symbols() if each.is_assigned() or each.is_imported()}
+    known = {
+        each.get_name() for each in table.get_symbols() if each.is_assigned() or each.is_imported()
+    }
     assert undefined(table, known | {*dir(builtins), "__name__"}) == OPTIONAL.get(piece, set())
 
 
@@ -98,13 +106,26 @@ def test_shared_prefix_attention_in_a_model_of_transformers(lift, tmp_path):
     """The README's example, against one plain forward for each response."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     torch.manual_seed(0)
-    plain = AutoModel.from_config(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    plain = AutoModel.from_config(
+        Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    ).eval()
     plain.save_pretrained(tmp_path)
-    prompt, first, second = (np.random.default_rng(length).integers(0, 64, length) for length in (7, 3, 5))
+    prompt, first, second = (
+        np.random.default_rng(length).integers(0, 64, length) for length in (7, 3, 5)
+    )
     texts = [torch.from_numpy(np.concatenate([prompt, each]))[None] for each in (first, second)]
     expected = torch.stack([plain(text).last_hidden_state[0, -1].sum() for text in texts])
-    given = {"path": tmp_path, "prompt": prompt, "first": first, "second": second, "head": lambda h: h.sum(-1)}
-    exec(re.search(r"```python\n(.*?)```", SECTION, re.S)[1], done := given | vars(lift("shared-prefix attention")))
+    given = {
+        "path": tmp_path,
+        "prompt": prompt,
+        "first": first,
+        "second": second,
+        "head": lambda h: h.sum(-1),
+    }
+    exec(
+        re.search(r"```python\n(.*?)```", SECTION, re.S)[1],
+        done := given | vars(lift("shared-prefix attention")),
+    )
     torch.testing.assert_close(done["scores"], expected, atol=1e-5, rtol=0)
 
 
@@ -119,7 +140,10 @@ def test_shared_prefix_attention_in_several_comparisons_of_a_row(lift):
     packed = AutoModel.from_config(configs[1], attn_implementation="copied").eval()
     packed.load_state_dict(plain.state_dict())
     draw = lambda length: np.random.default_rng(length).integers(0, 64, length)
-    prompts, responses = list(map(draw, (7, 4, 6))), [list(map(draw, Rs)) for Rs in ([3, 1, 5], [2], [])]
+    prompts, responses = (
+        list(map(draw, (7, 4, 6))),
+        [list(map(draw, Rs)) for Rs in ([3, 1, 5], [2], [])],
+    )
     row, expected = copied.pack_tokens(prompts, responses), []
     with torch.no_grad():
         for prompt, those in zip(prompts, responses):
@@ -142,7 +166,9 @@ def test_packed_position_ids_of_a_prompt_with_two_images(lift):
     token, grids = backbone.config.image_token_id, np.array([[1, 4, 6], [1, 8, 2]])
     pieces = [[5, 6], [token] * 6, [7], [token] * 4, [8, 9, 10]]  # 2 x 2 patches are one token
     ids = np.concatenate(pieces)
-    found = lift("packed position ids, M-RoPE").prompt_positions(ids, grids // [1, 2, 2], token)  # [3, P]
+    found = lift("packed position ids, M-RoPE").prompt_positions(
+        ids, grids // [1, 2, 2], token
+    )  # [3, P]
     tensors = torch.from_numpy(ids)[None], (torch.from_numpy(ids) == token).int()[None]
     expected, _ = backbone.get_rope_index(*tensors, image_grid_thw=torch.from_numpy(grids))
     assert np.array_equal(found, expected[:, 0].numpy()) and found.max() < len(ids) - 1
@@ -156,7 +182,9 @@ def test_reward_head(lift):
     head, hidden = copied.RewardHead(12, layers=3, activation="silu", width=20), torch.randn(5, 12)
     one, two, three = (module for module in head.mlp if isinstance(module, torch.nn.Linear))
     inner = F.silu(F.silu(hidden @ one.weight.T + one.bias) @ two.weight.T + two.bias)  # [5, 20]
-    torch.testing.assert_close(head(hidden.bfloat16().float()), head(hidden.bfloat16()))  # computes in float32
+    torch.testing.assert_close(
+        head(hidden.bfloat16().float()), head(hidden.bfloat16())
+    )  # computes in float32
     torch.testing.assert_close(head(hidden), inner @ three.weight[0])
     with pytest.raises(copied.UserError, match="must be 1 to 5"):
         copied.RewardHead(12, layers=6)
@@ -175,10 +203,19 @@ def test_batch_planner(lift):
     plans = [copied.plan(steps, tokens, patches, 1000, rank, 3) for rank in range(3)]
     assert len({len(plan) for plan in plans}) == 1
     for number, step in enumerate(steps):
-        dealt = [i for plan in plans for batch in plan if batch.step == number for i in batch.comparisons]
+        dealt = [
+            i for plan in plans for batch in plan if batch.step == number for i in batch.indices
+        ]
         assert sorted(dealt) == sorted(step)
-    cost = np.array([[sum(tokens[i] + patches[i] // 4 for i in batch.comparisons) for batch in plan] for plan in plans])
-    assert cost.max() <= 1000 and cost.tolist() == [list(costs) for costs in zip(*(b.costs for b in plans[0]))]
+    cost = np.array(
+        [
+            [sum(tokens[i] + patches[i] // 4 for i in batch.indices) for batch in plan]
+            for plan in plans
+        ]
+    )
+    assert cost.max() <= 1000 and cost.tolist() == [
+        list(costs) for costs in zip(*(b.loads for b in plans[0]))
+    ]
     assert copied.imbalance(plans[0]) == pytest.approx(cost.max(0).sum() / cost.mean(0).sum() - 1)
     assert copied.imbalance(plans[0]) < 0.05
 
@@ -186,14 +223,22 @@ def test_batch_planner(lift):
 def test_ranking_loss(lift):
     """The negative log-likelihood of Bradley and Terry, which a pair and a ranking each count once in."""
     copied = lift("ranking loss")
-    ranks, scores = [[1, 2], [2, 1, 3, 2]], torch.tensor([0.3, -1.0, 0.5, 2.0, -0.1, 1.0], requires_grad=True)
-    comparisons = [SimpleNamespace(ranks=each, responses=[[0]] * len(each)) for each in ranks]
+    ranks, scores = (
+        [[1, 2], [2, 1, 3, 2]],
+        torch.tensor([0.3, -1.0, 0.5, 2.0, -0.1, 1.0], requires_grad=True),
+    )
+    pairs = stages.data.ordered_pairs
+    comparisons = [
+        SimpleNamespace(ranks=r, responses=[[0]] * len(r), pairs=pairs(r)) for r in ranks
+    ]
     loss = copied.ranking_loss(scores, copied.pairs_of(comparisons))
     won = lambda better, worse: scores[better].exp() / (scores[better].exp() + scores[worse].exp())
     in_ranking = [won(3, 2), won(3, 4), won(3, 5), won(2, 4), won(5, 4)]
     expected = -won(0, 1).log() - sum(each.log() for each in in_ranking) / 5
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(each, scores, retain_graph=True) for each in (loss, expected)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(each, scores, retain_graph=True) for each in (loss, expected))
+    )
 
 
 def run_on_ranks(piece: str, code: str, folder: Path, *arguments, ranks: int) -> None:
@@ -226,12 +271,23 @@ dist.destroy_process_group()
 def test_sharded_loading(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    plain = AutoModelForCausalLM.from_config(
+        Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    )
     plain.save_pretrained(tmp_path / "model", max_shard_size="20KB")
-    run_on_ranks("sharded loading", LOAD, tmp_path, tmp_path / "model", tmp_path / "loaded.safetensors", ranks=2)
+    run_on_ranks(
+        "sharded loading",
+        LOAD,
+        tmp_path,
+        tmp_path / "model",
+        tmp_path / "loaded.safetensors",
+        ranks=2,
+    )
     loaded = load_file(tmp_path / "loaded.safetensors")
     with torch.no_grad():
-        torch.testing.assert_close(loaded.pop("logits"), plain.eval()(torch.arange(20)[None]).logits)
+        torch.testing.assert_close(
+            loaded.pop("logits"), plain.eval()(torch.arange(20)[None]).logits
+        )
     expected = dict(plain.named_parameters())
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
@@ -294,14 +350,21 @@ def test_benchmark_metrics(lift):
         pairs = [(a, b) for a in range(len(rank)) for b in range(len(rank)) if rank[a] < rank[b]]
         for name in ("all", categories[i], groups[i]):
             right.setdefault(name, []).extend(score[a] > score[b] for a, b in pairs)
-    found = copied.metrics(scores, copied.Items(ranks, categories, groups, [[1] * len(each) for each in ranks]))
+    found = copied.metrics(
+        scores, copied.Items(ranks, categories, groups, [[1] * len(each) for each in ranks])
+    )
     share = {name: np.mean(outcomes) for name, outcomes in right.items()}
     expected = {"overall": share["all"]} | {name: share[name] for name in ("c0", "c1", "c2")}
     expected["macro"] = np.mean([share[name] for name in ("c0", "c1", "c2")])
     expected["Acc+"] = np.mean([all(right[f"g{i}"]) for i in range(20)])
     assert {name: row["accuracy"] for name, row in found.items()} == pytest.approx(expected)
-    assert all(row["low"] <= row["accuracy"] <= row["high"] for row in found.values()) and 0 < expected["Acc+"] < 1
-    assert copied.acc_plus(np.array([1, 0, 1]), np.array(["x", "x", "y"]))["accuracy"] == 0.5  # right or not, as 1 or 0
+    assert (
+        all(row["low"] <= row["accuracy"] <= row["high"] for row in found.values())
+        and 0 < expected["Acc+"] < 1
+    )
+    assert (
+        copied.acc_plus(np.array([1, 0, 1]), np.array(["x", "x", "y"]))["accuracy"] == 0.5
+    )  # right or not, as 1 or 0
     with pytest.raises(ValueError, match="item 0: 3 scores of 2"):
         copied.metrics([np.zeros(3)], copied.Items([[1, 2]], ["all"], ["one"]))
 
@@ -315,21 +378,34 @@ def test_official_metrics(lift):
     scores = [rng.normal(size=6) for _ in range(n)]
     assert copied.METRICS.keys() == stages.eval.METRICS.keys()
     for name, measure in stages.eval.METRICS.items():
-        assert copied.METRICS[name](scores, copied.Items(*items)) == measure(scores, stages.eval.Items(*items))
+        assert copied.METRICS[name](scores, copied.Items(*items)) == measure(
+            scores, stages.eval.Items(*items)
+        )
 
 
 def test_advantages_of_the_hybrid_reward(lift):
     copied = lift("rewards, advantages, GRPO loss")
-    match, closed = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]), torch.tensor([[True], [True], [False]])
+    match, closed = (
+        torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]),
+        torch.tensor([[True], [True], [False]]),
+    )
     score = torch.tensor([[3.0, 1, 0], [0, 1, 2], [-1, 0, 4]])
     reward = copied.reward_of("hybrid", match, closed, score, 0.5)
     s = lambda x: 1 / (1 + np.exp(-x))
-    expected = np.array([[1, s(1) / 2, s(0) / 2], [s(0) / 2, s(1) / 2, s(2) / 2], [s(-1), s(0), s(4)]])
+    expected = np.array(
+        [[1, s(1) / 2, s(0) / 2], [s(0) / 2, s(1) / 2, s(2) / 2], [s(-1), s(0), s(4)]]
+    )
     np.testing.assert_allclose(reward, expected, atol=1e-6)
     centred = expected - expected.mean(1, keepdims=True)
-    by_scale = {"centred": 1, "batch": centred.std(ddof=1), "group": expected.std(1, ddof=1, keepdims=True)}
+    by_scale = {
+        "centred": 1,
+        "batch": centred.std(ddof=1),
+        "group": expected.std(1, ddof=1, keepdims=True),
+    }
     for scale, deviation in by_scale.items():
-        np.testing.assert_allclose(copied.advantage_of(reward, scale), centred / deviation, rtol=3e-3)
+        np.testing.assert_allclose(
+            copied.advantage_of(reward, scale), centred / deviation, rtol=3e-3
+        )
     share = copied.phantom_share(copied.advantage_of(reward, "centred"), match, closed)
     assert share == pytest.approx(np.abs(centred[1]).sum() / np.abs(centred).sum(), abs=1e-5)
 
@@ -344,13 +420,25 @@ def test_grpo_loss(lift):
     torch.testing.assert_close(kl, expected.sum().detach())
     torch.testing.assert_close(loss, 0.1 * expected.sum() - advantage.sum())
     reinforce = 0.1 * expected.sum() - (advantage * p.log()).sum()
-    torch.testing.assert_close(*(torch.autograd.grad(each, p, retain_graph=True) for each in (loss, reinforce)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(each, p, retain_graph=True) for each in (loss, reinforce))
+    )
 
 
 def test_rules(lift):
     """Answers as policies word them, under each rule that a closed question can carry."""
     is_match = lift("rules for closed questions").is_match
-    choice, area = {"kind": "letter", "options": ["rubber", "cotton"]}, {"kind": "number", "precision": 1}
-    worded = [("A red circle.", "a red circle", "text"), ("(B) cotton", "B", choice), ("No.", "No", "yes_no")]
-    for text, answer, rule in [*worded, ("1.16 cm^2", "1.2", {**area, "type": "float", "unit": "cm^2"})]:
+    choice, area = (
+        {"kind": "letter", "options": ["rubber", "cotton"]},
+        {"kind": "number", "precision": 1},
+    )
+    worded = [
+        ("A red circle.", "a red circle", "text"),
+        ("(B) cotton", "B", choice),
+        ("No.", "No", "yes_no"),
+    ]
+    for text, answer, rule in [
+        *worded,
+        ("1.16 cm^2", "1.2", {**area, "type": "float", "unit": "cm^2"}),
+    ]:
         assert is_match(text, answer, rule) and not is_match("It is not clear.", answer, rule)

@@ -59,7 +59,9 @@ def test_the_six_stages_run_in_order_each_on_what_the_one_before_it_wrote(copy):
         "policy/samples.jsonl",
     ):
         assert (artifacts / path).is_file(), path
-    assert not [path for path in artifacts.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    assert not [
+        path for path in artifacts.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")
+    ]
     ensemble = json.loads((artifacts / "ensemble/summary.json").read_text())
     assert len(ensemble["members"]) == 2 and set(ensemble["benchmarks"]["new_text"]) == {
         "reward",
@@ -96,13 +98,26 @@ def test_a_users_own_pairs_go_through_01_03_and_04(tmp_path):
                 "images": [f"pictures/{i}.png"],
             }
             if i % 2
-            else {"prompt": f"Question {i}", "chosen": "right", "rejected": "wrong, and longer", "category": "text"}
+            else {
+                "prompt": f"Question {i}",
+                "chosen": "right",
+                "rejected": "wrong, and longer",
+                "category": "text",
+            }
         )
     for line in lines[1::2]:
         line["prompt"][0]["content"].insert(0, {"type": "image"})
     file = write_jsonl(tmp_path / "mine.jsonl", [*lines, "{broken"])
     printed = torchrun(
-        "01_data.py", "--source", file, "--out", tmp_path / "data", "--holdout", 0, "--max_pixels", 28 * 28 * 8
+        "01_data.py",
+        "--source",
+        file,
+        "--out",
+        tmp_path / "data",
+        "--holdout",
+        0,
+        "--max_pixels",
+        28 * 28 * 8,
     ).stdout
     assert "read 25 = kept 24 + rejected 1" in printed
     torchrun("02_model.py", "--out", tmp_path / "model", "--data", tmp_path / "data/mine")
@@ -130,7 +145,10 @@ def test_a_users_own_pairs_go_through_01_03_and_04(tmp_path):
     ).stdout
     assert "pictures" in printed and "longer wins" in printed
     assert (
-        json.loads((tmp_path / "scores/reward/summary.json").read_text())["mine"]["reward"]["overall"]["accuracy"] > 0.9
+        json.loads((tmp_path / "scores/reward/summary.json").read_text())["mine"]["reward"][
+            "overall"
+        ]["accuracy"]
+        > 0.9
     )  # 24 pairs, seen 6 times
 
 
@@ -151,7 +169,11 @@ def test_help_explains_every_setting(script):
         ("02_model.py", ["--data", "no/such"], "--data no/such: no prepared data set there"),
         ("03_train.py", ["--model", "no/such"], "no/such: no reward model there"),
         ("03_train.py", ["--lr", "3e-6"], "unknown: --lr 3e-6; --help lists all options"),
-        ("03_train.py", ["--steps", "many"], "argument --steps: invalid int value: 'many'; --help lists all options"),
+        (
+            "03_train.py",
+            ["--steps", "many"],
+            "argument --steps: invalid int value: 'many'; --help lists all options",
+        ),
         ("03_train.py", ["--batch_size", "0"], "--batch_size 0: has to be at least 1"),
         ("04_eval.py", ["--benchmark", "no/such"], "no/such: no prepared data set there"),
         ("05_ensemble.py", ["--benchmark", "no/such"], "no/such: no prepared data set there"),
@@ -173,7 +195,11 @@ def test_data_of_which_no_line_can_be_used_leads_nowhere(tmp_path):
 
 def test_an_error_of_one_rank_leaves_no_traceback_of_another(tmp_path):
     done = torchrun("02_model.py", "--data", tmp_path / "none", "--out", tmp_path, check=False)
-    assert done.returncode and "none: no prepared data set there" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode
+        and "none: no prepared data set there" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -194,7 +220,12 @@ def test_importing_a_stage_does_nothing():
         "assert set(os.listdir('.')) - before <= {'__pycache__'}"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert done.stdout == done.stderr == ""
 
@@ -210,14 +241,30 @@ def test_the_readme_opens_with_the_two_commands_and_ci_runs_the_second():
 
 
 def test_nothing_is_needed_but_the_six_packages_and_pyarrow_where_parquet_is_read():
-    names = {re.split(r"[=<>]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    names = {
+        re.split(r"[=<>]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()
+    }
     assert names == {"torch", "transformers", "pillow", "numpy", "tqdm", "safetensors"}
     standard = set(sys.stdlib_module_names)
     for script in SCRIPTS:
         nodes = list(ast.walk(ast.parse((ROOT / script).read_text())))
-        imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-        optional = {"huggingface_hub"} | ({"pyarrow"} if script == "01_data.py" else set())  # comes with transformers
-        assert imported - standard - optional <= {"torch", "transformers", "PIL", "numpy", "tqdm", "safetensors"}, (
-            script
-        )
+        imported = {
+            alias.name.split(".")[0]
+            for node in nodes
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        imported |= {
+            node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)
+        }
+        optional = {"huggingface_hub"} | (
+            {"pyarrow"} if script == "01_data.py" else set()
+        )  # comes with transformers
+        assert imported - standard - optional <= {
+            "torch",
+            "transformers",
+            "PIL",
+            "numpy",
+            "tqdm",
+            "safetensors",
+        }, script

@@ -14,7 +14,9 @@ def test_combinations_by_hand():
     scores = np.array([[1.0, 2.0, 3.0], [3.0, 0.0, 9.0]])
     assert ensemble.mean_of_scores(scores).tolist() == [2, 1, 6]
     assert ensemble.weighted_mean(scores, np.array([3.0, 1.0])).tolist() == [1.5, 1.5, 4.5]
-    assert ensemble.route(scores[0], np.array([np.nan, 7, 8]), np.array([True, False, False])).tolist() == [1, 7, 8]
+    assert ensemble.route(
+        scores[0], np.array([np.nan, 7, 8]), np.array([True, False, False])
+    ).tolist() == [1, 7, 8]
 
 
 def test_weights_are_each_members_accuracy_and_mean_margin_over_their_sum():
@@ -30,15 +32,24 @@ def test_the_language_half_is_the_same_model_on_text(tmp_path, reward, processor
     ensemble.language_half(TINY, str(tmp_path))
     half = model.load_backbone(str(tmp_path))
     assert (
-        half.config.model_type == "qwen2" and data.load_processors(str(tmp_path)).fingerprint == processors.fingerprint
+        half.config.model_type == "qwen2"
+        and data.load_processors(str(tmp_path)).fingerprint == processors.fingerprint
     )
     ids, _, _ = data.encode_prompt([user("What is 2 + 3?")], [], processors)
     row = model.pack(
-        [data.Comparison(ids, [data.encode_response(text, processors) for text in RESPONSES], [1, 2, 3])], processors
+        [
+            data.Comparison(
+                ids, [data.encode_response(text, processors) for text in RESPONSES], [1, 2, 3]
+            )
+        ],
+        processors,
     )
     with torch.no_grad():
         torch.testing.assert_close(
-            model.run_backbone(half, row), model.run_backbone(reward.backbone, row), atol=1e-5, rtol=0
+            model.run_backbone(half, row),
+            model.run_backbone(reward.backbone, row),
+            atol=1e-5,
+            rtol=0,
         )
 
 
@@ -70,7 +81,11 @@ def test_an_ensemble_of_one_model_with_itself_is_that_model(world, reward, tmp_p
         ranks=2,
     )
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["weights"]["accuracy"] == pytest.approx([0.5, 0.5]) == summary["weights"]["confidence"]
+    assert (
+        summary["weights"]["accuracy"]
+        == pytest.approx([0.5, 0.5])
+        == summary["weights"]["confidence"]
+    )
     for benchmark in summary["benchmarks"].values():
         assert (
             benchmark["a"]

@@ -12,32 +12,57 @@ import torch
 from conftest import ROOT, RESPONSES, TINY, picture, stages, torchrun, user
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen2Config,
+)
 
 data, model = stages.data, stages.model
 
 
 def weights_in(folder) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("model*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
-def test_03_exports_bfloat16_in_several_files_that_transformers_alone_loads(world, reward, tmp_path):
+def test_03_exports_bfloat16_in_several_files_that_transformers_alone_loads(
+    world, reward, tmp_path
+):
     """With a learning rate of 0, so that the export is the initial model, rounded."""
     reward.save_pretrained(str(tmp_path / "initial"))
-    train = ["--model", tmp_path / "initial", "--data", world / "data/train", "--out", tmp_path / "reward"]
+    train = [
+        "--model",
+        tmp_path / "initial",
+        "--data",
+        world / "data/train",
+        "--out",
+        tmp_path / "reward",
+    ]
     train += ["--steps", 1, "--batch_size", 8, "--learning_rate", 0, "--weight_decay", 0]
     torchrun("03_train.py", *train, "--export_dtype", "bf16", "--export_file_size", "500KB")
     files = sorted((tmp_path / "reward").glob("model-*.safetensors"))
     index = json.loads((tmp_path / "reward/model.safetensors.index.json").read_text())
     held = {name: file.name for file in files for name in safe_open(file, "pt").keys()}
-    assert index["weight_map"] == held and len(files) > 5 and not (tmp_path / "reward/model.safetensors").exists()
+    assert (
+        index["weight_map"] == held
+        and len(files) > 5
+        and not (tmp_path / "reward/model.safetensors").exists()
+    )
     assert all(file.stat().st_size < 550_000 or len(load_file(file)) == 1 for file in files)
 
     exact, rounded = (AutoModel.from_pretrained(tmp_path / name) for name in ("initial", "reward"))
     assert rounded.dtype == torch.bfloat16 and exact.dtype == torch.float32
     for name, tensor in exact.state_dict().items():
         assert torch.equal(tensor.bfloat16(), rounded.state_dict()[name]), name
-    one, two = (model.RewardModel.from_pretrained(tmp_path / name) for name in ("initial", "reward"))
+    one, two = (
+        model.RewardModel.from_pretrained(tmp_path / name) for name in ("initial", "reward")
+    )
     model.place(one, "cpu", torch.bfloat16)
     model.place(one, "cpu", torch.float32)  # rounded, that is
     messages = [user("What do you see?", picture())]
@@ -45,9 +70,16 @@ def test_03_exports_bfloat16_in_several_files_that_transformers_alone_loads(worl
 
 
 @pytest.mark.parametrize("file_size", ["5GB", "300KB"])
-def test_exported_loaded_by_transformers_and_exported_again_is_bit_identical(file_size, reward, processors, tmp_path):
+def test_exported_loaded_by_transformers_and_exported_again_is_bit_identical(
+    file_size, reward, processors, tmp_path
+):
     reward.save_pretrained(str(tmp_path / "one"), file_size=file_size)
-    model.export(AutoModel.from_pretrained(tmp_path / "one"), processors, tmp_path / "two", file_size=file_size)
+    model.export(
+        AutoModel.from_pretrained(tmp_path / "one"),
+        processors,
+        tmp_path / "two",
+        file_size=file_size,
+    )
     files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     del files["reward_head.safetensors"]
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
@@ -72,7 +104,9 @@ def test_a_sharded_policy_is_exported_as_it_was_tied_or_not(processors, tmp_path
     sizes = {"vocab_size": 576, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     kinds = {"pictures": AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)}
     for tied in (True, False):
-        config = Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied)
+        config = Qwen2Config(
+            **sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied
+        )
         kinds[f"text, tied {tied}"] = AutoModelForCausalLM.from_config(config)
     for name, policy in kinds.items():
         policy.save_pretrained(tmp_path / name)
@@ -82,12 +116,19 @@ def test_a_sharded_policy_is_exported_as_it_was_tied_or_not(processors, tmp_path
     for name, policy in kinds.items():
         again = tmp_path / name / "again"
         before, after = weights_in(tmp_path / name), weights_in(again)
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), name
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[key], after[key]) for key in before
+        ), name
         assert ("lm_head.weight" in after) == (name == "text, tied False")
         loaded, report = type(policy).from_pretrained(again, output_loading_info=True)
         assert not any(report.values()), report
-        assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in policy.state_dict().items()), name
-        configs = [AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path / name, again)]
+        assert all(
+            torch.equal(tensor, loaded.state_dict()[key])
+            for key, tensor in policy.state_dict().items()
+        ), name
+        configs = [
+            AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path / name, again)
+        ]
         assert configs[0] | {"_name_or_path": ""} == configs[1] | {"_name_or_path": ""}
         assert data.load_processors(again).fingerprint == processors.fingerprint
         if policy.can_generate():
@@ -98,7 +139,9 @@ def test_of_an_export_that_broke_off_neither_the_old_nor_the_new_model_is_there(
     folder = tmp_path / "model"
     reward.save_pretrained(str(folder), file_size="300KB")
     (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.json/in the way").mkdir(parents=True)  # the new file cannot be put in its place
+    (folder / "tokenizer.json/in the way").mkdir(
+        parents=True
+    )  # the new file cannot be put in its place
     with pytest.raises(OSError):
         reward.save_pretrained(str(folder))
     with pytest.raises(data.UserError, match="no reward model there"):
@@ -126,9 +169,13 @@ while True:
 def test_after_a_kill_there_is_one_whole_model_or_none(reward, tmp_path):
     folder = tmp_path / "model"
     reward.save_pretrained(str(folder))
-    process = subprocess.Popen([sys.executable, "-c", REPEAT, str(folder)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", REPEAT, str(folder)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 60
-    while not list(folder.glob("model-00030-*")) and time.time() < deadline and process.poll() is None:
+    while (
+        not list(folder.glob("model-00030-*")) and time.time() < deadline and process.poll() is None
+    ):
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -138,7 +185,9 @@ def test_after_a_kill_there_is_one_whole_model_or_none(reward, tmp_path):
     except data.UserError as error:
         assert "no reward model there" in str(error)
         return
-    added = [(found.state_dict()[name] - tensor).round() for name, tensor in reward.state_dict().items()]
+    added = [
+        (found.state_dict()[name] - tensor).round() for name, tensor in reward.state_dict().items()
+    ]
     assert len(torch.cat([tensor.flatten() for tensor in added]).unique()) == 1
 
 

@@ -13,9 +13,24 @@ import families
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, RESPONSES, assistant, picture, reward_on, stages, torchrun, write_jsonl
+from conftest import (
+    PROMPTS,
+    RESPONSES,
+    assistant,
+    picture,
+    reward_on,
+    stages,
+    torchrun,
+    write_jsonl,
+)
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
@@ -32,7 +47,12 @@ PROCESSORS = {
 ask = lambda text: {"role": "user", "content": text}  # a text-only template knows no list of parts
 TEXTS = {
     "text": [ask("What is 2 + 3?")],
-    "several turns": [{"role": "system", "content": "Be brief."}, ask("Add 2."), assistant("To what?"), ask("To 3.")],
+    "several turns": [
+        {"role": "system", "content": "Be brief."},
+        ask("Add 2."),
+        assistant("To what?"),
+        ask("To 3."),
+    ],
 }
 
 
@@ -61,15 +81,23 @@ def reward(checkpoint):
 @pytest.fixture(scope="module")
 def plain(checkpoint):
     """What transformers itself makes of the checkpoint, with its own attention."""
-    return AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return AutoModel.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
 
 
-@lru_cache(1)  # of the family at hand: to read a tokenizer of 151,643 tokens takes longer than all else here
+@lru_cache(
+    1
+)  # of the family at hand: to read a tokenizer of 151,643 tokens takes longer than all else here
 def own_parts(checkpoint: str) -> tuple:
     """A checkpoint's tokenizer, config and, if it has one, image processor, by transformers alone."""
     vision = Path(checkpoint, "preprocessor_config.json").is_file()
     processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil") if vision else None
-    return AutoTokenizer.from_pretrained(checkpoint), data.AutoConfig.from_pretrained(checkpoint), processor
+    return (
+        AutoTokenizer.from_pretrained(checkpoint),
+        data.AutoConfig.from_pretrained(checkpoint),
+        processor,
+    )
 
 
 def plain_inputs(name: str, checkpoint: str, messages: list, response: str) -> dict:
@@ -78,10 +106,17 @@ def plain_inputs(name: str, checkpoint: str, messages: list, response: str) -> d
     tokenizer, config, processor = own_parts(checkpoint)
     own = Path(checkpoint, "chat_template.json")  # where the tokenizer has none
     own = json.loads(own.read_text())["chat_template"] if own.is_file() else None
-    text = tokenizer.apply_chat_template(messages, chat_template=own, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=own, tokenize=False, add_generation_prompt=True
+    )
     text += response + ("<|eot_id|>" if name == "llama" else "<|im_end|>")
     contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
-    images = [data.open_image(part["image"]) for parts in contents for part in parts if part["type"] == "image"]
+    images = [
+        data.open_image(part["image"])
+        for parts in contents
+        for part in parts
+        if part["type"] == "image"
+    ]
     inputs = {}
     if images:
         cls = PROCESSORS[name]
@@ -91,7 +126,9 @@ def plain_inputs(name: str, checkpoint: str, messages: list, response: str) -> d
         own.start_image_token, own.end_image_token = "<img>", "</img>"
         own.image_seq_length = getattr(config, "image_seq_length", None)
         first, *rest = text.split(token)
-        text = first + "".join(cls.replace_image_token(own, inputs, i) + piece for i, piece in enumerate(rest))
+        text = first + "".join(
+            cls.replace_image_token(own, inputs, i) + piece for i, piece in enumerate(rest)
+        )
         inputs.pop("num_patches", None)
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     if "image_grid_thw" in inputs:
@@ -120,7 +157,9 @@ def test_packed_scores_and_gradients_are_those_of_plain_forwards(name, checkpoin
         hidden = torch.stack([plain(**each).last_hidden_state[0, -1] for each in inputs])
         scores.append(reward.head(hidden))
         with torch.no_grad():
-            alone = reward(model.pack([comparison_of(messages, reward.processors)], reward.processors))
+            alone = reward(
+                model.pack([comparison_of(messages, reward.processors)], reward.processors)
+            )
         torch.testing.assert_close(alone, scores[-1].detach(), atol=1e-5, rtol=0)
     expected = torch.cat(scores)
     expected.square().sum().backward()
@@ -132,8 +171,12 @@ def test_packed_scores_and_gradients_are_those_of_plain_forwards(name, checkpoin
     expected_of = {key: parameter.grad for key, parameter in plain.named_parameters()}
     usual = torch.stack([gradient.abs().max() for gradient in expected_of.values()]).median()
     for key, parameter in reward.backbone.named_parameters():
-        scale = max(expected_of[key].abs().max(), usual / 100)  # a bias of keys without rotation has none but noise
-        torch.testing.assert_close(parameter.grad / scale, expected_of[key] / scale, atol=1e-4, rtol=0, msg=key)
+        scale = max(
+            expected_of[key].abs().max(), usual / 100
+        )  # a bias of keys without rotation has none but noise
+        torch.testing.assert_close(
+            parameter.grad / scale, expected_of[key] / scale, atol=1e-4, rtol=0, msg=key
+        )
 
 
 # ---- reading, exporting, training
@@ -146,7 +189,11 @@ def test_on_two_ranks_the_sharded_load_gives_the_weights_and_buffers_of_a_plain_
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    return {
+        key: tensor
+        for file in folder.glob("*.safetensors")
+        for key, tensor in load_file(file).items()
+    }
 
 
 def test_an_export_loads_without_this_project_and_exports_to_the_same_bits(reward, tmp_path):
@@ -156,7 +203,9 @@ def test_an_export_loads_without_this_project_and_exports_to_the_same_bits(rewar
     assert not any(about[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state = loaded.state_dict()
     assert state.keys() == reward.backbone.state_dict().keys()
-    assert all(torch.equal(tensor, state[key]) for key, tensor in reward.backbone.state_dict().items())
+    assert all(
+        torch.equal(tensor, state[key]) for key, tensor in reward.backbone.state_dict().items()
+    )
     loaded.save_pretrained(second)
     again = model.RewardModel.from_pretrained(first)
     again.save_pretrained(third)
@@ -193,7 +242,10 @@ def test_three_steps_on_two_ranks_are_those_on_one(checkpoints, tmp_path):
     """Of every family: prepared, made, trained on text and pictures mixed. Two ranks also recompute layers."""
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(picture(56 + 28 * i, 84, i))
-    pairs = [{"prompt": f"What is {i} + {i}?", "chosen": f"It is {2 * i}.", "rejected": "No."} for i in range(12)]
+    pairs = [
+        {"prompt": f"What is {i} + {i}?", "chosen": f"It is {2 * i}.", "rejected": "No."}
+        for i in range(12)
+    ]
     write_jsonl(tmp_path / "texts.jsonl", pairs)
     seen = [pair | {"images": [f"{j}.png" for j in range(i % 4)]} for i, pair in enumerate(pairs)]
     write_jsonl(tmp_path / "pictures.jsonl", seen)
@@ -205,10 +257,15 @@ def test_three_steps_on_two_ranks_are_those_on_one(checkpoints, tmp_path):
         for key in one:
             # A bias of keys matters only by their rotation; of a gradient that is rounding AdamW makes whole steps.
             tolerance = 1e-4 if key.endswith("k_proj.bias") else 1e-6
-            torch.testing.assert_close(one[key], two[key], atol=tolerance, rtol=0, msg=f"{name}: {key}")
+            torch.testing.assert_close(
+                one[key], two[key], atol=tolerance, rtol=0, msg=f"{name}: {key}"
+            )
         moved = [key for key in one if not torch.equal(one[key], before[key])]
         assert len(moved) > 0.9 * len(one), name
-        runs = [[json.loads(line) for line in open(tmp_path / ranks / name / "metrics.jsonl")] for ranks in "12"]
+        runs = [
+            [json.loads(line) for line in open(tmp_path / ranks / name / "metrics.jsonl")]
+            for ranks in "12"
+        ]
         for a, b in zip(*runs, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), (name, a["step"])
 
@@ -216,7 +273,9 @@ def test_three_steps_on_two_ranks_are_those_on_one(checkpoints, tmp_path):
 # ---- tokenizers, pixels, what is refused
 
 
-def test_special_tokens_have_their_published_ids_and_the_templates_end_of_turn_ends_a_response(name, reward):
+def test_special_tokens_have_their_published_ids_and_the_templates_end_of_turn_ends_a_response(
+    name, reward
+):
     processors = reward.processors
     ids = dict.fromkeys(("<|im_end|>",), 151645) | {"<|im_start|>": 151644}
     if name in families.IMAGES:
@@ -226,8 +285,13 @@ def test_special_tokens_have_their_published_ids_and_the_templates_end_of_turn_e
     if name == "llama":
         ids = {"<|begin_of_text|>": 128000, "<|eot_id|>": 128009}
     assert {token: processors.tokenizer.convert_tokens_to_ids(token) for token in ids} == ids
-    assert data.encode_response("No", processors)[-1] == ids["<|eot_id|>" if name == "llama" else "<|im_end|>"]
-    assert processors.image_token == {"internvl": 151667}.get(name, 151655 if name in families.IMAGES else None)
+    assert (
+        data.encode_response("No", processors)[-1]
+        == ids["<|eot_id|>" if name == "llama" else "<|im_end|>"]
+    )
+    assert processors.image_token == {"internvl": 151667}.get(
+        name, 151655 if name in families.IMAGES else None
+    )
 
 
 @pytest.mark.parametrize("name", families.IMAGES)
@@ -254,11 +318,19 @@ def test_tiles_keep_within_the_limit_of_pixels_and_shards_remember_it(checkpoint
     image = families.IMAGES["internvl"]
     assert image["size"] == {"height": 56, "width": 56} and not image["crop_to_patches"]
     other = data.load_processors(checkpoints["internvl"])
-    for max_pixels, tiles in [(0, 12), (56 * 56 * 4, 4), (56 * 56 * 2 - 1, 1), (10, 1), (10**7, 12)]:
+    for max_pixels, tiles in [
+        (0, 12),
+        (56 * 56 * 4, 4),
+        (56 * 56 * 2 - 1, 1),
+        (10, 1),
+        (10**7, 12),
+    ]:
         processors = data.load_processors(checkpoints["internvl"], max_pixels)
         assert processors.pixels == {"tiles": tiles}
         count = data.patch_grid((1000, 1000), processors)[0]
-        assert count == {12: 10, 4: 5, 1: 1}[tiles]  # 9, 4 or 1 of a square, and a thumbnail behind several
+        assert (
+            count == {12: 10, 4: 5, 1: 1}[tiles]
+        )  # 9, 4 or 1 of a square, and a thumbnail behind several
         other.pixels = json.loads(json.dumps(processors.pixels))
         assert data.patch_grid((1000, 1000), other)[0] == count
 
@@ -278,9 +350,15 @@ def test_an_unsupported_backbone_is_refused_by_name_with_those_that_are(checkpoi
         "internvl with a decoder of type gpt2; supported are qwen2, qwen3, llama",
         **{"model_type": "internvl", "text_config": {"model_type": "gpt2"}},
     )
-    sliding = families.CONFIGS["qwen2"] | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
+    sliding = families.CONFIGS["qwen2"] | {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+    }
     refused("sliding attention window", **sliding)
-    with pytest.raises(data.UserError, match="a qwen3_vl, which --plan does not know; it knows qwen2_5_vl, qwen2"):
+    with pytest.raises(
+        data.UserError, match="a qwen3_vl, which --plan does not know; it knows qwen2_5_vl, qwen2"
+    ):
         stages.train.print_plan(stages.train.Settings(model=checkpoints["qwen3_vl"]))
 
 
@@ -318,7 +396,9 @@ def test_a_policys_log_probabilities_and_rollouts_are_those_of_plain_forwards(na
     expected = []
     with torch.no_grad():
         for response, ids in zip(RESPONSES, comparison.responses):
-            logits = plain(**plain_inputs(name, checkpoint, messages, response)).logits[0, -len(ids) - 1 : -1]
+            logits = plain(**plain_inputs(name, checkpoint, messages, response)).logits[
+                0, -len(ids) - 1 : -1
+            ]
             log_p = logits.index_fill(-1, policy.forbidden, -torch.inf).log_softmax(-1)
             expected.append(log_p.gather(-1, torch.from_numpy(ids.astype(np.int64))[:, None])[:, 0])
         log_p, _ = policy(model.pack([comparison], policy.processors))
@@ -326,7 +406,11 @@ def test_a_policys_log_probabilities_and_rollouts_are_those_of_plain_forwards(na
         (sampled,) = grpo.rollout(policy, [comparison], 1, 4, None)[0].tolist()
         answer = [token for token in sampled if token >= 0]
         again = data.Comparison(
-            comparison.prompt, [np.array(answer, np.int32)], [1], comparison.images, comparison.grids
+            comparison.prompt,
+            [np.array(answer, np.int32)],
+            [1],
+            comparison.images,
+            comparison.grids,
         )
         row = model.pack([again], policy.processors)
         hidden = model.run_backbone(policy.lm, row)[row.response_tokens()[1]]
@@ -334,44 +418,69 @@ def test_a_policys_log_probabilities_and_rollouts_are_those_of_plain_forwards(na
 
 
 @torch.no_grad()
-def test_a_critic_and_a_judge_score_as_plain_forwards_write_greedily_and_are_exported_whole(name, checkpoint, tmp_path):
+def test_a_critic_and_a_judge_score_as_plain_forwards_write_greedily_and_are_exported_whole(
+    name, checkpoint, tmp_path
+):
     auto = AutoModelForImageTextToText if name in families.IMAGES else AutoModelForCausalLM
     plain = auto.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
-    make = lambda kind: model.RewardModel.from_backbone(checkpoint, model.HeadSettings(kind=kind, critique_tokens=5))
+    make = lambda kind: model.RewardModel.from_backbone(
+        checkpoint, model.HeadSettings(kind=kind, critique_tokens=5)
+    )
     critic, judge, messages = make("critic").eval(), make("generative").eval(), prompts_of(name)[-1]
     comparison = comparison_of(messages, critic.processors)
     comparison.record["critiques"] = ["Right: it is.", "Wrong.", "Right, as I see it."]
 
     expected, odds = [], {}
     for response, critique in zip(RESPONSES, comparison.record["critiques"]):
-        turns = [*messages, assistant(response), ask(critic.asks["request"])]  # as the family's own template has them
-        hidden = plain.model(**plain_inputs(name, checkpoint, turns, critique)).last_hidden_state[0, -1:]
+        turns = [
+            *messages,
+            assistant(response),
+            ask(critic.asks["request"]),
+        ]  # as the family's own template has them
+        hidden = plain.model(**plain_inputs(name, checkpoint, turns, critique)).last_hidden_state[
+            0, -1:
+        ]
         expected.append(critic.head(hidden)[0])
     torch.testing.assert_close(
-        critic(model.pack([critic.reader(comparison)], critic.processors)), torch.stack(expected), atol=1e-5, rtol=0
+        critic(model.pack([critic.rewrite(comparison)], critic.processors)),
+        torch.stack(expected),
+        atol=1e-5,
+        rtol=0,
     )
     critiques = critic.write_critiques([comparison])
     asked = [model.with_critiques(comparison, critiques, critic.request)]
     row = model.pack(asked, critic.processors)
     written = model.Written.of(row, asked)
-    likeliest = model.Writer(critic.backbone, critic.processors).logits(critic.hidden_states(row)[written.predictors])
-    for given, found in zip(critiques, likeliest.argmax(-1).split([len(each) for each in critiques])):
+    likeliest = model.Writer(critic.backbone, critic.processors).logits(
+        critic.hidden_states(row)[written.predictors]
+    )
+    for given, found in zip(
+        critiques, likeliest.argmax(-1).split([len(each) for each in critiques])
+    ):
         assert found[:5].tolist() == given[:5].tolist()  # after 5 tokens it is ended
 
     inputs = plain_inputs(name, checkpoint, messages, RESPONSES[0])
-    for pair, shown in zip(itertools.permutations(range(3), 2), judge.reader(comparison).responses):
-        ids = torch.from_numpy(np.concatenate([comparison.prompt, shown[:-1]]).astype(np.int64))[None]
+    for pair, shown in zip(
+        itertools.permutations(range(3), 2), judge.rewrite(comparison).responses
+    ):
+        ids = torch.from_numpy(np.concatenate([comparison.prompt, shown[:-1]]).astype(np.int64))[
+            None
+        ]
         inputs |= {"input_ids": ids}
         if "mm_token_type_ids" in inputs:
             inputs["mm_token_type_ids"] = (ids == judge.processors.image_token).int()
         a, b = plain(**inputs).logits[0, -1, judge.letters]
         odds[pair] = a - b
     expected = [sum(odds[i, j] - odds[j, i] for j in range(3) if j != i) / 2 for i in range(3)]
-    torch.testing.assert_close(judge.score_encoded([comparison]), torch.stack(expected), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        judge.score_encoded([comparison]), torch.stack(expected), atol=2e-5, rtol=0
+    )
 
     judge.save_pretrained(str(tmp_path))
     loaded, about = auto.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not any(about[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in plain.state_dict().items())
+    assert all(
+        torch.equal(loaded.state_dict()[key], tensor) for key, tensor in plain.state_dict().items()
+    )
     again = model.RewardModel.from_pretrained(str(tmp_path)).eval()
     assert torch.equal(again.score_encoded([comparison]), judge.score_encoded([comparison]))

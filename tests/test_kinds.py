@@ -21,7 +21,9 @@ def kinds():
     made = {}
     for kind in ("critic", "generative"):
         torch.manual_seed(1)
-        made[kind] = model.RewardModel.from_backbone(TINY, model.HeadSettings(kind=kind, critique_tokens=14)).eval()
+        made[kind] = model.RewardModel.from_backbone(
+            TINY, model.HeadSettings(kind=kind, critique_tokens=14)
+        ).eval()
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in made[kind].backbone.parameters():
@@ -33,7 +35,9 @@ def kinds():
 @pytest.fixture(scope="module")
 def plain(kinds):
     """The same backbone in transformers alone."""
-    made = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa").eval()
+    made = AutoModelForImageTextToText.from_pretrained(
+        TINY, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     made.load_state_dict(kinds["critic"].backbone.state_dict())
     return made
 
@@ -42,12 +46,19 @@ def plain_inputs(parts: list, comparison, processors) -> dict:
     ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
     inputs = {"input_ids": ids, "mm_token_type_ids": (ids == processors.image_token).int()}
     if comparison.images:
-        inputs |= dict(processors.image([data.open_image(file) for file in comparison.images], return_tensors="pt"))
+        inputs |= dict(
+            processors.image(
+                [data.open_image(file) for file in comparison.images], return_tensors="pt"
+            )
+        )
     return inputs
 
 
 def critiques_of(comparison, processors) -> list:
-    return [data.encode_response(f"{word}: it is.", processors) for word in ("Wrong", "Right", "Well, wrong")]
+    return [
+        data.encode_response(f"{word}: it is.", processors)
+        for word in ("Wrong", "Right", "Well, wrong")
+    ]
 
 
 def test_what_stands_behind_an_answer_is_the_chat_template_s_next_turn(processors):
@@ -71,9 +82,13 @@ def test_a_critics_score_is_that_of_one_plain_forward_over_prompt_response_and_c
             asked.append(model.with_critiques(comparison, critiques, critic.request))
             for response, critique in zip(comparison.responses, critiques):
                 parts = [comparison.prompt, response, critic.request, critique]
-                hidden = plain.model(**plain_inputs(parts, comparison, processors)).last_hidden_state[0, -1:]
+                hidden = plain.model(
+                    **plain_inputs(parts, comparison, processors)
+                ).last_hidden_state[0, -1:]
                 expected.append(critic.head(hidden)[0])
-        torch.testing.assert_close(critic(model.pack(asked, processors)), torch.stack(expected), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            critic(model.pack(asked, processors)), torch.stack(expected), atol=1e-5, rtol=0
+        )
 
 
 def test_a_critique_is_what_transformers_generates(kinds, plain, comparisons, processors):
@@ -83,15 +98,26 @@ def test_a_critique_is_what_transformers_generates(kinds, plain, comparisons, pr
     critiques = iter(written)
     for comparison in comparisons:
         for response, critique in zip(comparison.responses, critiques):
-            inputs = plain_inputs([comparison.prompt, response, critic.request], comparison, processors)
-            how = {"do_sample": False, "max_new_tokens": 14, "suppress_tokens": forbidden, "eos_token_id": eos}
+            inputs = plain_inputs(
+                [comparison.prompt, response, critic.request], comparison, processors
+            )
+            how = {
+                "do_sample": False,
+                "max_new_tokens": 14,
+                "suppress_tokens": forbidden,
+                "eos_token_id": eos,
+            }
             expected = plain.generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :].tolist()
             assert critique.tolist() == [token for token in expected if token != eos] + [eos]
     lengths = list(map(len, written))
-    assert len(set(lengths)) > 2 and max(lengths) == 15, "some have to end by themselves, one at the limit"
+    assert len(set(lengths)) > 2 and max(lengths) == 15, (
+        "some have to end by themselves, one at the limit"
+    )
 
 
-def test_a_critic_is_scored_on_the_critique_it_writes_never_on_the_datas(kinds, comparisons, processors):
+def test_a_critic_is_scored_on_the_critique_it_writes_never_on_the_datas(
+    kinds, comparisons, processors
+):
     critic, comparison = kinds["critic"], comparisons[1]
     scores = critic.score_encoded([comparison])
     own = model.with_critiques(comparison, critic.write_critiques([comparison]), critic.request)
@@ -99,20 +125,24 @@ def test_a_critic_is_scored_on_the_critique_it_writes_never_on_the_datas(kinds, 
         torch.testing.assert_close(scores, critic(model.pack([own], processors)), atol=1e-5, rtol=0)
         given = data.Comparison(**vars(comparison) | {"record": {"critiques": ["Right: yes."] * 3}})
         assert torch.equal(critic.score_encoded([given]), scores)
-        assert (critic(model.pack([critic.reader(given)], processors)) - scores).abs().max() > 1e-3
+        assert (critic(model.pack([critic.rewrite(given)], processors)) - scores).abs().max() > 1e-3
     together = critic.score_encoded(comparisons).view(len(comparisons), -1)
     torch.testing.assert_close(together[1], scores, atol=1e-5, rtol=0)
 
 
-def test_the_critiques_loss_is_transformers_own_over_all_their_tokens(kinds, plain, comparisons, processors):
+def test_the_critiques_loss_is_transformers_own_over_all_their_tokens(
+    kinds, plain, comparisons, processors
+):
     critic = kinds["critic"]
     for comparison in comparisons:
         critiques, losses = critiques_of(comparison, processors), []
         asked = [model.with_critiques(comparison, critiques, critic.request)]
         row = model.pack(asked, processors)
-        written = train.pairs_of(asked, row).written
+        written = model.Written.of(row, asked)
         for response, critique in zip(comparison.responses, critiques):
-            inputs = plain_inputs([comparison.prompt, response, critic.request, critique], comparison, processors)
+            inputs = plain_inputs(
+                [comparison.prompt, response, critic.request, critique], comparison, processors
+            )
             labels = inputs["input_ids"].clone()
             labels[:, : -len(critique)] = -100
             losses.append(plain(**inputs, labels=labels).loss * len(critique))
@@ -125,17 +155,41 @@ def test_the_critiques_loss_is_transformers_own_over_all_their_tokens(kinds, pla
 def test_a_critic_leaves_out_what_has_no_critiques_and_says_so(kinds, comparisons, capsys):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        given = [["Right: a.", "Wrong: b.", "Wrong: c."], None, ["Right: a."], ["Right: a.", "Wrong: b.", 3]]
-        made = [data.Comparison(**vars(c) | {"record": {"critiques": g}}) for c, g in zip(comparisons, given)]
-        read = train.Read(made, np.arange(4), kinds["critic"].reader, torch.device("cpu"))
-        assert len(read) == 1 and read.sizes()[0].tolist() == [read[0].length] and read.sizes()[1].tolist() == [0]
+        given = [
+            ["Right: a.", "Wrong: b.", "Wrong: c."],
+            None,
+            ["Right: a."],
+            ["Right: a.", "Wrong: b.", 3],
+        ]
+        made = [
+            data.Comparison(**vars(c) | {"record": {"critiques": g}})
+            for c, g in zip(comparisons, given)
+        ]
+        read = train.Rewritten(made, np.arange(4), kinds["critic"].rewrite, torch.device("cpu"))
+        assert (
+            len(read) == 1
+            and read.sizes()[0].tolist() == [read[0].length]
+            and read.sizes()[1].tolist() == [0]
+        )
         how = {"batch_size": None, "num_workers": 1, "multiprocessing_context": "spawn"}
         (there,) = torch.utils.data.DataLoader(read, **how)  # by a process that is not forked
-        assert all(map(np.array_equal, there.responses, read[0].responses)) and there.record == made[0].record
+        assert (
+            all(map(np.array_equal, there.responses, read[0].responses))
+            and there.record == made[0].record
+        )
         assert "3 of 4 comparisons left out: a critic needs critiques" in capsys.readouterr().out
-        with pytest.raises(data.UserError, match="no comparison to learn from: a critic needs critiques"):
-            train.Read(made[1:], np.arange(3), kinds["critic"].reader, torch.device("cpu"))
-        assert len(train.Read(made, np.arange(4), kinds["generative"].reader, torch.device("cpu"))) == 4
+        with pytest.raises(
+            data.UserError, match="no comparison to learn from: a critic needs critiques"
+        ):
+            train.Rewritten(made[1:], np.arange(3), kinds["critic"].rewrite, torch.device("cpu"))
+        assert (
+            len(
+                train.Rewritten(
+                    made, np.arange(4), kinds["generative"].rewrite, torch.device("cpu")
+                )
+            )
+            == 4
+        )
     finally:
         dist.destroy_process_group()
 
@@ -146,14 +200,24 @@ def test_a_critic_leaves_out_what_has_no_critiques_and_says_so(kinds, comparison
 def plain_odds(plain, comparison, i: int, j: int, request, processors) -> torch.Tensor:
     """Log-odds of A over B when transformers alone is shown responses i and j."""
     encode = lambda text: np.array(processors.tokenizer.encode(text), np.int32)
-    parts = [encode("A:\n"), comparison.responses[i][:-1], encode("\nB:\n"), comparison.responses[j], request]
-    logits = plain(**plain_inputs([comparison.prompt, *parts], comparison, processors)).logits[0, -1]
+    parts = [
+        encode("A:\n"),
+        comparison.responses[i][:-1],
+        encode("\nB:\n"),
+        comparison.responses[j],
+        request,
+    ]
+    logits = plain(**plain_inputs([comparison.prompt, *parts], comparison, processors)).logits[
+        0, -1
+    ]
     a, b = (processors.tokenizer.convert_tokens_to_ids(letter) for letter in "AB")
     log_p = logits.log_softmax(-1)
     return log_p[a] - log_p[b]
 
 
-def test_a_judges_scores_are_the_log_odds_of_plain_forwards_over_both_orders(kinds, plain, comparisons, processors):
+def test_a_judges_scores_are_the_log_odds_of_plain_forwards_over_both_orders(
+    kinds, plain, comparisons, processors
+):
     judge = kinds["generative"]
     for comparison in comparisons:
         with torch.no_grad():
@@ -172,7 +236,9 @@ def test_a_judges_scores_are_the_log_odds_of_plain_forwards_over_both_orders(kin
 def test_a_judges_score_of_a_pair_changes_its_sign_with_the_order_and_no_rank_decides(kinds):
     judge, messages = kinds["generative"], [user("What do you see?", picture())]
     first, second = judge.score(messages, RESPONSES[:2])
-    torch.testing.assert_close(torch.stack([second, first]), judge.score(messages, RESPONSES[1::-1]))
+    torch.testing.assert_close(
+        torch.stack([second, first]), judge.score(messages, RESPONSES[1::-1])
+    )
     assert first == -second and abs(first) > 1e-3
     assert judge.score(messages, [RESPONSES[0]] * 2).tolist() == [0, 0]
     a, b = (first - second).item() / 2, -(first - second).item() / 2  # each against the other
@@ -183,18 +249,30 @@ def test_a_judges_score_of_a_pair_changes_its_sign_with_the_order_and_no_rank_de
     assert judge.score(messages, RESPONSES[:1]).tolist() == [0]  # nothing to compare it with
     prompt, files, grids = data.encode_prompt(messages, [], judge.processors)
     responses = [data.encode_response(text, judge.processors) for text in RESPONSES]
-    rank = lambda ranks: judge.score_encoded([data.Comparison(prompt, responses, ranks, files, grids)])
+    rank = lambda ranks: judge.score_encoded(
+        [data.Comparison(prompt, responses, ranks, files, grids)]
+    )
     assert torch.equal(rank([1, 2, 3]), rank([3, 2, 1])) and torch.equal(rank([]), rank([1, 1, 2]))
 
 
-def test_a_judge_learns_the_right_letter_in_both_orders_and_nothing_of_ties(kinds, plain, comparisons, processors):
-    judge, comparison = kinds["generative"], data.Comparison(**vars(comparisons[1]) | {"ranks": [2, 1, 2]})
-    asked, losses = [judge.reader(comparison)], []
+def test_a_judge_learns_the_right_letter_in_both_orders_and_nothing_of_ties(
+    kinds, plain, comparisons, processors
+):
+    judge, comparison = (
+        kinds["generative"],
+        data.Comparison(**vars(comparisons[1]) | {"ranks": [2, 1, 2]}),
+    )
+    asked, losses = [judge.rewrite(comparison)], []
     row = model.pack(asked, processors)
-    written = train.pairs_of(asked, row).written
+    written = model.Written.of(row, asked)
     for i, j in ((0, 1), (1, 0), (1, 2), (2, 1)):
         encode = lambda text: np.array(processors.tokenizer.encode(text), np.int32)
-        parts = [encode("A:\n"), comparison.responses[i][:-1], encode("\nB:\n"), comparison.responses[j]]
+        parts = [
+            encode("A:\n"),
+            comparison.responses[i][:-1],
+            encode("\nB:\n"),
+            comparison.responses[j],
+        ]
         parts += [judge.request, encode("A" if i == 1 else "B")]
         inputs = plain_inputs([comparison.prompt, *parts], comparison, processors)
         labels = inputs["input_ids"].clone()
@@ -212,14 +290,22 @@ def test_a_judge_learns_the_right_letter_in_both_orders_and_nothing_of_ties(kind
 def test_scores_do_not_depend_on_how_comparisons_are_cut_into_rows(kind, kinds, comparisons):
     expected = kinds[kind].score_encoded(comparisons)
     assert expected.shape == (3 * len(comparisons),)
-    torch.testing.assert_close(kinds[kind].score_encoded(comparisons, 60), expected, atol=2e-5, rtol=0)
-    assert kinds[kind].score_encoded([]).shape == (0,) and kinds[kind].score([user("?")], []).shape == (0,)
+    torch.testing.assert_close(
+        kinds[kind].score_encoded(comparisons, 60), expected, atol=2e-5, rtol=0
+    )
+    assert kinds[kind].score_encoded([]).shape == (0,) and kinds[kind].score(
+        [user("?")], []
+    ).shape == (0,)
 
 
-def test_a_row_has_no_more_tokens_than_the_budget_though_a_judge_shows_many_pairs(kinds, comparisons, monkeypatch):
+def test_a_row_has_no_more_tokens_than_the_budget_though_a_judge_shows_many_pairs(
+    kinds, comparisons, monkeypatch
+):
     judge, sizes, forward = kinds["generative"], [], model.Judge.forward
     monkeypatch.setattr(
-        model.Judge, "forward", lambda self, row: sizes.append(row.input_ids.shape[1]) or forward(self, row)
+        model.Judge,
+        "forward",
+        lambda self, row: sizes.append(row.input_ids.shape[1]) or forward(self, row),
     )
     judge.score_encoded(comparisons[:1], 150)
     assert len(sizes) > 1 and max(sizes) <= 150
@@ -227,8 +313,13 @@ def test_a_row_has_no_more_tokens_than_the_budget_though_a_judge_shows_many_pair
 
 def test_a_router_and_trl_take_a_critic_and_a_judge(kinds, comparisons):
     router = model.RewardRouter(kinds["critic"], kinds["generative"])
-    expected = [kinds["critic" if each.images else "generative"].score_encoded([each]) for each in comparisons]
-    torch.testing.assert_close(router.score_encoded(comparisons), torch.cat(expected), atol=2e-5, rtol=0)
+    expected = [
+        kinds["critic" if each.images else "generative"].score_encoded([each])
+        for each in comparisons
+    ]
+    torch.testing.assert_close(
+        router.score_encoded(comparisons), torch.cat(expected), atol=2e-5, rtol=0
+    )
     prompt = [user("What is 2 + 3?")]
     found = model.trl_reward(kinds["generative"], [prompt] * 3, RESPONSES)
     assert found == pytest.approx(kinds["generative"].score(prompt, RESPONSES).tolist(), abs=2e-5)
@@ -248,12 +339,20 @@ def test_a_kind_is_kept_where_it_is_saved_and_transformers_alone_loads_its_langu
         loaded = model.RewardModel.from_pretrained(folder).eval()
         assert type(loaded) is type(made) and loaded.asks == made.asks
         assert torch.equal(loaded.score(messages, RESPONSES), made.score(messages, RESPONSES))
-        names = [name for file in (tmp_path / kind).glob("model*.safetensors") for name in load_file(file)]
+        names = [
+            name
+            for file in (tmp_path / kind).glob("model*.safetensors")
+            for name in load_file(file)
+        ]
         assert not any(name.startswith("lm_head") for name in names), "it is the embeddings"
         assert bool(load_file(tmp_path / kind / "reward_head.safetensors")) == (kind == "critic")
-        with pytest.raises(data.UserError, match=f"only naive reward models are planned, and this one is {kind}"):
+        with pytest.raises(
+            data.UserError, match=f"only naive reward models are planned, and this one is {kind}"
+        ):
             train.print_plan(train.Settings(model=folder))
-        theirs = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").eval()
+        theirs = AutoModelForImageTextToText.from_pretrained(
+            folder, attn_implementation="sdpa"
+        ).eval()
         inputs = plain_inputs([comparisons[1].prompt], comparisons[1], processors)
         with torch.no_grad():
             assert torch.equal(theirs(**inputs).logits, plain(**inputs).logits)
@@ -263,17 +362,29 @@ def damaged(about: dict) -> dict[str, tuple[dict | list, str]]:
     critic = {"kind": "critic", "asks": {"request": "?", "critique_tokens": 5}}
     return {
         "a list": ([], "damaged"),
-        "a kind that nobody knows": (about | {"kind": "oracle"}, "its kind is 'oracle', none of naive, critic"),
+        "a kind that nobody knows": (
+            about | {"kind": "oracle"},
+            "its kind is 'oracle', none of naive, critic",
+        ),
         "a kind that is no name": (about | {"kind": []}, "damaged"),
-        "a judge with a head": (about | critic | {"kind": "generative"}, "tensors are not those of the head"),
+        "a judge with a head": (
+            about | critic | {"kind": "generative"},
+            "tensors are not those of the head",
+        ),
         "a critic without a head": (about | critic | {"head": None}, "damaged"),
-        "a critic without a request": (about | critic | {"asks": {"critique_tokens": 5}}, "missing: 'request'"),
+        "a critic without a request": (
+            about | critic | {"asks": {"critique_tokens": 5}},
+            "missing: 'request'",
+        ),
         "a critic that asks nothing": (about | critic | {"asks": None}, "damaged"),
         "no critique": (
             about | critic | {"asks": {"request": "?", "critique_tokens": 0}},
             "critique_tokens 0: must be",
         ),
-        "endless critiques": (about | critic | {"asks": {"request": "?", "critique_tokens": 10**12}}, "must be 1 to"),
+        "endless critiques": (
+            about | critic | {"asks": {"request": "?", "critique_tokens": 10**12}},
+            "must be 1 to",
+        ),
     }
 
 
@@ -294,51 +405,109 @@ def test_a_head_file_of_no_kind_is_refused_with_its_reason(reward, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["critic", "generative"])
-def test_each_kind_goes_through_all_stages_and_two_ranks_train_what_one_trains(kind, world, tmp_path):
+def test_each_kind_goes_through_all_stages_and_two_ranks_train_what_one_trains(
+    kind, world, tmp_path
+):
     told = ["--kind", kind, "--critique_tokens", 10, "--data", world / "data/train"]
     torchrun("02_model.py", "--out", tmp_path / "model", *told, ranks=1)
     runs = []
     for ranks in (1, 2):
-        arguments = {"model": tmp_path / "model", "data": world / "data/train", "out": tmp_path / f"reward{ranks}"}
-        arguments |= {"steps": 2, "batch_size": 10, "learning_rate": 1e-3, "warmup": 0.5, "micro_tokens": 1500}
-        torchrun("03_train.py", *(x for key, value in arguments.items() for x in (f"--{key}", value)), ranks=ranks)
-        files = [arguments["out"] / name for name in ("model.safetensors", "reward_head.safetensors")]
+        arguments = {
+            "model": tmp_path / "model",
+            "data": world / "data/train",
+            "out": tmp_path / f"reward{ranks}",
+        }
+        arguments |= {
+            "steps": 2,
+            "batch_size": 10,
+            "learning_rate": 1e-3,
+            "warmup": 0.5,
+            "micro_tokens": 1500,
+        }
+        torchrun(
+            "03_train.py",
+            *(x for key, value in arguments.items() for x in (f"--{key}", value)),
+            ranks=ranks,
+        )
+        files = [
+            arguments["out"] / name for name in ("model.safetensors", "reward_head.safetensors")
+        ]
         weights = load_file(files[0]) | load_file(files[1])
-        runs.append((weights, [json.loads(line) for line in open(arguments["out"] / "metrics.jsonl")]))
+        runs.append(
+            (weights, [json.loads(line) for line in open(arguments["out"] / "metrics.jsonl")])
+        )
     (one, lines_one), (two, lines_two) = runs
     for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            one[name], two[name], atol=1e-4, rtol=0, msg=lambda text: f"{name}: {text}"
+        )
     for a, b in zip(lines_one, lines_two, strict=True):
-        assert all(a[key] == pytest.approx(b[key], abs=1e-4) for key in ("loss", "margin", "grad_norm"))
-    assert any(name.startswith("validation_accuracy_with_given") for name in lines_one[-1]) == (kind == "critic")
+        assert all(
+            a[key] == pytest.approx(b[key], abs=1e-4) for key in ("loss", "margin", "grad_norm")
+        )
+    assert any(name.startswith("validation_accuracy_with_given") for name in lines_one[-1]) == (
+        kind == "critic"
+    )
     assert any(name.startswith("mlp") for name in one) == (kind == "critic")
 
     rewarded = ["--model", tmp_path / "reward2"]
-    benchmarks = [f"--benchmark={world / 'data' / name}" for name in ("new_text", "unseen_combinations")]
+    benchmarks = [
+        f"--benchmark={world / 'data' / name}" for name in ("new_text", "unseen_combinations")
+    ]
     printed = torchrun("04_eval.py", *rewarded, *benchmarks, "--out", tmp_path / "scores").stdout
     costs = json.loads((tmp_path / "scores/reward2/cost.json").read_text())
     cost = costs["new_text"]
-    assert cost["patches"] == 0 < costs["unseen_combinations"]["patches"] and (cost["written"] > 0) == (
-        kind == "critic"
-    )
+    assert cost["patches"] == 0 < costs["unseen_combinations"]["patches"] and (
+        cost["written"] > 0
+    ) == (kind == "critic")
     said = f"reward2 on new_text: a comparison costs {cost['read']:.4g} read, {cost['written']:.4g} written"
     assert said in printed
-    few = {"steps": 1, "batch_size": 4, "group_size": 3, "max_new_tokens": 10, "evaluate_size": 4, "reward": "model"}
-    few |= {"data": world / "data/questions", "benchmark": world / "data/new_questions", "out": tmp_path / "policy"}
-    torchrun("06_grpo.py", *rewarded, *(x for key, value in few.items() for x in (f"--{key}", value)), ranks=1)
+    few = {
+        "steps": 1,
+        "batch_size": 4,
+        "group_size": 3,
+        "max_new_tokens": 10,
+        "evaluate_size": 4,
+        "reward": "model",
+    }
+    few |= {
+        "data": world / "data/questions",
+        "benchmark": world / "data/new_questions",
+        "out": tmp_path / "policy",
+    }
+    torchrun(
+        "06_grpo.py",
+        *rewarded,
+        *(x for key, value in few.items() for x in (f"--{key}", value)),
+        ranks=1,
+    )
     line = json.loads((tmp_path / "policy/metrics.jsonl").read_text())
-    assert line["reward_std"] > 0 and (kind == "critic" or line["reward"] == pytest.approx(0, abs=1e-4))
+    assert line["reward_std"] > 0 and (
+        kind == "critic" or line["reward"] == pytest.approx(0, abs=1e-4)
+    )
 
 
 def test_a_critics_loss_that_is_not_finite_stops_the_run_and_names_its_comparisons(kinds, tmp_path):
-    pairs = [{"prompt": f"Is it {i}?", "chosen": "yes", "rejected": "no", "id": f"pair {i}"} for i in range(3)]
+    pairs = [
+        {"prompt": f"Is it {i}?", "chosen": "yes", "rejected": "no", "id": f"pair {i}"}
+        for i in range(3)
+    ]
     for pair in pairs[:2]:
         pair["critiques"] = ["Right.", "Wrong."]
-    prepared = ["--source", write_jsonl(tmp_path / "pairs.jsonl", pairs), "--holdout", 0, "--out", tmp_path]
+    prepared = [
+        "--source",
+        write_jsonl(tmp_path / "pairs.jsonl", pairs),
+        "--holdout",
+        0,
+        "--out",
+        tmp_path,
+    ]
     torchrun("01_data.py", *prepared, ranks=1)
     kinds["critic"].save_pretrained(str(tmp_path / "model"))
     weights = load_file(tmp_path / "model/model.safetensors")
-    (embeddings,) = (tensor for name, tensor in weights.items() if name.endswith("embed_tokens.weight"))
+    (embeddings,) = (
+        tensor for name, tensor in weights.items() if name.endswith("embed_tokens.weight")
+    )
     embeddings[-1] = 3e38  # its logit overflows in every critique, no score does
     save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
     run = {
@@ -348,6 +517,10 @@ def test_a_critics_loss_that_is_not_finite_stops_the_run_and_names_its_compariso
         "steps": 1,
         "batch_size": 2,
     }
-    done = torchrun("03_train.py", *(f"--{key}={value}" for key, value in run.items()), ranks=1, check=False)
+    done = torchrun(
+        "03_train.py", *(f"--{key}={value}" for key, value in run.items()), ranks=1, check=False
+    )
     assert done.returncode and "1 of 3 comparisons left out" in done.stdout
-    assert "from 2 comparison(s)" in done.stderr and all(f"(id pair {i})" in done.stderr for i in (0, 1))
+    assert "from 2 comparison(s)" in done.stderr and all(
+        f"(id pair {i})" in done.stderr for i in (0, 1)
+    )

@@ -18,16 +18,25 @@ def checkpoints(tmp_path_factory, processors):
     several_files.save_pretrained(folder / "several_files", max_shard_size="1MB")
     assert len([*(folder / "several_files").glob("model-*.safetensors")]) > 1
     for tied in (True, False):  # a bias of 4 rows: of 3 ranks the last has none
-        sizes = {"vocab_size": 576, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+        sizes = {
+            "vocab_size": 576,
+            "hidden_size": 8,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+        }
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        text = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, **heads, tie_word_embeddings=tied))
+        text = AutoModelForCausalLM.from_config(
+            Qwen2Config(**sizes, **heads, tie_word_embeddings=tied)
+        )
         text.save_pretrained(folder / f"text_tied_{tied}")
     policies = [*folder.iterdir()]
     for policy in policies:
         processors.save(policy)
     policies.append(TINY)
     for i, policy in enumerate(policies):
-        model.RewardModel.from_backbone(str(policy), model.HeadSettings()).save_pretrained(folder / f"reward_{i}")
+        model.RewardModel.from_backbone(str(policy), model.HeadSettings()).save_pretrained(
+            folder / f"reward_{i}"
+        )
     return [*policies, *(folder / f"reward_{i}" for i in range(len(policies)))]
 
 
@@ -35,7 +44,9 @@ def checkpoints(tmp_path_factory, processors):
 def test_sharded_loading_gives_every_parameter_and_buffer_of_a_plain_load(ranks, checkpoints):
     done = torchrun("tests/sharded_load.py", *checkpoints, ranks=ranks)
     rewards = sum("reward_" in str(folder) for folder in checkpoints)
-    assert done.stdout.count("same as a plain load") == ranks * (rewards + 3 * (len(checkpoints) - rewards))
+    assert done.stdout.count("same as a plain load") == ranks * (
+        rewards + 3 * (len(checkpoints) - rewards)
+    )
 
 
 def remove(weights):
@@ -43,7 +54,9 @@ def remove(weights):
 
 
 def transpose(weights):
-    weights["visual.blocks.0.mlp.down_proj.weight"] = weights["visual.blocks.0.mlp.down_proj.weight"].T.contiguous()
+    weights["visual.blocks.0.mlp.down_proj.weight"] = weights[
+        "visual.blocks.0.mlp.down_proj.weight"
+    ].T.contiguous()
 
 
 def add(weights):
@@ -59,7 +72,9 @@ def add(weights):
         (None, "no whole checkpoint"),
     ],
 )
-def test_a_checkpoint_that_is_not_the_models_ends_in_one_line_that_names_the_tensor(damage, says, world, tmp_path):
+def test_a_checkpoint_that_is_not_the_models_ends_in_one_line_that_names_the_tensor(
+    damage, says, world, tmp_path
+):
     model.RewardModel.from_backbone(TINY, model.HeadSettings()).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     if damage:
@@ -68,7 +83,21 @@ def test_a_checkpoint_that_is_not_the_models_ends_in_one_line_that_names_the_ten
         save_file(weights, path, metadata={"format": "pt"})
     else:
         path.write_bytes(path.read_bytes()[:-1])
-    arguments = ["--model", tmp_path, "--data", world / "data/train", "--out", tmp_path / "out", "--steps", 1]
+    arguments = [
+        "--model",
+        tmp_path,
+        "--data",
+        world / "data/train",
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        1,
+    ]
     done = torchrun("03_train.py", *arguments, ranks=1, check=False)
     own = [line for line in done.stderr.splitlines() if line.startswith("03_train.py: ")]
-    assert done.returncode and len(own) == 1 and says in own[0] and "Traceback" not in done.stderr.split(own[0])[0]
+    assert (
+        done.returncode
+        and len(own) == 1
+        and says in own[0]
+        and "Traceback" not in done.stderr.split(own[0])[0]
+    )

@@ -30,7 +30,11 @@ QWEN2_5_VL_7B = {
         "num_hidden_layers": 28,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        },
     },
     "vision_config": {
         "model_type": "qwen2_5_vl",
@@ -65,7 +69,9 @@ def counted(reward, row, freeze_vision: bool, activation_checkpointing: bool) ->
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("grid", [None, (1, 12, 20), (1, 16, 16)], ids=["text", "ragged windows", "whole windows"])
+@pytest.mark.parametrize(
+    "grid", [None, (1, 12, 20), (1, 16, 16)], ids=["text", "ragged windows", "whole windows"]
+)
 @pytest.mark.parametrize("how", [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("size", ["tiny", "larger"])
 def test_flops_are_those_that_torch_counts(size, how, grid, process_group):
@@ -124,7 +130,9 @@ def test_the_memory_of_a_step_is_within_15_percent_of_what_is_measured(ranks, op
     done = torchrun("tests/bench/plan_memory.py", "--json", *options, ranks=ranks)
     parts = json.loads(done.stdout.splitlines()[-1])
     for part in ("parameters", "gradients", "AdamW's two moments"):
-        assert parts[part]["estimated"] == pytest.approx(parts[part]["measured"], rel=1e-3), part  # uneven shards
+        assert parts[part]["estimated"] == pytest.approx(parts[part]["measured"], rel=1e-3), (
+            part
+        )  # uneven shards
     for part in parts.keys() & {"activations", "peak"}:
         assert parts[part]["estimated"] == pytest.approx(parts[part]["measured"], rel=0.15), part
 
@@ -133,31 +141,57 @@ def test_the_memory_of_a_step_is_within_15_percent_of_what_is_measured(ranks, op
 
 
 def plain_python(*arguments) -> subprocess.CompletedProcess:
-    command, environment = [sys.executable, "03_train.py", *map(str, arguments)], {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    command, environment = (
+        [sys.executable, "03_train.py", *map(str, arguments)],
+        {**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment
+    )
 
 
 def printed_plan(*arguments, fresh: bool = False) -> tuple[str, dict[str, list[float]]]:
     """What `03_train.py --plan` prints, whole and by line: the numbers behind its name."""
-    done = plain_python("--plan", *arguments) if fresh else torchrun("03_train.py", "--plan", *arguments, ranks=1)
+    done = (
+        plain_python("--plan", *arguments)
+        if fresh
+        else torchrun("03_train.py", "--plan", *arguments, ranks=1)
+    )
     assert not done.returncode, done.stderr
     found = re.findall(r"^ *(\S.*?) {2,}([\d.,]+)(?:  (\d[\d.e+]*))?", done.stdout, re.MULTILINE)
-    return done.stdout, {name: [float(n.replace(",", "")) for n in numbers if n] for name, *numbers in found}
+    return done.stdout, {
+        name: [float(n.replace(",", "")) for n in numbers if n] for name, *numbers in found
+    }
 
 
 def test_the_papers_run_is_planned_in_seconds_from_a_config_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_VL_7B))
-    paper = ["--model", tmp_path, "--gpus", 64, "--batch_size", 128, "--epochs", 1, "--plan_comparisons", 2_800_000]
+    paper = [
+        "--model",
+        tmp_path,
+        "--gpus",
+        64,
+        "--batch_size",
+        128,
+        "--epochs",
+        1,
+        "--plan_comparisons",
+        2_800_000,
+    ]
     began = time.perf_counter()
     text, lines = printed_plan(*paper, "--plan_lengths", 150, 512, 300, 300, fresh=True)
     assert time.perf_counter() - began < 60
     assert "21,875 steps" in text and "fits in 80 GB" in text
-    assert "7,760,021,504 parameters" in text  # 8,292,166,656 of the published checkpoint - its LM head + a reward head
+    assert (
+        "7,760,021,504 parameters" in text
+    )  # 8,292,166,656 of the published checkpoint - its LM head + a reward head
     assert 8_292_166_656 - 152064 * 3584 + 3584 * 3584 + 2 * 3584 == 7_760_021_504
     assert lines["tokens"] == [1262, pytest.approx(1262 * 2.8e6, rel=1e-2)]
     # The usual rule of 6 FLOPs a token and parameter, for the language model's 6.5e9 without the embedding.
     assert lines["TFLOP, language model"][0] == pytest.approx(6 * 6.525e-3 * 1262, rel=0.03)
-    assert "does NOT fit" in printed_plan(*paper, "--plan_lengths", 150, 512, 300, 300, "--gpus", 1)[0]
+    assert (
+        "does NOT fit" in printed_plan(*paper, "--plan_lengths", 150, 512, 300, 300, "--gpus", 1)[0]
+    )
 
 
 def test_the_plan_of_the_embedded_data_has_the_steps_and_tokens_of_the_run(world, tmp_path):
@@ -185,9 +219,16 @@ def test_the_first_rank_has_the_largest_rows(world):
     steps = [list(range(start, start + 40)) for start in (0, 40, 80)]
     plans = [train.plan(steps, tokens, patches, 600, rank, 3) for rank in range(3)]
     for together in zip(*plans, strict=True):
-        assert np.argmax([cost[batch.comparisons].sum() if batch.comparisons else 0 for batch in together]) == 0
+        assert (
+            np.argmax([cost[batch.indices].sum() if batch.indices else 0 for batch in together])
+            == 0
+        )
 
 
 def test_a_model_without_a_config_is_refused_by_name(tmp_path):
     done = plain_python("--plan", "--model", tmp_path / "nothing")
-    assert done.returncode and "no model in the Hugging Face layout" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode
+        and "no model in the Hugging Face layout" in done.stderr
+        and "Traceback" not in done.stderr
+    )

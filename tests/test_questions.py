@@ -48,7 +48,12 @@ def write_vstar(folder: Path) -> str:
 
 def write_arxivqa(folder: Path) -> str:
     write_picture(folder / "images/1501.1.jpg")
-    row = {"id": "cs-1", "image": "images/1501.1.jpg", "question": "Which line is highest?", "rationale": "Look."}
+    row = {
+        "id": "cs-1",
+        "image": "images/1501.1.jpg",
+        "question": "Which line is highest?",
+        "rationale": "Look.",
+    }
     rows = [
         {**row, "options": ["A) red", "B) blue"], "label": "B"},
         {**row, "options": ["B. pumilus", "B. sphaericus", "B. cereus"], "label": "C) B. cereus"},
@@ -64,7 +69,12 @@ def write_arxivqa(folder: Path) -> str:
 def write_thinklite(folder: Path) -> str:
     row = {"image": PNG, "ground_truth": "", "choices": None}
     rows = [
-        {**row, "id": "1", "problem": "<image>Hint: Give the letter.\nQuestion: Which?\n(A) 1 (B) 2", "answer": "B"},
+        {
+            **row,
+            "id": "1",
+            "problem": "<image>Hint: Give the letter.\nQuestion: Which?\n(A) 1 (B) 2",
+            "answer": "B",
+        },
         {**row, "id": "2", "problem": "<image>How many?", "answer": "1,200"},
         {**row, "id": "3", "problem": "<image>Is it open?", "answer": "Yes"},
         {**row, "id": "4", "problem": "<image>Who wrote it?", "answer": "Martha White"},
@@ -91,19 +101,27 @@ MMBENCH = [
 
 
 def write_mmbench(folder: Path) -> str:
-    image, of = base64.b64encode(PNG).decode(), ["identity_reasoning", "sqa", "attribute_reasoning", "dev"]
+    image, of = (
+        base64.b64encode(PNG).decode(),
+        ["identity_reasoning", "sqa", "attribute_reasoning", "dev"],
+    )
     row = lambda index, hint, options, answer, image: dict(
         zip(MMBENCH, [index, 'Which is "it"?', hint, *options, answer, of[0], image, *of[1:]])
     )
     rows = [
         row(241, "A passage.\nIn two lines.", ["red", "blue", "", ""], "A", image),
         row(252, "nan", ["one", "two", "three", "nan"], "C", image),
-        row(1000241, "A passage.\nIn two lines.", ["blue", "red", "", ""], "B", 241),  # the picture of row 241
+        row(
+            1000241, "A passage.\nIn two lines.", ["blue", "red", "", ""], "B", 241
+        ),  # the picture of row 241
         row(260, "", ["one", "two", "", ""], "", image),  # as in the test split
         row(270, "", ["one", "two", "", ""], "A", 999),  # of a row that is not there
     ]
     quoted = lambda value: '"' + str(value).replace('"', '""') + '"'
-    lines = ["\t".join(MMBENCH), *("\t".join(quoted(row[name]) for name in MMBENCH) for row in rows)]
+    lines = [
+        "\t".join(MMBENCH),
+        *("\t".join(quoted(row[name]) for name in MMBENCH) for row in rows),
+    ]
     (folder / "MMBench_DEV_EN.tsv").write_text("\n".join(lines) + "\n")
     return f"mmbench:{folder / 'MMBench_DEV_EN.tsv'}"
 
@@ -131,24 +149,62 @@ def write_mmstar(folder: Path) -> str:
     of = {"category": "coarse perception", "l2_category": "image scene and topic"}
     meta = {"meta_info": {"source": "SEEDBench", "split": "val", "image_path": "images/0.jpg"}}
     write_parquet(
-        folder / "mmstar.parquet", [{"index": 0, "question": text, "image": PNG, "answer": "A", **of, **meta}]
+        folder / "mmstar.parquet",
+        [{"index": 0, "question": text, "image": PNG, "answer": "A", **of, **meta}],
     )
     return f"mmstar:{folder}"
 
 
 def write_mathvista(folder: Path) -> str:
-    row = {"question": "How far?", "image": "images/1.jpg", "decoded_image": IMAGE, "unit": None, "precision": None}
-    free, choice = {"question_type": "free_form", "choices": None}, {"question_type": "multi_choice"}
+    row = {
+        "question": "How far?",
+        "image": "images/1.jpg",
+        "decoded_image": IMAGE,
+        "unit": None,
+        "precision": None,
+    }
+    free, choice = (
+        {"question_type": "free_form", "choices": None},
+        {"question_type": "multi_choice"},
+    )
     of = {"metadata": {"task": "geometry problem solving", "split": "testmini"}}
     rows = [
-        {"pid": "1", **row, **free, **of, "answer": "1.2", "answer_type": "float", "precision": 1.0, "unit": "cm^2"},
+        {
+            "pid": "1",
+            **row,
+            **free,
+            **of,
+            "answer": "1.2",
+            "answer_type": "float",
+            "precision": 1.0,
+            "unit": "cm^2",
+        },
         {"pid": "2", **row, **free, **of, "answer": "1000", "answer_type": "integer"},
         {"pid": "3", **row, **free, **of, "answer": "[2007, 2008]", "answer_type": "list"},
-        {"pid": "4", **row, **choice, **of, "answer": "145°", "answer_type": "text", "choices": ["140°", "145°"]},
-        {"pid": "5", **row, **choice, **of, "answer": "12°", "answer_type": "text", "choices": ["140°", "145°"]},
+        {
+            "pid": "4",
+            **row,
+            **choice,
+            **of,
+            "answer": "145°",
+            "answer_type": "text",
+            "choices": ["140°", "145°"],
+        },
+        {
+            "pid": "5",
+            **row,
+            **choice,
+            **of,
+            "answer": "12°",
+            "answer_type": "text",
+            "choices": ["140°", "145°"],
+        },
         {"pid": "6", **row, **free, **of, "answer": "", "answer_type": "integer"},
     ]
-    rows = [{**row, "query": f"Hint: Please answer it.\nQuestion {row['pid']}: How far?"} for row in rows]
+    rows = [
+        {**row, "query": f"Hint: Please answer it.\nQuestion {row['pid']}: How far?"}
+        for row in rows
+    ]
     write_parquet(folder / "data/testmini-00000-of-00001.parquet", rows)
     write_parquet(folder / "data/test-00000-of-00002.parquet", rows[-1:])  # not read: no answers
     return f"mathvista:{folder}"
@@ -158,7 +214,10 @@ def write_vstar_bench(folder: Path) -> str:
     write_picture(folder / "direct_attributes/sa_1.jpg")
     text = "What is the material of the glove?\n(A) rubber\n(B) cotton"
     row = {"image": "direct_attributes/sa_1.jpg", "category": "direct_attributes", "label": "A"}
-    rows = [{**row, "text": text, "question_id": "0"}, {**row, "text": f"{text}\n{data.LETTER}", "question_id": "1"}]
+    rows = [
+        {**row, "text": text, "question_id": "0"},
+        {**row, "text": f"{text}\n{data.LETTER}", "question_id": "1"},
+    ]
     write_jsonl(folder / "test_questions.jsonl", rows)
     return f"vstar-bench:{folder}"
 
@@ -166,16 +225,28 @@ def write_vstar_bench(folder: Path) -> str:
 def write_llava(folder: Path) -> str:
     write_picture(folder / "images/001.jpg")
     row = {"image": "001.jpg", "category": "conv"}
-    rows = [{"question_id": i, **row, "text": text} for i, text in enumerate(("What is this scene?", "Describe it."))]
+    rows = [
+        {"question_id": i, **row, "text": text}
+        for i, text in enumerate(("What is this scene?", "Describe it."))
+    ]
     write_jsonl(folder / "questions.jsonl", rows)
-    write_jsonl(folder / "context.jsonl", [{"id": "001", "image": "001.jpg", "caption": "A scene."}])  # not read
+    write_jsonl(
+        folder / "context.jsonl", [{"id": "001", "image": "001.jpg", "caption": "A scene."}]
+    )  # not read
     return f"llava-in-the-wild:{folder}"
 
 
 def write_wildvision(folder: Path) -> str:
-    row = {"question_id": "2db1", "instruction": "What is this?", "image": IMAGE, "language": "English"}
+    row = {
+        "question_id": "2db1",
+        "instruction": "What is this?",
+        "image": IMAGE,
+        "language": "English",
+    }
     write_parquet(folder / "vision_bench_0617/test-00000-of-00001.parquet", [row])
-    write_parquet(folder / "vision_bench_0701/test-00000-of-00001.parquet", [row])  # the other version
+    write_parquet(
+        folder / "vision_bench_0701/test-00000-of-00001.parquet", [row]
+    )  # the other version
     return f"wildvision:{folder}"
 
 
@@ -207,7 +278,9 @@ def read(tmp_path_factory, processors):
                 become[name].append(str(error))
                 continue
             assert (
-                encoded.images == [PNG] and not encoded.responses and encoded.record.get("rule") == record.get("rule")
+                encoded.images == [PNG]
+                and not encoded.responses
+                and encoded.record.get("rule") == record.get("rule")
             )
             become[name].append((record["prompt"][0]["content"][1]["text"], record))
     return become
@@ -222,8 +295,14 @@ def kept(rows, *keys) -> list[tuple]:
 
 
 def test_vstar_asks_the_question_alone_and_checks_the_yes_of_a_sentence(read):
-    assert prompts(read["vstar"]) == ["Is the kite brown and large?", "Is the countertop tan or blue?"]
-    assert kept(read["vstar"], "answer", "rule") == [("Yes", "yes_no"), ("The countertop is tan.", "text")]
+    assert prompts(read["vstar"]) == [
+        "Is the kite brown and large?",
+        "Is the countertop tan or blue?",
+    ]
+    assert kept(read["vstar"], "answer", "rule") == [
+        ("Yes", "yes_no"),
+        ("The countertop is tan.", "text"),
+    ]
     assert "no target_instances" in read["vstar"][2]
 
 
@@ -238,12 +317,21 @@ def test_arxivqa_letters_its_options_and_rejects_what_is_not_clean(read):
         {"kind": "letter", "options": ["red", "blue"]},
     )
     assert kept(read["arxivqa"], "answer")[1] == ("C",)
-    reasons = ["a separator", "'D' of 2 options", "does not begin with a letter", "not a row of this data set"]
-    assert all(reason in rejected for reason, rejected in zip(reasons, read["arxivqa"][2:], strict=True))
+    reasons = [
+        "a separator",
+        "'D' of 2 options",
+        "does not begin with a letter",
+        "not a row of this data set",
+    ]
+    assert all(
+        reason in rejected for reason, rejected in zip(reasons, read["arxivqa"][2:], strict=True)
+    )
 
 
 def test_thinklites_answers_decide_their_rules(read):
-    assert prompts(read["thinklite-vl"])[0] == "Hint: Give the letter.\nQuestion: Which?\n(A) 1 (B) 2"
+    assert (
+        prompts(read["thinklite-vl"])[0] == "Hint: Give the letter.\nQuestion: Which?\n(A) 1 (B) 2"
+    )
     rules = [("B", "letter"), ("1,200", "number"), ("Yes", "yes_no"), ("Martha White", "text")]
     assert kept(read["thinklite-vl"], "answer", "rule") == rules
 
@@ -260,8 +348,14 @@ def test_mmbench_is_asked_as_vlmevalkit_asks_it_and_rotations_are_one_group(read
         ("252", 252, "C", "attribute_reasoning"),
         ("1000241", 241, "B", "attribute_reasoning"),
     ]
-    assert kept(read["mmbench"], "rule")[1] == ({"kind": "letter", "options": ["one", "two", "three"]},)
-    assert "no answer" in read["mmbench"][3] and len(read["mmbench"]) == 5 and isinstance(read["mmbench"][4], str)
+    assert kept(read["mmbench"], "rule")[1] == (
+        {"kind": "letter", "options": ["one", "two", "three"]},
+    )
+    assert (
+        "no answer" in read["mmbench"][3]
+        and len(read["mmbench"]) == 5
+        and isinstance(read["mmbench"][4], str)
+    )
 
 
 def test_mme_keeps_its_instruction_and_pairs_the_questions_of_a_picture(read):
@@ -275,10 +369,16 @@ def test_mme_keeps_its_instruction_and_pairs_the_questions_of_a_picture(read):
 def test_mmstar_and_vstar_bench_ask_for_the_letter(read):
     text = "Where is the cat?\nOptions: A: on the mat, B: under it, C: beside it, D: away"
     assert prompts(read["mmstar"]) == [f"{text}\n{data.LETTER}"]
-    assert kept(read["mmstar"], "id", "answer", "rule", "category") == [(0, "A", "letter", "coarse perception")]
+    assert kept(read["mmstar"], "id", "answer", "rule", "category") == [
+        (0, "A", "letter", "coarse perception")
+    ]
     text = "What is the material of the glove?\n(A) rubber\n(B) cotton"
     assert prompts(read["vstar-bench"]) == [f"{text}\n{data.LETTER}"] * 2
-    assert kept(read["vstar-bench"], "id", "answer", "category")[0] == ("0", "A", "direct_attributes")
+    assert kept(read["vstar-bench"], "id", "answer", "category")[0] == (
+        "0",
+        "A",
+        "direct_attributes",
+    )
 
 
 def test_mathvista_is_asked_by_its_own_query_and_carries_precision_and_unit(read):
@@ -290,7 +390,9 @@ def test_mathvista_is_asked_by_its_own_query_and_carries_precision_and_unit(read
         ("B", {"kind": "letter", "options": ["140°", "145°"]}),
     ]
     assert "none of the choices" in read["mathvista"][4] and "no answer" in read["mathvista"][5]
-    assert len(read["mathvista"]) == 6 and kept(read["mathvista"], "category")[0] == ("geometry problem solving",)
+    assert len(read["mathvista"]) == 6 and kept(read["mathvista"], "category")[0] == (
+        "geometry problem solving",
+    )
 
 
 def test_questions_for_a_judge_have_no_answer_and_carry_what_its_file_needs(read):
@@ -303,8 +405,18 @@ def test_questions_for_a_judge_have_no_answer_and_carry_what_its_file_needs(read
 
 
 def test_a_row_without_a_published_field_names_it():
-    for name, convert in (("image", data.mme), ("conversations", data.vstar), ("question_type", data.mathvista)):
-        row = {"question_id": "1", "category": "c", "question": "?", "target_instances": [1], "answer": "1"}
+    for name, convert in (
+        ("image", data.mme),
+        ("conversations", data.vstar),
+        ("question_type", data.mathvista),
+    ):
+        row = {
+            "question_id": "1",
+            "category": "c",
+            "question": "?",
+            "target_instances": [1],
+            "answer": "1",
+        }
         with pytest.raises(data.Unusable, match=f"missing field: {name}"):
             data.convert_row(lambda: row, convert)
 
@@ -443,14 +555,20 @@ def test_01_and_06_know_the_same_rules():
         ("C", {"kind": "letter", "options": ["red", "blue"]}, "answer: 'C' of 2 options"),
     ],
 )
-def test_an_unknown_rule_and_an_answer_that_it_cannot_check_are_rejected(answer, rule, reason, processors):
+def test_an_unknown_rule_and_an_answer_that_it_cannot_check_are_rejected(
+    answer, rule, reason, processors
+):
     with pytest.raises(data.Unusable, match=reason):
         data.encode_record({"prompt": "q", "answer": answer, "rule": rule}, processors, 4096)
 
 
 def test_a_question_without_a_rule_is_matched_as_before(processors):
     record = data.encode_record({"prompt": "q", "answer": "a circle"}, processors, 4096).record
-    assert "rule" not in record and grpo.is_right("A circle.", record) and not grpo.is_right("square", record)
+    assert (
+        "rule" not in record
+        and grpo.is_right("A circle.", record)
+        and not grpo.is_right("square", record)
+    )
     assert not grpo.is_right("A circle.", {"truth": {}})
 
 
@@ -459,8 +577,18 @@ def test_a_question_without_a_rule_is_matched_as_before(processors):
 
 
 def test_mmes_score_is_accuracy_plus_accuracy_plus_summed_over_categories():
-    outcomes = [("existence", 1, True), ("existence", 1, True), ("existence", 2, True), ("existence", 2, False)]
-    outcomes += [("count", 1, False), ("count", 1, True), ("code_reasoning", 1, True), ("code_reasoning", 1, True)]
+    outcomes = [
+        ("existence", 1, True),
+        ("existence", 1, True),
+        ("existence", 2, True),
+        ("existence", 2, False),
+    ]
+    outcomes += [
+        ("count", 1, False),
+        ("count", 1, True),
+        ("code_reasoning", 1, True),
+        ("code_reasoning", 1, True),
+    ]
     assert grpo.mme(outcomes) == {
         "existence": 0.75 + 0.5,
         "count": 0.5 + 0,
@@ -475,7 +603,13 @@ def test_mmes_score_is_accuracy_plus_accuracy_plus_summed_over_categories():
 
 
 def test_a_question_of_mmbench_counts_if_every_rotation_is_answered_right():
-    outcomes = [("AR", 1, True), ("AR", 1, True), ("AR", 2, True), ("AR", 2, False), ("LR", 3, True)]
+    outcomes = [
+        ("AR", 1, True),
+        ("AR", 1, True),
+        ("AR", 2, True),
+        ("AR", 2, False),
+        ("LR", 3, True),
+    ]
     assert grpo.circular(outcomes) == {"circular": 2 / 3, "AR": 0.5, "LR": 1.0}
     assert grpo.accuracy(outcomes) == {"AR": 0.75, "LR": 1.0}
 
@@ -498,23 +632,70 @@ def prepared(folder: Path, *names: str) -> Path:
 
 
 def test_a_question_whose_answer_is_null_is_open(tmp_path):
-    write_jsonl(tmp_path / "mine.jsonl", [{"prompt": "Tell me of red.", "answer": null} for null in [None] * 4])
+    write_jsonl(
+        tmp_path / "mine.jsonl",
+        [{"prompt": "Tell me of red.", "answer": null} for null in [None] * 4],
+    )
     prepare_here(source=[str(tmp_path / "mine.jsonl")], out=str(tmp_path))
-    few = ["--steps", 1, "--batch_size", 2, "--group_size", 2, "--max_new_tokens", 8, "--reward", "rule"]
-    where = ["--data", tmp_path / "mine", "--benchmark", tmp_path / "mine", "--out", tmp_path / "policy"]
+    few = [
+        "--steps",
+        1,
+        "--batch_size",
+        2,
+        "--group_size",
+        2,
+        "--max_new_tokens",
+        8,
+        "--reward",
+        "rule",
+    ]
+    where = [
+        "--data",
+        tmp_path / "mine",
+        "--benchmark",
+        tmp_path / "mine",
+        "--out",
+        tmp_path / "policy",
+    ]
     torchrun("06_grpo.py", *where, *few, ranks=1)
-    assert json.loads((tmp_path / "policy/evaluation.json").read_text())["after"] == {"closed": 0, "open": 0}
+    assert json.loads((tmp_path / "policy/evaluation.json").read_text())["after"] == {
+        "closed": 0,
+        "open": 0,
+    }
     assert json.loads((tmp_path / "policy/metrics.jsonl").read_text())["phantom"] == 0
 
 
 def test_06_trains_on_questions_with_rules_and_evaluates_by_the_benchmarks_own_score(tmp_path):
     questions, benchmark = prepared(tmp_path, "arxivqa", "thinklite-vl"), prepared(tmp_path, "mme")
-    few = ["--steps", 2, "--batch_size", 3, "--group_size", 2, "--max_new_tokens", 8, "--evaluate_size", 0]
-    where = ["--data", questions, "--benchmark", benchmark, "--out", tmp_path / "policy", "--reward", "rule"]
+    few = [
+        "--steps",
+        2,
+        "--batch_size",
+        3,
+        "--group_size",
+        2,
+        "--max_new_tokens",
+        8,
+        "--evaluate_size",
+        0,
+    ]
+    where = [
+        "--data",
+        questions,
+        "--benchmark",
+        benchmark,
+        "--out",
+        tmp_path / "policy",
+        "--reward",
+        "rule",
+    ]
     printed = torchrun("06_grpo.py", *where, *few).stdout
     result = json.loads((tmp_path / "policy/evaluation.json").read_text())["after"]
     answers = [json.loads(line)["after"] for line in open(tmp_path / "policy/samples.jsonl")]
-    right = [grpo.is_match(text, answer, "yes_no") for text, answer in zip(answers, ("Yes", "No") * 2, strict=True)]
+    right = [
+        grpo.is_match(text, answer, "yes_no")
+        for text, answer in zip(answers, ("Yes", "No") * 2, strict=True)
+    ]
     assert result["closed"] == 4 and result["exact_match"] == sum(right) / 4
     assert result["perception"] == result["existence"] == sum(right[:2]) / 2 + all(right[:2])
     assert result["total"] == result["perception"] + result["cognition"] and "| total" in printed
@@ -527,7 +708,18 @@ def read_lines(path: Path) -> list[dict]:
 
 def test_06_writes_answers_in_the_form_that_llavas_judge_reads(tmp_path):
     questions, benchmark = prepared(tmp_path, "mmstar"), prepared(tmp_path, "llava-in-the-wild")
-    few = ["--steps", 1, "--batch_size", 1, "--group_size", 2, "--max_new_tokens", 8, "--reward", "rule"]
+    few = [
+        "--steps",
+        1,
+        "--batch_size",
+        1,
+        "--group_size",
+        2,
+        "--max_new_tokens",
+        8,
+        "--reward",
+        "rule",
+    ]
     where = ["--data", questions, "--benchmark", benchmark, "--out", tmp_path / "mine"]
     printed = torchrun("06_grpo.py", *where, *few, ranks=1).stdout
     samples = read_lines(tmp_path / "mine/samples.jsonl")
@@ -536,15 +728,24 @@ def test_06_writes_answers_in_the_form_that_llavas_judge_reads(tmp_path):
         assert [line.pop("text") for line in lines] == [sample[when] for sample in samples]
         named = {"answer_id": f"{model}-1", "model_id": model, "metadata": {}}
         assert lines[1] == {"question_id": 1, "prompt": "Describe it.", **named}
-    assert "2 of the 2 questions of llava-in-the-wild, for its judge model" in printed and "nan" not in printed
-    assert "exact_match" not in json.loads((tmp_path / "mine/evaluation.json").read_text())["after"]  # none is closed
+    assert (
+        "2 of the 2 questions of llava-in-the-wild, for its judge model" in printed
+        and "nan" not in printed
+    )
+    assert (
+        "exact_match" not in json.loads((tmp_path / "mine/evaluation.json").read_text())["after"]
+    )  # none is closed
 
 
 def test_answers_to_wildvision_are_in_the_form_that_its_judge_reads(tmp_path, processors):
     questions = data.Comparisons(str(prepared(tmp_path, "wildvision")))
     assert questions.info["metric"] == "wildvision"
-    grpo.write_for_judge(tmp_path / "answers", questions, [{"answer": "Ein Bär"}], "mine", processors.tokenizer)
+    grpo.write_for_judge(
+        tmp_path / "answers", questions, [{"answer": "Ein Bär"}], "mine", processors.tokenizer
+    )
     (line,) = read_lines(tmp_path / "answers")
-    assert line.pop("token_len") == len(processors.tokenizer.encode("Ein Bär", add_special_tokens=False))
+    assert line.pop("token_len") == len(
+        processors.tokenizer.encode("Ein Bär", add_special_tokens=False)
+    )
     asked = {"question_id": "2db1", "instruction": "What is this?", "language": "English"}
     assert line == {**asked, "output": "Ein Bär", "model": "mine"}

@@ -31,7 +31,9 @@ def test_every_command_is_one_that_its_script_takes(command):
         code = (ROOT / script).read_text()
         assert all(f'"{word}"' in code for word in arguments if word.startswith("--"))
     else:
-        HfArgumentParser(getattr(stages, script[3:-3]).Settings).parse_args_into_dataclasses(arguments)
+        HfArgumentParser(getattr(stages, script[3:-3]).Settings).parse_args_into_dataclasses(
+            arguments
+        )
 
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if " --plan " in each])
@@ -40,8 +42,12 @@ def test_a_plan_is_printed_as_the_readme_has_it(command, tmp_path):
     (tmp_path / "7b/config.json").write_text(json.dumps(QWEN2_5_VL_7B))
     script, arguments = script_and_arguments(command)
     run = [sys.executable, str(ROOT / script), *arguments]
-    printed = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120).stdout
-    shown = README.split(command)[1].split("\n\n", 1)[1]  # the blocks behind it, up to the next text
+    printed = subprocess.run(
+        run, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    shown = README.split(command)[1].split("\n\n", 1)[
+        1
+    ]  # the blocks behind it, up to the next text
     shown = re.match(r"(?:    .*\n|\n)+", shown)[0].rstrip()
     printed = "\n".join("    " + line if line else "" for line in printed.rstrip().splitlines())
     assert printed.endswith(shown) and len(shown) > 80
@@ -56,14 +62,24 @@ def test_the_commands_on_ones_own_pairs_run_as_printed(tmp_path):
     (tmp_path / "pictures").mkdir()
     for name in (*line["images"], "picture.png"):
         (tmp_path / name).write_bytes(picture())
-    lines = [line, {"prompt": "Is it red?", "responses": ["Yes", "No", "Who knows?"], "ranks": [1, 2, 2]}] * 10
+    lines = [
+        line,
+        {"prompt": "Is it red?", "responses": ["Yes", "No", "Who knows?"], "ranks": [1, 2, 2]},
+    ] * 10
     for name in ("my_pairs", "my_benchmark", "my_responses"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     commands = re.findall(r"^    (torchrun .*?)(?:  +#.*)?$", section, re.M)
     for command in commands:
         script, arguments = script_and_arguments(command)
         torchrun(script, *arguments, cwd=tmp_path)
-    assert [script_and_arguments(each)[0][:2] for each in commands] == ["01", "01", "02", "03", "04", "04"]
+    assert [script_and_arguments(each)[0][:2] for each in commands] == [
+        "01",
+        "01",
+        "02",
+        "03",
+        "04",
+        "04",
+    ]
     scored = (tmp_path / "artifacts/scores/my_reward/my_responses.jsonl").read_text().splitlines()
     assert [len(json.loads(each)["scores"]) for each in scored] == [2, 3] * 10
 
@@ -76,17 +92,26 @@ def test_what_the_walk_shows_of_a_script_is_in_it(script):
     assert excerpts
     for excerpt in excerpts:
         lines = [line.strip() for line in excerpt.strip().splitlines() if line.strip() != "..."]
-        assert all(line in code for line in lines if line), [line for line in lines if line and line not in code]
+        assert all(line in code for line in lines if line), [
+            line for line in lines if line and line not in code
+        ]
 
 
 def test_every_name_of_a_source_and_of_a_family_is_in_it():
     names = {*stages.data.SOURCES, *stages.data.FAMILIES} - {"jsonl", "world"}
-    assert [name for name in sorted(names) if not re.search(rf"[\s`]{re.escape(name)}[,;`\s]", README)] == []
+    assert [
+        name for name in sorted(names) if not re.search(rf"[\s`]{re.escape(name)}[,;`\s]", README)
+    ] == []
 
 
 def test_links_within_it_lead_to_a_heading_and_files_it_names_are_there():
     headings = {
-        re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in re.findall(r"^#+ (.*)$", README, re.M)
+        re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-")
+        for each in re.findall(r"^#+ (.*)$", README, re.M)
     }
-    assert [anchor for anchor in re.findall(r"\]\(#([^)]*)\)", README) if anchor not in headings] == []
-    assert [name for name in re.findall(r"`(tests/[\w./]*)`", README) if not (ROOT / name).exists()] == []
+    assert [
+        anchor for anchor in re.findall(r"\]\(#([^)]*)\)", README) if anchor not in headings
+    ] == []
+    assert [
+        name for name in re.findall(r"`(tests/[\w./]*)`", README) if not (ROOT / name).exists()
+    ] == []

@@ -34,9 +34,15 @@ def read(source, processors) -> tuple[list, list[str]]:
 def shown(comparison, processors) -> str:
     """A comparison as text: the prompt with one <image> for each picture, then the responses with their ranks."""
     decode = processors.tokenizer.decode
-    prompt = re.sub(r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>", "<image>", decode(comparison.prompt))
+    prompt = re.sub(
+        r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>",
+        "<image>",
+        decode(comparison.prompt),
+    )
     prompt = re.sub(r"<\|im_(start|end)\|>", "", prompt).strip().removesuffix("assistant").strip()
-    answers = [f"{rank}: {decode(ids)[:-10]}" for rank, ids in zip(comparison.ranks, comparison.responses)]
+    answers = [
+        f"{rank}: {decode(ids)[:-10]}" for rank, ids in zip(comparison.ranks, comparison.responses)
+    ]
     return " | ".join([prompt.replace("\n", " / "), *answers])
 
 
@@ -71,28 +77,49 @@ def write_rlaif_v(folder: Path) -> int:
         "image_path": "vqa/0.png",
     }
     write_parquet(
-        folder / "RLAIF-V-Dataset_000.parquet", [row, {**row, "rejected": "A cat."}, {**row, "question": "And?"}]
+        folder / "RLAIF-V-Dataset_000.parquet",
+        [row, {**row, "rejected": "A cat."}, {**row, "question": "And?"}],
     )
     broken = {**row, "image": {"bytes": PICTURES[0][:90], "path": None}}
     write_parquet(
-        folder / "RLAIF-V-Dataset_001.parquet", [{**row, "image": {"bytes": PICTURES[1], "path": None}}, broken]
+        folder / "RLAIF-V-Dataset_001.parquet",
+        [{**row, "image": {"bytes": PICTURES[1], "path": None}}, broken],
     )
     return 3
 
 
 def write_mmpr(folder: Path) -> int:
     meta = {
-        "one": {"root": "MMPR-v1.2/images/one", "annotation": "MMPR-v1.2/annotations/one.jsonl", "length": 3},
-        "two": {"root": "MMPR-v1.2/images/two", "annotation": "MMPR-v1.2/annotations/two.jsonl", "length": 2},
+        "one": {
+            "root": "MMPR-v1.2/images/one",
+            "annotation": "MMPR-v1.2/annotations/one.jsonl",
+            "length": 3,
+        },
+        "two": {
+            "root": "MMPR-v1.2/images/two",
+            "annotation": "MMPR-v1.2/annotations/two.jsonl",
+            "length": 2,
+        },
     }
     write(folder / "meta.json", json.dumps(meta).encode())
     for i, place in enumerate(("one/a.png", "two/deep/b.png", "two/c.png")):
         write(folder / "images" / place, PICTURES[i])
-    row = {"image": "a.png", "question": "<image>\nHow many?", "chosen": "Two.", "rejected": "Three."}
+    row = {
+        "image": "a.png",
+        "question": "<image>\nHow many?",
+        "chosen": "Two.",
+        "rejected": "Three.",
+    }
     (folder / "annotations").mkdir()
-    write_jsonl(folder / "annotations/one.jsonl", [row, {**row, "image": "none.png"}, {**row, "question": "Unmarked?"}])
+    write_jsonl(
+        folder / "annotations/one.jsonl",
+        [row, {**row, "image": "none.png"}, {**row, "question": "Unmarked?"}],
+    )
     several = {**row, "image": ["deep/b.png", "c.png"], "question": "Is <image> as <image>?"}
-    write_jsonl(folder / "annotations/two.jsonl", [several, {"image": "c.png", "question": "q", "chosen": "c"}])
+    write_jsonl(
+        folder / "annotations/two.jsonl",
+        [several, {"image": "c.png", "question": "q", "chosen": "c"}],
+    )
     return 3
 
 
@@ -116,7 +143,10 @@ def write_r1_reward(folder: Path) -> int:
     judge = "Compare.\n###### [Question]:\nWhich?  \n\n"
     judge += "###### [Response 1]:\nThe left.  \n\n###### [Response 2]:\nThe right."
     ending = "  \n\n###### **Output Format (strictly follow):**  \n<think>...</think><answer>1/2</answer>"
-    content = [{"type": "text", "text": judge + ending}, {"type": "image", "image": "/their/disk/0.png"}]
+    content = [
+        {"type": "text", "text": judge + ending},
+        {"type": "image", "image": "/their/disk/0.png"},
+    ]
     large = picture(600, 600)
     row = {
         "question": "Which?",
@@ -127,9 +157,16 @@ def write_r1_reward(folder: Path) -> int:
     bare = [{"type": "text", "text": judge}, content[1]]
     rows = [
         row,
-        {**row, "answer": ["<answer>1</answer>"], "message": json.dumps([{"role": "user", "content": bare}])},
+        {
+            **row,
+            "answer": ["<answer>1</answer>"],
+            "message": json.dumps([{"role": "user", "content": bare}]),
+        },
         {**row, "answer": ["<answer>tie</answer>"]},
-        {**row, "message": '[{"role": "user", "content": [{"type": "text", "text": "one response"}]}]'},
+        {
+            **row,
+            "message": '[{"role": "user", "content": [{"type": "text", "text": "one response"}]}]',
+        },
         {**row, "image": ""},
         {**row, "message": "no JSON"},
     ]
@@ -164,19 +201,30 @@ def write_llama_factory(folder: Path) -> int:
 def write_mmif(folder: Path) -> int:
     write(folder / "cc3m/0.png", PICTURES[0])
     turn = {"from": "human", "value": "<image>Name it in one word."}
-    answers = {"chosen": {"from": "gpt", "value": "Cat."}, "rejected": {"from": "gpt", "value": "It is a cat."}}
+    answers = {
+        "chosen": {"from": "gpt", "value": "Cat."},
+        "rejected": {"from": "gpt", "value": "It is a cat."},
+    }
     row = {"conversations": [turn], **answers, "images": ["cc3m/0.png"]}
-    write(folder / "v2/dpo/mmif.json", json.dumps([row, {**row, "images": ["cc3m/1.png"]}]).encode())
+    write(
+        folder / "v2/dpo/mmif.json", json.dumps([row, {**row, "images": ["cc3m/1.png"]}]).encode()
+    )
     write(folder / "v2/sft/mmif.json", json.dumps([{"conversations": [turn]}]).encode())
     return 1
 
 
 def write_omnialign_v_dpo(folder: Path) -> int:
     write(folder / "images/0.png", PICTURES[0])
-    row = {"prompt": "Explain the chart.\n<image>", "chosen": "It grows.", "rejected": "No.", "image": "images/0.png"}
+    row = {
+        "prompt": "Explain the chart.\n<image>",
+        "chosen": "It grows.",
+        "rejected": "No.",
+        "image": "images/0.png",
+    }
     for name in ("chart", "poster"):
         write_jsonl(
-            folder / f"{name}.jsonl", [row, {**row, "image": ["images/0.png"]}, {**row, "image": "images/1.png"}]
+            folder / f"{name}.jsonl",
+            [row, {**row, "image": ["images/0.png"]}, {**row, "image": "images/1.png"}],
         )
     return 4
 
@@ -185,7 +233,8 @@ def write_ultrafeedback(folder: Path) -> int:
     def row(*scores):
         keys = ("model", "response", "overall_score", "fine-grained_score", "critique")
         answers = [
-            dict(zip(keys, ("m", f"Answer {i}.", score, 4.5, f"Critique {i}."))) for i, score in enumerate(scores)
+            dict(zip(keys, ("m", f"Answer {i}.", score, 4.5, f"Critique {i}.")))
+            for i, score in enumerate(scores)
         ]
         return {"source": "flan", "instruction": "Do it.", "completions": answers, "models": []}
 
@@ -207,11 +256,18 @@ def write_shp(folder: Path) -> int:
         "labels": 1,
         "score_ratio": 3.0,
     }
-    rows = [row, {**row, "labels": 0, "post_id": "p1"}, {**row, "score_ratio": 1.5}, {**row, "labels": 2}]
+    rows = [
+        row,
+        {**row, "labels": 0, "post_id": "p1"},
+        {**row, "score_ratio": 1.5},
+        {**row, "labels": 2},
+    ]
     rows += [{**row, "labels": True, "human_ref_B": f"No {i}."} for i in range(6)]
     for subject in ("askacademia", "askbaking"):
         (folder / subject).mkdir(parents=True)
-    write_jsonl(folder / "askbaking/train.json", rows)  # the name ends in .json, but it is one object a line
+    write_jsonl(
+        folder / "askbaking/train.json", rows
+    )  # the name ends in .json, but it is one object a line
     write_jsonl(folder / "askacademia/train.json", [{**row, "post_id": "p2"}])
     write_jsonl(folder / "askbaking/test.json", [row])
     return 7
@@ -258,7 +314,11 @@ def write_swe_arena(folder: Path) -> int:
         }
 
     differing = row("vote_model_A", ["user", "Hi"], ["assistant", "Hello"])
-    differing["states"]["model_B"]["messages"] = [["user", "Hi"], ["assistant", "Hey"], ["user", "Write a page."]]
+    differing["states"]["model_B"]["messages"] = [
+        ["user", "Hi"],
+        ["assistant", "Hey"],
+        ["user", "Write a page."],
+    ]
     votes = ("vote_model_A", "vote_model_B", "vote_tie", "vote_both_bad")
     write_parquet(folder / "data/train-00000-of-00001.parquet", [*map(row, votes), differing])
     return 2
@@ -273,14 +333,23 @@ def write_hh_rlhf(folder: Path) -> int:
         (f"{before}\n\nAssistant: ", f"{before}\n\nAssistant: No."),
         ("no transcript", "at all"),
     ]
-    lines = "".join(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n" for chosen, rejected in pairs)
-    for name in ("harmless-base/train", "harmless-base/test", "red-team-attempts/red_team_attempts"):
+    lines = "".join(
+        json.dumps({"chosen": chosen, "rejected": rejected}) + "\n" for chosen, rejected in pairs
+    )
+    for name in (
+        "harmless-base/train",
+        "harmless-base/test",
+        "red-team-attempts/red_team_attempts",
+    ):
         write(folder / f"{name}.jsonl.gz", gzip.compress(lines.encode()))
     return 1
 
 
 def write_trl(folder: Path) -> int:
-    ask, say = [{"role": "user", "content": "Sky?"}], lambda text: [{"role": "assistant", "content": text}]
+    ask, say = (
+        [{"role": "user", "content": "Sky?"}],
+        lambda text: [{"role": "assistant", "content": text}],
+    )
     rows = [
         {"prompt": ask, "chosen": say("Blue."), "rejected": say("Green.")},
         {"chosen": ask + say("Blue."), "rejected": ask + say("Green.")},
@@ -308,7 +377,10 @@ SETS = {
     "shp": (write_shp, 11),
     "tulu-3-if": (write_tulu, 3),
     "tulu-3-ultrafeedback": (write_tulu, 3),
-    "wildchat": (lambda folder: write_tulu(folder, "wildchat_if", "wildchat_reused_on_policy_70b"), 6),
+    "wildchat": (
+        lambda folder: write_tulu(folder, "wildchat_if", "wildchat_reused_on_policy_70b"),
+        6,
+    ),
     "olmo-2": (write_olmo, 3),
     "swe-arena": (write_swe_arena, 5),
     "hh-rlhf": (write_hh_rlhf, 5),
@@ -323,7 +395,9 @@ def test_every_row_of_a_published_set_is_kept_or_rejected_with_a_reason(name, tm
     usable = write_set(tmp_path / "set")
     kept, reasons = read(f"{name}:{tmp_path / 'set'}", processors)
     assert (len(kept), len(kept) + len(reasons)) == (usable, rows), reasons
-    assert all(reasons) and all(record["source"] == comparison.record["source"] == name for record, comparison in kept)
+    assert all(reasons) and all(
+        record["source"] == comparison.record["source"] == name for record, comparison in kept
+    )
 
 
 def test_every_published_training_set_is_tested():
@@ -338,7 +412,10 @@ def test_every_published_training_set_is_tested():
     [
         (
             "rlaif-v",
-            [f"<image>{question}? | 1: A cat. | 2: A dog." for question in ("What is it", "And", "What is it")],
+            [
+                f"<image>{question}? | 1: A cat. | 2: A dog."
+                for question in ("What is it", "And", "What is it")
+            ],
             ["chosen and rejected are identical", "unreadable image"],
         ),
         (
@@ -360,7 +437,10 @@ def test_every_published_training_set_is_tested():
         ),
         (
             "r1-reward",
-            ["<image>Which? | 2: The left. | 1: The right.", "<image>Which? | 1: The left. | 2: The right."],
+            [
+                "<image>Which? | 2: The left. | 1: The right.",
+                "<image>Which? | 1: The left. | 2: The right.",
+            ],
             [
                 "answer: '<answer>tie</answer>'",
                 "message without [Response 1] and [Response 2]",
@@ -376,10 +456,19 @@ def test_every_published_training_set_is_tested():
                 "user / Add / 2 + 3 | 1: 5 | 2: 6",
                 "system / Count. / user / Hi / assistant / Hello / user / Add | 1: 5 | 2: 6",
             ],
-            ["images: 0 given", "a message without the role", "tools: not supported", "not a row of this data set"],
+            [
+                "images: 0 given",
+                "a message without the role",
+                "tools: not supported",
+                "not a row of this data set",
+            ],
         ),
         ("mmif", ["<image>Name it in one word. | 1: Cat. | 2: It is a cat."], ["unreadable image"]),
-        ("omnialign-v-dpo", ["<image>Explain the chart. | 1: It grows. | 2: No."] * 4, ["unreadable image"] * 2),
+        (
+            "omnialign-v-dpo",
+            ["<image>Explain the chart. | 1: It grows. | 2: No."] * 4,
+            ["unreadable image"] * 2,
+        ),
         (
             "ultrafeedback-all",
             [
@@ -395,15 +484,27 @@ def test_every_published_training_set_is_tested():
         ),
         (
             "ultrafeedback-hard",
-            ["user / Do it. | 1: Answer 1. | 4: Answer 3.", "user / Do it. | 1: Answer 1. | 2: Answer 0."],
-            ["ranks: all equal", "ranks: all equal", "not a row of this data set: ValueError", "TypeError"],
+            [
+                "user / Do it. | 1: Answer 1. | 4: Answer 3.",
+                "user / Do it. | 1: Answer 1. | 2: Answer 0.",
+            ],
+            [
+                "ranks: all equal",
+                "ranks: all equal",
+                "not a row of this data set: ValueError",
+                "TypeError",
+            ],
         ),
         (
             "shp",
             ["Why flat? | 1: Old soda. | 2: No idea."] * 2
             + ["Why flat? | 1: No idea. | 2: Old soda."]
             + [f"Why flat? | 1: Old soda. | 2: No {i}." for i in range(4)],
-            ["score_ratio below 2", "labels: 2, neither 1 nor 0", *["more than 5 pairs of this post"] * 2],
+            [
+                "score_ratio below 2",
+                "labels: 2, neither 1 nor 0",
+                *["more than 5 pairs of this post"] * 2,
+            ],
         ),
         (
             "tulu-3-if",
@@ -415,8 +516,15 @@ def test_every_published_training_set_is_tested():
         ),
         (
             "swe-arena",
-            ["user / Write a page. | 1: Page A. | 2: Page B.", "user / Write a page. | 1: Page B. | 2: Page A."],
-            ["no better response: vote_tie", "no better response: vote_both_bad", "do not share everything"],
+            [
+                "user / Write a page. | 1: Page A. | 2: Page B.",
+                "user / Write a page. | 1: Page B. | 2: Page A.",
+            ],
+            [
+                "no better response: vote_tie",
+                "no better response: vote_both_bad",
+                "do not share everything",
+            ],
         ),
         (
             "hh-rlhf",
@@ -432,7 +540,9 @@ def test_every_published_training_set_is_tested():
         ),
     ],
 )
-def test_every_field_of_a_published_set_is_read_where_it_belongs(name, expected, reasons, tmp_path, processors):
+def test_every_field_of_a_published_set_is_read_where_it_belongs(
+    name, expected, reasons, tmp_path, processors
+):
     SETS[name][0](tmp_path)
     kept, rejected = read(f"{name}:{tmp_path}", processors)
     texts = [shown(comparison, processors) for _, comparison in kept]
@@ -449,13 +559,22 @@ def test_pictures_and_what_else_a_set_says_are_carried(tmp_path, processors):
     assert first.images == [PICTURES[0]] and third.images == [PICTURES[1]]
     assert first.record["id"] == "7" and first.record["category"] == "vqav2"
     comparisons = [comparison for _, comparison in read(f"mmpr:{tmp_path / 'mmpr'}", processors)[0]]
-    assert [comparison.images for comparison in comparisons] == [[PICTURES[0]], [PICTURES[0]], PICTURES[1:3]]
+    assert [comparison.images for comparison in comparisons] == [
+        [PICTURES[0]],
+        [PICTURES[0]],
+        PICTURES[1:3],
+    ]
     (_, still), (_, video) = read(f"mm-rlhf:{tmp_path / 'mm-rlhf'}", processors)[0]
     assert still.record["critiques"] == ["right", "wrong"] and still.record["category"] == "mcq"
     assert video.images == [picture(28, 28, i) for i in (1, 2, 4, 5, 7, 8, 10, 12)]  # 10 after 9
-    assert read(f"r1-reward:{tmp_path / 'r1-reward'}", processors)[0][0][1].images == [picture(600, 600)]
+    assert read(f"r1-reward:{tmp_path / 'r1-reward'}", processors)[0][0][1].images == [
+        picture(600, 600)
+    ]
     pair = read(f"ultrafeedback-hard:{tmp_path / 'ultrafeedback-hard'}", processors)[0][0][1]
-    assert pair.record["critiques"] == ["Critique 1.", "Critique 3."] and pair.record["category"] == "flan"
+    assert (
+        pair.record["critiques"] == ["Critique 1.", "Critique 3."]
+        and pair.record["category"] == "flan"
+    )
 
 
 def test_a_single_file_a_pattern_and_parquet_of_the_own_form_are_read_too(tmp_path, processors):
@@ -463,9 +582,16 @@ def test_a_single_file_a_pattern_and_parquet_of_the_own_form_are_read_too(tmp_pa
     write_tulu(tmp_path / "wildchat", "wildchat_if", "wildchat_unused")
     assert len(read(f"hh-rlhf:{tmp_path / 'hh/harmless-base/test.jsonl.gz'}", processors)[0]) == 1
     assert len(read(f"wildchat:{tmp_path / 'wildchat/data/wildchat_if-*'}", processors)[0]) == 2
-    own = {"prompt": "Q", "chosen": "A", "rejected": "B", "images": [{"bytes": PICTURES[0], "path": None}]}
+    own = {
+        "prompt": "Q",
+        "chosen": "A",
+        "rejected": "B",
+        "images": [{"bytes": PICTURES[0], "path": None}],
+    }
     kept, _ = read(write_parquet(tmp_path / "own.parquet", [own] * 3), processors)
-    assert [comparison.images for _, comparison in kept] == [[PICTURES[0]]] * 3 and "source" not in kept[0][0]
+    assert [comparison.images for _, comparison in kept] == [
+        [PICTURES[0]]
+    ] * 3 and "source" not in kept[0][0]
 
 
 def numbers(source) -> list[int]:
@@ -474,14 +600,26 @@ def numbers(source) -> list[int]:
 
 def test_a_limit_takes_so_many_rows_or_that_share_of_them(tmp_path):
     file = write_jsonl(
-        tmp_path / "a@b.jsonl", [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(2000)]
+        tmp_path / "a@b.jsonl",
+        [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(2000)],
     )
     assert len(numbers(file)) == 2000  # what follows this @ is no number
-    assert numbers(f"{file}@3") == numbers(f"trl:{file}@3") == [1, 2, 3] and len(numbers(f"{file}@9999")) == 2000
+    assert (
+        numbers(f"{file}@3") == numbers(f"trl:{file}@3") == [1, 2, 3]
+        and len(numbers(f"{file}@9999")) == 2000
+    )
     half = numbers(f"{file}@0.5")
-    assert 930 < len(half) < 1070 and half == numbers(f"trl:{file}@.5") and set(numbers(f"{file}@0.25")) < set(half)
+    assert (
+        930 < len(half) < 1070
+        and half == numbers(f"trl:{file}@.5")
+        and set(numbers(f"{file}@0.25")) < set(half)
+    )
     assert data.split_source("mmpr:/x/MMPR-v1.2@0.1") == ("mmpr", "/x/MMPR-v1.2", 0.1)
-    assert data.split_source("my@home/pairs.jsonl") == ("jsonl", "my@home/pairs.jsonl", float("inf"))
+    assert data.split_source("my@home/pairs.jsonl") == (
+        "jsonl",
+        "my@home/pairs.jsonl",
+        float("inf"),
+    )
     assert data.split_source("rlaif-v@100") == ("rlaif-v", "", 100)
 
 
@@ -508,15 +646,30 @@ def test_sources_add_up_to_one_data_set_on_any_number_of_ranks(tmp_path):
         assert f"read 21 = kept {kept} + rejected {21 - kept}" in printed
         contents.append({file.name: file.read_bytes() for file in (out / "all").iterdir()})
         rejected = [json.loads(line) for line in open(out / "all/rejected.jsonl")]
-        assert len(rejected) == 21 - kept and all(line["reason"] and Path(line["file"]).exists() for line in rejected)
+        assert len(rejected) == 21 - kept and all(
+            line["reason"] and Path(line["file"]).exists() for line in rejected
+        )
     assert contents[0] == contents[1]
 
 
-def test_what_is_not_there_is_downloaded_or_ends_in_the_command_that_does_it(tmp_path, monkeypatch, processors):
-    done = torchrun("01_data.py", "--source", "rlaif-v", "--out", tmp_path, ranks=1, check=False, HF_HUB_OFFLINE="1")
+def test_what_is_not_there_is_downloaded_or_ends_in_the_command_that_does_it(
+    tmp_path, monkeypatch, processors
+):
+    done = torchrun(
+        "01_data.py",
+        "--source",
+        "rlaif-v",
+        "--out",
+        tmp_path,
+        ranks=1,
+        check=False,
+        HF_HUB_OFFLINE="1",
+    )
     command = "hf download openbmb/RLAIF-V-Dataset --repo-type dataset --local-dir openbmb/RLAIF-V-Dataset"
     said = [line for line in done.stderr.splitlines() if line.startswith("01_data.py: ")]
-    assert done.returncode and command in said[0] and "UserError" not in done.stderr  # a line, no traceback of ours
+    assert (
+        done.returncode and command in said[0] and "UserError" not in done.stderr
+    )  # a line, no traceback of ours
     with pytest.raises(data.UserError, match="nothing there. A source is a file or name:PATH"):
         read("no_such_file.jsonl", processors)
 
@@ -526,26 +679,46 @@ def test_what_is_not_there_is_downloaded_or_ends_in_the_command_that_does_it(tmp
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(data.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(data.dist, "barrier", lambda: None)
-    assert len(read("rlaif-v@2", processors)[0]) == 1 and len(read("jsonl:owner/name", processors)[0]) == 0
+    assert (
+        len(read("rlaif-v@2", processors)[0]) == 1
+        and len(read("jsonl:owner/name", processors)[0]) == 0
+    )
     assert asked == [("openbmb/RLAIF-V-Dataset", "dataset"), ("owner/name", "dataset")]
 
 
 def test_the_papers_mixture_is_found_by_hub_names_and_what_is_missing_is_named_at_once(tmp_path):
     hubs = {data.split_source(part)[0]: "" for part in data.MIXES["basereward"]}
     hubs = {name: data.SOURCES[name].hub for name in hubs}
-    options = ["--mix", "basereward", "--mix_folder", tmp_path / "sets", "--out", tmp_path, "--holdout", 0]
+    options = [
+        "--mix",
+        "basereward",
+        "--mix_folder",
+        tmp_path / "sets",
+        "--out",
+        tmp_path,
+        "--holdout",
+        0,
+    ]
     missing = torchrun("01_data.py", *options, ranks=1, check=False).stderr
     for hub in hubs.values():
-        assert f"hf download {hub} --repo-type dataset --local-dir {tmp_path / 'sets' / hub}\n" in missing
+        assert (
+            f"hf download {hub} --repo-type dataset --local-dir {tmp_path / 'sets' / hub}\n"
+            in missing
+        )
     kept = sum(SETS[name][0](tmp_path / "sets" / hub) for name, hub in hubs.items())
     read = sum(SETS[name][1] for name in hubs)
     kept, read = kept - 2, read - 3  # of WildChat's splits, one belongs to it
-    assert f"basereward: read {read} = kept {kept} + rejected {read - kept};" in torchrun("01_data.py", *options).stdout
+    assert (
+        f"basereward: read {read} = kept {kept} + rejected {read - kept};"
+        in torchrun("01_data.py", *options).stdout
+    )
 
 
 def kill_when(command: list, enough) -> None:
     """Starts a command of torchrun and kills it and its ranks with SIGKILL as soon as enough() is true."""
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
     while process.poll() is None and not enough():
         time.sleep(0.002)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -556,24 +729,49 @@ def kill_when(command: list, enough) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
 def test_a_preparation_killed_in_the_middle_continues_and_gives_the_same_bytes(tmp_path):
-    pairs = [{"prompt": f"Number {i}?", "chosen": "a " * 300, "rejected": "b" if i % 7 else ""} for i in range(4000)]
-    options = ["--source", write_jsonl(tmp_path / "pairs.jsonl", pairs), "--shard_size", 8, "--holdout", 0.1]
+    pairs = [
+        {"prompt": f"Number {i}?", "chosen": "a " * 300, "rejected": "b" if i % 7 else ""}
+        for i in range(4000)
+    ]
+    options = [
+        "--source",
+        write_jsonl(tmp_path / "pairs.jsonl", pairs),
+        "--shard_size",
+        8,
+        "--holdout",
+        0.1,
+    ]
     torchrun("01_data.py", *options, "--out", tmp_path / "whole")
     out = tmp_path / "out/pairs"
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "01_data.py"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "01_data.py",
+    ]
     kill_when(
-        [*arguments, *map(str, options), "--out", str(tmp_path / "out")], lambda: len([*out.glob(".chunk-*")]) > 20
+        [*arguments, *map(str, options), "--out", str(tmp_path / "out")],
+        lambda: len([*out.glob(".chunk-*")]) > 20,
     )
     records, shards = sorted(out.glob(".chunk-*.json")), sorted(out.glob("shard-*"))
     assert 20 < len(records) < 500 and not (out / "dataset.json").exists()
-    made = {file: file.stat().st_mtime_ns for file in shards if out / f".chunk-{file.name[6:11]}.json" in records}
+    made = {
+        file: file.stat().st_mtime_ns
+        for file in shards
+        if out / f".chunk-{file.name[6:11]}.json" in records
+    }
 
     printed = torchrun("01_data.py", *options, "--out", tmp_path / "out", ranks=3).stdout
     assert "read 4000 = kept 3428" in printed
-    assert {file: file.stat().st_mtime_ns for file in made} == made  # what was there was not made again
+    assert {
+        file: file.stat().st_mtime_ns for file in made
+    } == made  # what was there was not made again
     for name in ("pairs", "pairs_holdout"):
         whole, continued = (
-            {file.name: file.read_bytes() for file in (tmp_path / of / name).iterdir()} for of in ("whole", "out")
+            {file.name: file.read_bytes() for file in (tmp_path / of / name).iterdir()}
+            for of in ("whole", "out")
         )
         assert whole.keys() == continued.keys()
         assert [file for file in whole if whole[file] != continued[file]] == []
@@ -586,24 +784,56 @@ def test_what_was_made_with_other_settings_or_of_another_file_is_made_anew(tmp_p
     chunk = [*data.open_source(str(file))][:8]
     made_of = data.fingerprint(chunk, processors, settings, 0.1)
     assert made_of == data.fingerprint(chunk, processors, settings, 0.1)
-    other = [data.fingerprint(chunk, processors, settings, 0.2), data.fingerprint(chunk[:7], processors, settings, 0.1)]
-    other.append(data.fingerprint(chunk, processors, data.Settings(source=[str(file)], max_length=9), 0.1))
+    other = [
+        data.fingerprint(chunk, processors, settings, 0.2),
+        data.fingerprint(chunk[:7], processors, settings, 0.1),
+    ]
+    other.append(
+        data.fingerprint(chunk, processors, data.Settings(source=[str(file)], max_length=9), 0.1)
+    )
     os.utime(file, (1, 1))
     other.append(data.fingerprint(chunk, processors, settings, 0.1))
     assert len({made_of, *other}) == 5
 
     # An interrupted run with smaller shards leaves more of them than are needed now; none of them is used or stays.
     folder = tmp_path / "out/pairs"
-    torchrun("01_data.py", "--source", file, "--out", tmp_path / "out", "--holdout", 0, "--shard_size", 2, ranks=1)
+    torchrun(
+        "01_data.py",
+        "--source",
+        file,
+        "--out",
+        tmp_path / "out",
+        "--holdout",
+        0,
+        "--shard_size",
+        2,
+        ranks=1,
+    )
     (folder / "dataset.json").unlink()
-    write(folder / ".chunk-00000.json", b'{"made_of": "something else", "kept": {"pairs": 2}, "rejected": []}')
+    write(
+        folder / ".chunk-00000.json",
+        b'{"made_of": "something else", "kept": {"pairs": 2}, "rejected": []}',
+    )
     for unfinished in (
         ".shard-00009.safetensors.tmp",
         "..chunk-00009.json.tmp",
         ".tmpA1b2C3",
     ):  # ours, safetensors' own
         write(folder / unfinished, b"cut")
-    torchrun("01_data.py", "--source", file, "--out", tmp_path / "out", "--holdout", 0, "--shard_size", 8, ranks=1)
+    torchrun(
+        "01_data.py",
+        "--source",
+        file,
+        "--out",
+        tmp_path / "out",
+        "--holdout",
+        0,
+        "--shard_size",
+        8,
+        ranks=1,
+    )
     assert len(data.Comparisons(str(folder))) == 20
-    assert sorted(each.name for each in folder.glob("*shard*")) == [f"shard-0000{i}.safetensors" for i in range(3)]
+    assert sorted(each.name for each in folder.glob("*shard*")) == [
+        f"shard-0000{i}.safetensors" for i in range(3)
+    ]
     assert not [*folder.glob(".*")]

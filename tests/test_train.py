@@ -42,7 +42,12 @@ def run(world, initial, out, *more, ranks: int, **settings):
         "checkpoint_every": 0,
         "warmup": 0.5,
     } | settings
-    torchrun("03_train.py", *(x for key, value in arguments.items() for x in (f"--{key}", value)), *more, ranks=ranks)
+    torchrun(
+        "03_train.py",
+        *(x for key, value in arguments.items() for x in (f"--{key}", value)),
+        *more,
+        ranks=ranks,
+    )
     weights = load_file(out / "model.safetensors") | load_file(out / "reward_head.safetensors")
     return weights, [json.loads(line) for line in open(out / "metrics.jsonl")]
 
@@ -73,8 +78,8 @@ assert 0 < (patches[batch] > 0).sum() < 13, "text and images have to be mixed"
 train.shard(model, model.backbone, device, checkpointing, in_float32=(model.head,))
 model.train()
 for micro, row, pairs in train.load(comparisons, train.plan([batch], tokens, patches, micro_tokens, rank, world),
-model.processors, device, 0):
-    (train.ranking_loss(model(row), pairs) * world / micro.size).backward()
+model, device, 0):
+    (train.ranking_loss(model(row), pairs) * world / micro.step_size).backward()
 gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 if rank == 0:
     save_file(gradients, out)
@@ -85,7 +90,9 @@ dist.destroy_process_group()
 """
 
 
-def test_the_gradient_of_a_step_is_the_same_on_1_2_and_3_ranks_with_text_and_images_mixed(world, initial, tmp_path):
+def test_the_gradient_of_a_step_is_the_same_on_1_2_and_3_ranks_with_text_and_images_mixed(
+    world, initial, tmp_path
+):
     (tmp_path / "gradient.py").write_text(GRADIENT)
     cases = {
         "1 rank": (1, 100000, "no"),
@@ -106,12 +113,18 @@ def test_the_gradient_of_a_step_is_the_same_on_1_2_and_3_ranks_with_text_and_ima
             checkpointing,
             ranks=ranks,
         )
-        assert "Warning" not in done.stderr, done.stderr  # of a library's, about which a user could do nothing
+        assert "Warning" not in done.stderr, (
+            done.stderr
+        )  # of a library's, about which a user could do nothing
         gradients[name] = load_file(tmp_path / f"{i}.safetensors")
     for name, other in gradients.items():
         for parameter, expected in gradients["1 rank"].items():
             torch.testing.assert_close(
-                other[parameter], expected, atol=1e-5, rtol=0, msg=lambda text: f"{name}, {parameter}: {text}"
+                other[parameter],
+                expected,
+                atol=1e-5,
+                rtol=0,
+                msg=lambda text: f"{name}, {parameter}: {text}",
             )
     assert max(g.abs().max() for g in gradients["1 rank"].values()) > 1e-2
 
@@ -121,7 +134,13 @@ def test_the_sharded_gradient_equals_plain_autograd_on_the_papers_loss(world, in
     3."""
     (tmp_path / "gradient.py").write_text(GRADIENT)
     torchrun(
-        tmp_path / "gradient.py", world / "data/train", initial, tmp_path / "gradient.safetensors", 400, "no", ranks=2
+        tmp_path / "gradient.py",
+        world / "data/train",
+        initial,
+        tmp_path / "gradient.safetensors",
+        400,
+        "no",
+        ranks=2,
     )
     sharded = load_file(tmp_path / "gradient.safetensors")
     reward, comparisons, losses = (
@@ -132,14 +151,26 @@ def test_the_sharded_gradient_equals_plain_autograd_on_the_papers_loss(world, in
     for i in list(range(0, len(comparisons), len(comparisons) // 13))[:13]:
         c = comparisons[i]
         scores = [
-            reward(model.pack([data.Comparison(c.prompt, [response], [1], c.images, c.grids)], reward.processors))[0]
+            reward(
+                model.pack(
+                    [data.Comparison(c.prompt, [response], [1], c.images, c.grids)],
+                    reward.processors,
+                )
+            )[0]
             for response in c.responses
         ]
-        pairs = [(a, b) for a in range(len(scores)) for b in range(len(scores)) if c.ranks[a] < c.ranks[b]]
+        pairs = [
+            (a, b)
+            for a in range(len(scores))
+            for b in range(len(scores))
+            if c.ranks[a] < c.ranks[b]
+        ]
         losses.append(sum(-F.logsigmoid(scores[a] - scores[b]) for a, b in pairs) / len(pairs))
     (sum(losses) / len(losses)).backward()
     for name, parameter in reward.named_parameters():
-        torch.testing.assert_close(sharded[name], parameter.grad, atol=1e-5, rtol=0, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            sharded[name], parameter.grad, atol=1e-5, rtol=0, msg=lambda text: f"{name}: {text}"
+        )
 
 
 def test_three_steps_on_two_ranks_equal_three_on_one(world, initial, tmp_path):
@@ -147,19 +178,27 @@ def test_three_steps_on_two_ranks_equal_three_on_one(world, initial, tmp_path):
     assert_same_run(
         one, two, 1e-4
     )  # AdamW turns a gradient near zero into a whole step, so weights differ more than gradients do
-    assert [line["tokens"] for line in one[1]] and one[1][-1]["validation_accuracy"] == pytest.approx(
-        two[1][-1]["validation_accuracy"], abs=1e-6
-    )
+    assert [line["tokens"] for line in one[1]] and one[1][-1][
+        "validation_accuracy"
+    ] == pytest.approx(two[1][-1]["validation_accuracy"], abs=1e-6)
 
 
-def test_two_replicas_of_two_shards_equal_one_rank_and_resume_on_another_number_of_ranks(world, initial, tmp_path):
+def test_two_replicas_of_two_shards_equal_one_rank_and_resume_on_another_number_of_ranks(
+    world, initial, tmp_path
+):
     settings = {"learning_rate": 3e-4, "checkpoint_every": 2}
     one = run(world, initial, tmp_path / "one", ranks=1, **settings)
     four = run(world, initial, tmp_path / "four", ranks=4, shard_size=2, **settings)
     assert_same_run(one, four, 1e-5)
-    size = lambda folder: sum(path.stat().st_size for path in (tmp_path / folder).glob("checkpoints/*/*.safetensors"))
-    assert size("four") == pytest.approx(size("one"), rel=0.1), "what replicas share is to be written once"
-    assert_same_run(one, run(world, initial, tmp_path / "four", "--resume", ranks=2, **settings), 1e-5)
+    size = lambda folder: sum(
+        path.stat().st_size for path in (tmp_path / folder).glob("checkpoints/*/*.safetensors")
+    )
+    assert size("four") == pytest.approx(size("one"), rel=0.1), (
+        "what replicas share is to be written once"
+    )
+    assert_same_run(
+        one, run(world, initial, tmp_path / "four", "--resume", ranks=2, **settings), 1e-5
+    )
 
 
 # ---- interruptions
@@ -168,7 +207,17 @@ def test_two_replicas_of_two_shards_equal_one_rank_and_resume_on_another_number_
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened():
     """SIGKILL to one rank or all, in a step or when a checkpoint is renamed: weights, optimizer state and log are those
     of an uninterrupted run, bit by bit. `python tests/kills.py` does this many times more, at other moments too."""
-    kill = ["tests/kills.py", "--fork", "--kills", 2, "--seed", 5, "--moments", "a step", "its renaming"]
+    kill = [
+        "tests/kills.py",
+        "--fork",
+        "--kills",
+        2,
+        "--seed",
+        5,
+        "--moments",
+        "a step",
+        "its renaming",
+    ]
     counts = ast.literal_eval(torchrun(*kill, ranks=1).stdout.splitlines()[-1].split(" s: ")[1])
     assert counts["kills"] == 2 and counts["compared, identical"] >= 1
 
@@ -186,11 +235,21 @@ def start(world, initial, out, *more, ranks: int, **settings) -> subprocess.Pope
     ]
     command += [str(x) for key, value in arguments.items() for x in (f"--{key}", value)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *more], cwd=ROOT, stdout=-1, stderr=-1, text=True, env=environment)
+    return subprocess.Popen(
+        [*command, *more], cwd=ROOT, stdout=-1, stderr=-1, text=True, env=environment
+    )
 
 
-def test_sigterm_ends_a_run_with_a_checkpoint_and_it_goes_on_on_2_then_1_then_3_ranks(world, initial, tmp_path):
-    settings = {"steps": 30, "batch_size": 12, "learning_rate": 1e-4, "checkpoint_every": 1000, "validate_every": 0}
+def test_sigterm_ends_a_run_with_a_checkpoint_and_it_goes_on_on_2_then_1_then_3_ranks(
+    world, initial, tmp_path
+):
+    settings = {
+        "steps": 30,
+        "batch_size": 12,
+        "learning_rate": 1e-4,
+        "checkpoint_every": 1000,
+        "validate_every": 0,
+    }
     whole = run(world, initial, tmp_path / "whole", ranks=2, **settings)
     out = tmp_path / "ended"
     for ranks, steps in ((2, 4), (1, 12)):
@@ -201,7 +260,9 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_it_goes_on_on_2_then_1_then_3_
         asked = time.time()
         said = process.communicate(timeout=60)[1]
         assert process.returncode and time.time() - asked < 25, said
-        (line,) = re.findall(r"03_train.py: stopped by SIGTERM after step (\d+), .* continue with --resume", said)
+        (line,) = re.findall(
+            r"03_train.py: stopped by SIGTERM after step (\d+), .* continue with --resume", said
+        )
         assert kills.checkpoints_of(out, None)[-1] == int(line) == kills.lines_of(out)
     resumed = run(world, initial, out, "--resume", ranks=3, **settings)
     assert [line["step"] for line in resumed[1]] == list(range(1, 31))
@@ -254,22 +315,46 @@ def overwrite(checkpoint):
 
 
 DAMAGES = {
-    "a file is missing": (lambda checkpoint: shard_of(checkpoint).unlink(), "not those that run.json lists"),
-    "a file is cut off": (lambda checkpoint: os.truncate(shard_of(checkpoint), 1000), "not those that run.json lists"),
-    "a file too many": (lambda c: (c / "x.safetensors").write_bytes(b"x"), "not those that run.json lists"),
+    "a file is missing": (
+        lambda checkpoint: shard_of(checkpoint).unlink(),
+        "not those that run.json lists",
+    ),
+    "a file is cut off": (
+        lambda checkpoint: os.truncate(shard_of(checkpoint), 1000),
+        "not those that run.json lists",
+    ),
+    "a file too many": (
+        lambda c: (c / "x.safetensors").write_bytes(b"x"),
+        "not those that run.json lists",
+    ),
     "a file of text": (overwrite, "header"),
     "no run.json": (lambda checkpoint: (checkpoint / "run.json").unlink(), "run.json"),
     "half a run.json": (lambda checkpoint: os.truncate(checkpoint / "run.json", 40), "damaged"),
     "another step": (tell(step=7), "not those that run.json lists"),
-    "a tensor is missing": (rewrite(lambda tensors, offsets: tensors.pop(NORM)), f"{NORM} is not all there"),
-    "rows are missing": (rewrite(lambda t, o: t.__setitem__(NORM, t[NORM][:-1])), f"{NORM} is not all there"),
-    "rows twice": (rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [0])), "row .* is missing"),
-    "rows far away": (rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [2**60])), "row .* is missing"),
+    "a tensor is missing": (
+        rewrite(lambda tensors, offsets: tensors.pop(NORM)),
+        f"{NORM} is not all there",
+    ),
+    "rows are missing": (
+        rewrite(lambda t, o: t.__setitem__(NORM, t[NORM][:-1])),
+        f"{NORM} is not all there",
+    ),
+    "rows twice": (
+        rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [0])),
+        "row .* is missing",
+    ),
+    "rows far away": (
+        rewrite(lambda t, o: o[NORM].__setitem__("saved_offsets", [2**60])),
+        "row .* is missing",
+    ),
     "offsets are missing": (
         rewrite(lambda tensors, offsets: offsets.pop(NORM.replace("model.", "step.", 1))),
         "missing: 'step.backbone.language_model.norm.weight'",
     ),
-    "half precision": (rewrite(lambda t, o: t.__setitem__(NORM, t[NORM].half())), "none of this run's tensors"),
+    "half precision": (
+        rewrite(lambda t, o: t.__setitem__(NORM, t[NORM].half())),
+        "none of this run's tensors",
+    ),
     "a tensor of another model": (
         rewrite(lambda t, o: (t.__setitem__("x", t[NORM].clone()), o.__setitem__("x", o[NORM]))),
         "none of this run's tensors",
@@ -290,26 +375,57 @@ def test_a_checkpoint_that_is_not_whole_is_none(name, finished, initial, tmp_pat
     assert str(checkpoint) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_newest_whole_checkpoint_is_found_past_a_damaged_one(finished, world, initial, tmp_path):
+def test_the_newest_whole_checkpoint_is_found_past_a_damaged_one(
+    finished, world, initial, tmp_path
+):
     out, whole = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
     os.truncate(shard_of(out / "checkpoints/step_000002"), 5000)
     assert_same_run(whole, run(world, initial, out, "--resume", ranks=2, validate_every=1), 0)
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(finished, world, initial, tmp_path):
+def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(
+    finished, world, initial, tmp_path
+):
     """Files of more than 2 MB cannot be written: neither the next checkpoint nor, later, the export."""
     limit = "import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21))\n"
-    (tmp_path / "03_train.py").write_text(f"{limit}runpy.run_path({str(ROOT / '03_train.py')!r}, run_name='__main__')")
+    (tmp_path / "03_train.py").write_text(
+        f"{limit}runpy.run_path({str(ROOT / '03_train.py')!r}, run_name='__main__')"
+    )
     out = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(out / "checkpoints/step_000002")
-    before = kills.results_of(out / "checkpoints/step_000001") | {"model": (out / "model.safetensors").read_bytes()}
+    before = kills.results_of(out / "checkpoints/step_000001") | {
+        "model": (out / "model.safetensors").read_bytes()
+    }
     for every, what in ((1, "step_000002: could not be written"), (0, "run: could not be written")):
-        arguments = ["--model", initial, "--data", world / "data/train", "--out", out, "--steps", 3, "--batch_size", 12]
-        arguments += ["--learning_rate", 1e-3, "--warmup", 0.5, "--resume", "--checkpoint_every", every]
+        arguments = [
+            "--model",
+            initial,
+            "--data",
+            world / "data/train",
+            "--out",
+            out,
+            "--steps",
+            3,
+            "--batch_size",
+            12,
+        ]
+        arguments += [
+            "--learning_rate",
+            1e-3,
+            "--warmup",
+            0.5,
+            "--resume",
+            "--checkpoint_every",
+            every,
+        ]
         done = torchrun(tmp_path / "03_train.py", *arguments, check=False)
-        assert done.returncode and done.stderr.count(what) == 1 and "File too large" in done.stderr, done.stderr
+        assert (
+            done.returncode and done.stderr.count(what) == 1 and "File too large" in done.stderr
+        ), done.stderr
         assert '03_train.py", line' not in done.stderr
-        after = kills.results_of(out / "checkpoints/step_000001") | {"model": (out / "model.safetensors").read_bytes()}
+        after = kills.results_of(out / "checkpoints/step_000001") | {
+            "model": (out / "model.safetensors").read_bytes()
+        }
         assert before == after
         assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000001"]
 
@@ -319,7 +435,9 @@ def test_a_new_run_does_not_remove_the_checkpoints_of_one_that_has_not_ended(fin
     train.refuse_unfinished(train.Settings(out=str(out)), out / "checkpoints")  # it was exported
     (out / "reward_head.safetensors").unlink()
     train.refuse_unfinished(train.Settings(out=str(out), resume=True), out / "checkpoints")
-    with pytest.raises(data.UserError, match="step_000002 is of a run that has not ended; --resume"):
+    with pytest.raises(
+        data.UserError, match="step_000002 is of a run that has not ended; --resume"
+    ):
         train.refuse_unfinished(train.Settings(out=str(out)), out / "checkpoints")
 
 
@@ -331,7 +449,10 @@ def explosive(world, initial, tmp_path_factory):
     """Eight pairs, the third of which has a character whose embedding is so large that its gradient overflows; the
     initial model, and the data."""
     root = tmp_path_factory.mktemp("explosive")
-    pairs = [{"prompt": f"Is it {i}?", "chosen": "yes", "rejected": "no", "id": f"pair {i}"} for i in range(8)]
+    pairs = [
+        {"prompt": f"Is it {i}?", "chosen": "yes", "rejected": "no", "id": f"pair {i}"}
+        for i in range(8)
+    ]
     pairs[2]["prompt"] += "~"
     write_jsonl(root / "pairs.jsonl", pairs)
     prepare_here(source=[str(root / "pairs.jsonl")], out=str(root))
@@ -344,15 +465,30 @@ def explosive(world, initial, tmp_path_factory):
 
 
 def train_explosive(root, out, *more, ranks: int, steps: int = 1):
-    arguments = ["--model", root / "model", "--data", root / "pairs", "--out", out, "--steps", steps, "--batch_size", 8]
+    arguments = [
+        "--model",
+        root / "model",
+        "--data",
+        root / "pairs",
+        "--out",
+        out,
+        "--steps",
+        steps,
+        "--batch_size",
+        8,
+    ]
     arguments += ["--micro_tokens", 10, "--checkpoint_every", 0, "--learning_rate", 1e-5]
     return torchrun("03_train.py", *arguments, *more, ranks=ranks, check=False)
 
 
-def test_a_gradient_that_is_not_finite_stops_all_ranks_and_names_its_comparisons(explosive, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_all_ranks_and_names_its_comparisons(
+    explosive, tmp_path
+):
     done = train_explosive(explosive, tmp_path / "out", ranks=2)
     (line,) = re.findall(r"03_train.py: (step 1: loss .*)", done.stderr)  # once, not from each rank
-    assert done.returncode and "pairs[2] (id pair 2)" in line and "from 2 comparison(s)" in line  # that of each rank
+    assert (
+        done.returncode and "pairs[2] (id pair 2)" in line and "from 2 comparison(s)" in line
+    )  # that of each rank
     assert "--non_finite skip" in line and not (tmp_path / "out/reward_head.safetensors").exists()
 
 
@@ -366,30 +502,54 @@ def test_a_step_that_is_not_finite_is_skipped_when_told_and_never_silently(explo
         and line["loss"] is None
         and f"{named}; its update is skipped" in done.stdout
     )
-    before, after = (load_file(folder / "model.safetensors") for folder in (explosive / "model", tmp_path / "out"))
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (explosive / "model", tmp_path / "out")
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_resuming_with_other_settings_or_data_is_refused_by_name_unless_asked_for(finished, world, initial, tmp_path):
+def test_resuming_with_other_settings_or_data_is_refused_by_name_unless_asked_for(
+    finished, world, initial, tmp_path
+):
     out, changed = (
         shutil.copytree(finished[0], tmp_path / "run"),
         shutil.copytree(world / "data/train", tmp_path / "data"),
     )
     info = json.loads((changed / "dataset.json").read_text())
     (changed / "dataset.json").write_text(json.dumps(info | {"max_length": 4095}))
-    arguments = ["--model", initial, "--data", changed, "--out", out, "--steps", 3, "--batch_size", 12, "--resume"]
+    arguments = [
+        "--model",
+        initial,
+        "--data",
+        changed,
+        "--out",
+        out,
+        "--steps",
+        3,
+        "--batch_size",
+        12,
+        "--resume",
+    ]
     arguments += ["--learning_rate", 2e-3, "--checkpoint_every", 1, "--warmup", 0.5]
     done = torchrun("03_train.py", *arguments, ranks=1, check=False)
     assert done.returncode and '03_train.py", line' not in done.stderr
-    assert "--learning_rate 0.001 (now 0.002)" in done.stderr and "other data in --data" in done.stderr
+    assert (
+        "--learning_rate 0.001 (now 0.002)" in done.stderr and "other data in --data" in done.stderr
+    )
     torchrun("03_train.py", *arguments, "--resume_changed", ranks=1)
     assert kills.lines_of(out) == 3
 
 
 def test_old_checkpoints_go_only_when_there_are_newer_ones(world, initial, tmp_path):
     run(world, initial, tmp_path, ranks=1, steps=5, checkpoint_every=1)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
-    assert all(path.suffix in (".safetensors", ".json") for path in (tmp_path / "checkpoints").glob("*/*"))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step_000003",
+        "step_000004",
+    ]
+    assert all(
+        path.suffix in (".safetensors", ".json") for path in (tmp_path / "checkpoints").glob("*/*")
+    )
 
 
 def test_a_second_training_continues_with_the_trained_head(world, initial, tmp_path):
@@ -410,9 +570,15 @@ def test_a_second_training_continues_with_the_trained_head(world, initial, tmp_p
         0,
         ranks=1,
     )
-    assert f"Next: torchrun --standalone --nproc_per_node=1 04_eval.py --model {tmp_path}/second\n" in again.stdout
+    assert (
+        f"Next: torchrun --standalone --nproc_per_node=1 04_eval.py --model {tmp_path}/second\n"
+        in again.stdout
+    )
     refused = torchrun("02_model.py", "--out", tmp_path / "second", ranks=1, check=False)
-    assert refused.returncode and "second: has a trained reward model; give another --out" in refused.stderr
+    assert (
+        refused.returncode
+        and "second: has a trained reward model; give another --out" in refused.stderr
+    )
     assert "64/64 [" in again.stderr and "comparisons/s, loss=" in again.stderr
     second = load_file(tmp_path / "second/reward_head.safetensors")
     assert (
@@ -435,7 +601,12 @@ def test_a_frozen_vision_tower_does_not_move_and_the_rest_does(world, initial, t
 
 def pairs_of(ranks: list[list[int]]):
     return train.pairs_of(
-        [data.Comparison(np.zeros(1, np.int32), [np.zeros(3 + i, np.int32) for i in range(len(r))], r) for r in ranks]
+        [
+            data.Comparison(
+                np.zeros(1, np.int32), [np.zeros(3 + i, np.int32) for i in range(len(r))], r
+            )
+            for r in ranks
+        ]
     )
 
 
@@ -456,7 +627,13 @@ def test_the_losses_are_algorithm_1_of_the_paper():
 
 def test_a_ranking_counts_once_and_ties_make_no_pair():
     pairs = pairs_of([[1, 2, 2, 3]])
-    assert sorted(zip(pairs.better.tolist(), pairs.worse.tolist())) == [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
+    assert sorted(zip(pairs.better.tolist(), pairs.worse.tolist())) == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 3),
+        (2, 3),
+    ]
     assert pairs.weight.sum().item() == pytest.approx(1)
 
 
@@ -465,25 +642,31 @@ def test_the_plan_gives_every_comparison_to_one_rank_within_the_budget(world_siz
     rng = np.random.default_rng(0)
     tokens, patches = rng.integers(50, 900, 300), rng.integers(0, 2, 300) * 400
     steps = [list(range(s, s + 60)) for s in range(0, 300, 60)] + [[3, 4]]
-    plans = [train.plan(steps, tokens, patches, 2000, rank, world_size) for rank in range(world_size)]
+    plans = [
+        train.plan(steps, tokens, patches, 2000, rank, world_size) for rank in range(world_size)
+    ]
     assert len({len(plan) for plan in plans}) == 1
     cost = tokens + patches // 4
     for s, step in enumerate(steps):
-        assert sorted(i for plan in plans for batch in plan if batch.step == s for i in batch.comparisons) == sorted(
-            step
-        )
+        assert sorted(
+            i for plan in plans for batch in plan if batch.step == s for i in batch.indices
+        ) == sorted(step)
     for together in zip(*plans):
-        has_image = [patches[batch.comparisons].any() if batch.comparisons else False for batch in together]
-        assert [batch.dummy_image for batch in together] == [any(has_image) and not image for image in has_image]
+        has_image = [patches[batch.indices].any() if batch.indices else False for batch in together]
+        assert [batch.dummy_image for batch in together] == [
+            any(has_image) and not image for image in has_image
+        ]
         assert len({(batch.step, batch.last) for batch in together}) == 1
-        assert all(cost[batch.comparisons].sum() <= 2000 for batch in together if batch.comparisons)
+        assert all(cost[batch.indices].sum() <= 2000 for batch in together if batch.indices)
 
 
 def test_ranks_get_equal_work_and_what_they_do_not_is_reported(world):
     tokens, patches = data.Comparisons(str(world / "data/train")).sizes()
     steps = [list(range(start, start + 64)) for start in range(0, 448, 64)]
     plans = [train.plan(steps, tokens, patches, 2048, rank, 2) for rank in range(2)]
-    work = np.array([[(tokens + patches // 4)[batch.comparisons].sum() for batch in each] for each in plans])
+    work = np.array(
+        [[(tokens + patches // 4)[batch.indices].sum() for batch in each] for each in plans]
+    )
     assert train.imbalance(plans[0]) == train.imbalance(plans[1])
     assert train.imbalance(plans[0]) == pytest.approx(work.max(0).sum() / work.mean(0).sum() - 1)
     assert train.imbalance(plans[0]) < 0.03
@@ -492,14 +675,19 @@ def test_ranks_get_equal_work_and_what_they_do_not_is_reported(world):
 def test_every_comparison_is_seen_once_an_epoch():
     settings = train.Settings(batch_size=16, epochs=2)
     order = np.concatenate(train.order_of_training(100, settings))
-    assert sorted(order[:100]) == sorted(order[100:200]) == list(range(100)) and len(order) % 16 == 0
+    assert (
+        sorted(order[:100]) == sorted(order[100:200]) == list(range(100)) and len(order) % 16 == 0
+    )
     assert train.order_of_training(100, settings) != train.order_of_training(
         100, train.Settings(batch_size=16, epochs=2, seed=1)
     )
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
-    rates = [train.learning_rate_at(step, 100, train.Settings(learning_rate=2.0, warmup=0.1)) for step in range(100)]
+    rates = [
+        train.learning_rate_at(step, 100, train.Settings(learning_rate=2.0, warmup=0.1))
+        for step in range(100)
+    ]
     assert (
         rates[0] == pytest.approx(0.2)
         and rates[9] == pytest.approx(2.0)
@@ -523,12 +711,27 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
     ],
 )
 def test_a_mistake_ends_in_one_line_that_says_what_to_do(arguments, says, world, initial):
-    defaults = ["--model", initial, "--data", world / "data/train", "--steps", 1, "--out", world / "out"]
-    done = torchrun("03_train.py", *defaults, *(a.format(world=world) for a in arguments), ranks=1, check=False)
-    assert done.returncode and done.stderr.count(says) == 1 and '03_train.py", line' not in done.stderr
+    defaults = [
+        "--model",
+        initial,
+        "--data",
+        world / "data/train",
+        "--steps",
+        1,
+        "--out",
+        world / "out",
+    ]
+    done = torchrun(
+        "03_train.py", *defaults, *(a.format(world=world) for a in arguments), ranks=1, check=False
+    )
+    assert (
+        done.returncode and done.stderr.count(says) == 1 and '03_train.py", line' not in done.stderr
+    )
 
 
 def test_a_mistake_that_all_ranks_see_is_said_once(initial):
-    done = torchrun("03_train.py", "--model", initial, "--data", "no/such/data", ranks=3, check=False)
+    done = torchrun(
+        "03_train.py", "--model", initial, "--data", "no/such/data", ranks=3, check=False
+    )
     assert done.returncode and done.stderr.count("03_train.py: no/such/data") == 1
     assert '03_train.py", line' not in done.stderr

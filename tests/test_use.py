@@ -9,7 +9,18 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import RESPONSES, ROOT, TINY, assistant, picture, reward_on, stages, torchrun, user, write_jsonl
+from conftest import (
+    RESPONSES,
+    ROOT,
+    TINY,
+    assistant,
+    picture,
+    reward_on,
+    stages,
+    torchrun,
+    user,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +31,13 @@ from transformers import (
     Qwen2Config,
 )
 
-data, model, evaluation, ensemble, grpo = stages.data, stages.model, stages.eval, stages.ensemble, stages.grpo
+data, model, evaluation, ensemble, grpo = (
+    stages.data,
+    stages.model,
+    stages.eval,
+    stages.ensemble,
+    stages.grpo,
+)
 ABOUT_A_PICTURE, TEXT = [user("What do you see?", picture(56, 84, 1))], [user("What is 2 + 3?")]
 
 
@@ -38,7 +55,9 @@ def foreign_reward(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("foreign"))
     ensemble.language_half(TINY, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+    )
     tokenizer.save_pretrained(folder)
     return model.RewardModel.from_backbone(folder, model.HeadSettings()).eval()
 
@@ -57,22 +76,26 @@ def folders(tmp_path_factory, reward, text_reward, foreign_reward):
 
 def test_many_responses_are_scored_in_several_rows_as_in_one(reward, processors):
     texts = [f"A red circle, {'very ' * (i % 7)}large, at row {i}." for i in range(60)]
-    comparisons = [reward.encode(messages, texts, ()) for messages in (ABOUT_A_PICTURE, TEXT, ABOUT_A_PICTURE)]
-    rows = list(model.rows_of(comparisons, 700))
+    comparisons = [
+        reward.encode(messages, texts, ()) for messages in (ABOUT_A_PICTURE, TEXT, ABOUT_A_PICTURE)
+    ]
+    rows = list(model.split_into_rows(comparisons, 700))
     assert len(rows) > 3 and all(sum(part.length for part in row) <= 700 for row in rows)
     assert [len(part.responses) for row in rows for part in row] and sum(
         len(p.responses) for r in rows for p in r
     ) == 180
-    torch.testing.assert_close(reward.score_encoded(comparisons, 700), reward.score_encoded(comparisons, 10**6))
+    torch.testing.assert_close(
+        reward.score_encoded(comparisons, 700), reward.score_encoded(comparisons, 10**6)
+    )
     assert reward.score(TEXT, []).shape == (0,) and reward.score_encoded([]).shape == (0,)
 
 
 def test_a_comparison_that_fits_into_a_row_is_never_cut(reward):
     comparisons = [reward.encode(TEXT, RESPONSES[:n], ()) for n in (3, 2, 1, 3, 3)]
     longest = max(comparison.length for comparison in comparisons)
-    rows = list(model.rows_of(comparisons, longest))
+    rows = list(model.split_into_rows(comparisons, longest))
     assert [len(part.responses) for row in rows for part in row] == [3, 2, 1, 3, 3]
-    with_one_response_too_long = list(model.rows_of(comparisons[:1], 1))
+    with_one_response_too_long = list(model.split_into_rows(comparisons[:1], 1))
     assert [len(part.responses) for row in with_one_response_too_long for part in row] == [1, 1, 1]
 
 
@@ -82,7 +105,9 @@ def test_in_bfloat16_the_head_and_rotary_frequencies_stay_exact(reward, tmp_path
     assert model.place(small, "cpu", torch.bfloat16) is small
     for name, tensor in small.state_dict().items():
         expected = reward.state_dict()[name]
-        assert torch.equal(tensor, expected if name.startswith("head.") else expected.bfloat16()), name
+        assert torch.equal(tensor, expected if name.startswith("head.") else expected.bfloat16()), (
+            name
+        )
     for (name, buffer), expected in zip(small.named_buffers(), reward.buffers(), strict=True):
         assert buffer.dtype == torch.float32 and torch.equal(buffer, expected), name
     exact, rounded = (each.score(ABOUT_A_PICTURE, RESPONSES) for each in (reward, small))
@@ -95,9 +120,13 @@ def test_the_readmes_lines_work_from_another_folder(reward, tmp_path):
     reward.save_pretrained(str(tmp_path / "artifacts/my_reward"))
     (tmp_path / "picture.png").write_bytes(picture())
     readme = (ROOT / "README.md").read_text()
-    lines = next(block for block in readme.split("```python\n")[1:] if "reward.score(" in block).split("```")[0]
+    lines = next(
+        block for block in readme.split("```python\n")[1:] if "reward.score(" in block
+    ).split("```")[0]
     assert "/path/to/this" in lines
-    lines = lines.replace("/path/to/this", str(ROOT)).replace("reward.score(", "found = reward.score(")
+    lines = lines.replace("/path/to/this", str(ROOT)).replace(
+        "reward.score(", "found = reward.score("
+    )
     done = subprocess.run(
         [sys.executable, "-c", lines + "print(found.tolist())"],
         cwd=tmp_path,
@@ -116,7 +145,9 @@ def test_the_readmes_lines_work_from_another_folder(reward, tmp_path):
 
 def test_the_router_gives_each_comparison_the_score_of_its_model(reward, text_reward):
     router = model.RewardRouter(reward, text_reward)
-    assert torch.equal(router.score(ABOUT_A_PICTURE, RESPONSES), reward.score(ABOUT_A_PICTURE, RESPONSES))
+    assert torch.equal(
+        router.score(ABOUT_A_PICTURE, RESPONSES), reward.score(ABOUT_A_PICTURE, RESPONSES)
+    )
     assert torch.equal(router.score(TEXT, RESPONSES), text_reward.score(TEXT, RESPONSES))
     in_column = router.score([user("What do you see?")], RESPONSES, [picture(56, 84, 1)])
     assert torch.equal(in_column, reward.score(ABOUT_A_PICTURE, RESPONSES))
@@ -128,14 +159,18 @@ def test_the_router_gives_each_comparison_the_score_of_its_model(reward, text_re
         model.RewardRouter(text_reward, reward)
 
 
-def test_a_router_of_two_tokenizers_scores_from_text_and_refuses_prepared_data(reward, foreign_reward):
+def test_a_router_of_two_tokenizers_scores_from_text_and_refuses_prepared_data(
+    reward, foreign_reward
+):
     router = model.RewardRouter(reward, foreign_reward)
     assert torch.equal(router.score(TEXT, RESPONSES), foreign_reward.score(TEXT, RESPONSES))
     with pytest.raises(data.UserError, match="different tokenizers .* --score"):
         router.fingerprint
 
 
-def test_04_scores_a_benchmark_with_each_model_where_it_belongs(folders, text_reward, reward, world, tmp_path):
+def test_04_scores_a_benchmark_with_each_model_where_it_belongs(
+    folders, text_reward, reward, world, tmp_path
+):
     both = ["--model", folders / "reward", "--text_model", folders / "text", "--out", tmp_path]
     torchrun("04_eval.py", *both, "--benchmark", world / "data/train_holdout")
     found = load_file(tmp_path / "reward+text/train_holdout.safetensors")
@@ -150,7 +185,9 @@ def test_04_scores_a_benchmark_with_each_model_where_it_belongs(folders, text_re
     assert 0 < images < len(comparisons)
 
 
-def test_the_router_rewards_a_group_in_06_as_the_model_that_it_belongs_to(reward, text_reward, comparisons):
+def test_the_router_rewards_a_group_in_06_as_the_model_that_it_belongs_to(
+    reward, text_reward, comparisons
+):
     router, settings = model.RewardRouter(reward, text_reward), grpo.Settings(micro_tokens=300)
     texts = [RESPONSES] * len(comparisons)
     found = grpo.score_groups(router, comparisons, texts, settings)
@@ -161,22 +198,56 @@ def test_the_router_rewards_a_group_in_06_as_the_model_that_it_belongs_to(reward
 
 
 def test_06_trains_with_a_router(folders, world, tmp_path):
-    both = ["--model", folders / "reward", "--text_model", folders / "text", "--reward", "model", "--steps", 1]
-    both += ["--batch_size", 4, "--group_size", 2, "--max_new_tokens", 8, "--benchmark", "", "--out", tmp_path]
-    torchrun("06_grpo.py", *both, "--data", world / "data/questions", "--export_dtype", "bf16", ranks=1)
+    both = [
+        "--model",
+        folders / "reward",
+        "--text_model",
+        folders / "text",
+        "--reward",
+        "model",
+        "--steps",
+        1,
+    ]
+    both += [
+        "--batch_size",
+        4,
+        "--group_size",
+        2,
+        "--max_new_tokens",
+        8,
+        "--benchmark",
+        "",
+        "--out",
+        tmp_path,
+    ]
+    torchrun(
+        "06_grpo.py", *both, "--data", world / "data/questions", "--export_dtype", "bf16", ranks=1
+    )
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["reward"] == pytest.approx(line["score"], abs=1e-6) and line["score_std"] > 0
-    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 # ---- a JSONL, in and out
 
 LINES = [
     {"id": 1, "prompt": "What is 2 + 3?", "responses": ["5", "6", "7"], "note": "kept as it is: é"},
-    {"prompt": [user("What do you see?")], "images": ["a.png"], "chosen": [assistant("A dog")], "rejected": "A cat"},
+    {
+        "prompt": [user("What do you see?")],
+        "images": ["a.png"],
+        "chosen": [assistant("A dog")],
+        "rejected": "A cat",
+    },
     "not json",
     {"prompt": "What?", "responses": ["It alone."], "ranks": None, "error": "of an earlier run"},
-    {"prompt": [user("What do you see?")], "images": ["missing.png"], "chosen": "A dog", "rejected": "A cat"},
+    {
+        "prompt": [user("What do you see?")],
+        "images": ["missing.png"],
+        "chosen": "A dog",
+        "rejected": "A cat",
+    },
     {"prompt": "What?", "chosen": "One."},
     "",
     {"prompt": "What?", "responses": ["Same.", "Same.", ""]},
@@ -197,14 +268,26 @@ ERRORS = {
 }
 
 
-def test_a_jsonl_comes_back_line_by_line_with_scores_or_the_reason_for_none(reward, folders, tmp_path):
+def test_a_jsonl_comes_back_line_by_line_with_scores_or_the_reason_for_none(
+    reward, folders, tmp_path
+):
     (tmp_path / "a.png").write_bytes(picture())
     write_jsonl(tmp_path / "mine.jsonl", LINES)
-    scored = ["--score", tmp_path / "mine.jsonl", "--model", folders / "reward", "--out", tmp_path / "scores"]
+    scored = [
+        "--score",
+        tmp_path / "mine.jsonl",
+        "--model",
+        folders / "reward",
+        "--out",
+        tmp_path / "scores",
+    ]
     done = torchrun("04_eval.py", *scored, "--micro_tokens", 60, ranks=3)
     assert f"mine.jsonl: {len(LINES)} lines, {len(ERRORS)} of them without scores" in done.stdout
     assert [path.name for path in (tmp_path / "scores/reward").iterdir()] == ["mine.jsonl"]
-    found = [json.loads(line) for line in (tmp_path / "scores/reward/mine.jsonl").read_text().splitlines()]
+    found = [
+        json.loads(line)
+        for line in (tmp_path / "scores/reward/mine.jsonl").read_text().splitlines()
+    ]
     assert len(found) == len(LINES)
     for i, (line, result) in enumerate(zip(LINES, found)):
         assert (i in ERRORS) == ("error" in result) == ("scores" not in result), (i, result)
@@ -221,9 +304,14 @@ def test_a_jsonl_comes_back_line_by_line_with_scores_or_the_reason_for_none(rewa
     assert found[9]["scores"] == []
 
 
-def test_a_jsonl_is_scored_by_two_models_with_their_own_tokenizers(reward, foreign_reward, tmp_path):
+def test_a_jsonl_is_scored_by_two_models_with_their_own_tokenizers(
+    reward, foreign_reward, tmp_path
+):
     (tmp_path / "a.png").write_bytes(picture())
-    lines, router = [json.dumps(line).encode() for line in LINES[:2]], model.RewardRouter(reward, foreign_reward)
+    lines, router = (
+        [json.dumps(line).encode() for line in LINES[:2]],
+        model.RewardRouter(reward, foreign_reward),
+    )
     text, image = evaluation.scored_lines(router, lines, tmp_path, 8192)
     expected = foreign_reward.score([user("What is 2 + 3?")], ["5", "6", "7"]).tolist()
     assert text["scores"] == pytest.approx(expected, abs=1e-5)
@@ -271,13 +359,17 @@ def train_with_trl(policy, processing_class, dataset, reward, folder, **more):
         return seen[-1][1]
 
     funcs = [partial(model.trl_reward, reward), watched]
-    trainer = GRPOTrainer(policy, funcs, arguments, train_dataset=dataset, processing_class=processing_class)
+    trainer = GRPOTrainer(
+        policy, funcs, arguments, train_dataset=dataset, processing_class=processing_class
+    )
     trainer.train()
     return trainer.state.log_history, seen
 
 
 @pytest.mark.parametrize("conversational", [True, False])
-def test_trl_trains_on_the_scores_and_reads_each_prompt_once(conversational, text_reward, processors, tmp_path):
+def test_trl_trains_on_the_scores_and_reads_each_prompt_once(
+    conversational, text_reward, processors, tmp_path
+):
     from datasets import Dataset
 
     tokenizer = processors.tokenizer
@@ -287,7 +379,9 @@ def test_trl_trains_on_the_scores_and_reads_each_prompt_once(conversational, tex
     config = Qwen2Config(**sizes, **tokens, num_attention_heads=2, num_key_value_heads=1)
     policy = AutoModelForCausalLM.from_config(config)
     questions = [f"What is {i} + 3?" for i in range(4)]
-    prompts = [[{"role": "user", "content": text}] for text in questions] if conversational else questions
+    prompts = (
+        [[{"role": "user", "content": text}] for text in questions] if conversational else questions
+    )
     logs, seen = train_with_trl(
         policy,
         copy.deepcopy(tokenizer),
@@ -318,31 +412,46 @@ class Pictures(Qwen2_5_VLProcessor):
 
 
 @pytest.mark.parametrize("column", ["images", "image"])
-def test_trl_trains_with_pictures_in_either_of_its_columns(column, reward, text_reward, processors, tmp_path):
+def test_trl_trains_with_pictures_in_either_of_its_columns(
+    column, reward, text_reward, processors, tmp_path
+):
     """The policy is the embedded backbone; every other question of a batch is about another picture in equal words."""
     from datasets import Dataset
 
     files = [picture(seed=i) for i in range(4)]
     images = [data.open_image(file) for file in files]
     prompt = [{"role": "user", "content": "What do you see?"}]
-    rows = [{"prompt": prompt, column: [image] if column == "images" else image} for image in images]
+    rows = [
+        {"prompt": prompt, column: [image] if column == "images" else image} for image in images
+    ]
     policy = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
     tokenizer = copy.deepcopy(processors.tokenizer)  # the trainer sets on which side it pads
     processing_class = Pictures(processors.image, tokenizer, tokenizer.chat_template)
     router = model.RewardRouter(reward, text_reward)
     logs, seen = train_with_trl(policy, processing_class, Dataset.from_list(rows), router, tmp_path)
-    for line, (given, rewards) in zip([line for line in logs if "reward" in line], seen, strict=True):
+    for line, (given, rewards) in zip(
+        [line for line in logs if "reward" in line], seen, strict=True
+    ):
         assert line["completions_per_prompt"] == 3 and line["rewards/trl_reward/std"] > 0
         for shown, completion, score in zip(given[column], given["completions"], rewards):
             image = shown[0] if column == "images" else shown
             if completion[0]["content"].strip():
-                alone = reward.score([user("What do you see?")], [completion[0]["content"]], [image]).item()
+                alone = reward.score(
+                    [user("What do you see?")], [completion[0]["content"]], [image]
+                ).item()
                 assert score == pytest.approx(alone, abs=1e-4)
 
 
-def test_equal_words_about_equal_pictures_are_one_prompt_and_an_empty_completion_has_a_score(reward):
+def test_equal_words_about_equal_pictures_are_one_prompt_and_an_empty_completion_has_a_score(
+    reward,
+):
     logged = {}
-    asked = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}]
+    asked = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}],
+        }
+    ]
     one, same, other = (data.open_image(picture(seed=seed)) for seed in (1, 1, 2))
     said = [[assistant(text)] for text in ("A dog", "", "A dog", "A cat")]
     found = model.trl_reward(
@@ -357,4 +466,6 @@ def test_equal_words_about_equal_pictures_are_one_prompt_and_an_empty_completion
     alone = reward.score(asked, ["A dog", "A cat"], [picture(seed=1)])
     assert [found[0], found[3]] == pytest.approx(alone.tolist(), abs=1e-5)
     with pytest.raises(ValueError, match="completions"):
-        model.trl_reward(reward, ["What?"], [[assistant("A call"), {"role": "tool", "content": "5"}]])
+        model.trl_reward(
+            reward, ["What?"], [[assistant("A call"), {"role": "tool", "content": "5"}]]
+        )

@@ -30,15 +30,23 @@ Comparison, RewardModel = data.Comparison, model_stage.RewardModel
 def machine() -> str:
     """The machine in words, for the head of every table."""
     name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    ):
         if line.startswith("model name"):
             name = line.partition(":")[2].strip()
             break
-    wide = "AVX-512" if "AVX512" in torch.backends.cpu.get_cpu_capability() else torch.backends.cpu.get_cpu_capability()
+    wide = (
+        "AVX-512"
+        if "AVX512" in torch.backends.cpu.get_cpu_capability()
+        else torch.backends.cpu.get_cpu_capability()
+    )
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {wide}, torch {torch.__version__}"
 
 
-def vision_language_config(hidden: int = 256, layers: int = 6, vision: int = 160, depth: int = 6) -> Qwen2_5_VLConfig:
+def vision_language_config(
+    hidden: int = 256, layers: int = 6, vision: int = 160, depth: int = 6
+) -> Qwen2_5_VLConfig:
     """A Qwen2.5-VL with the published proportions (two query heads a key here), at a size that a laptop trains.
 
     As in the 3B, an image token costs the vision tower about what it costs the language model; the tiny backbone's
@@ -51,7 +59,11 @@ def vision_language_config(hidden: int = 256, layers: int = 6, vision: int = 160
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // 64,
         "num_key_value_heads": hidden // 128,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [8, 12, 12],
+        },
         "layer_types": ["full_attention"] * layers,
     }
     tower = {
@@ -77,7 +89,9 @@ def make_models(folder: Path, config, cls=Qwen2_5_VLModel) -> tuple[RewardModel,
     return ours, AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
 
 
-def make_comparison(rng, processors, image_tokens: int, prompt: int, responses: list[int]) -> Comparison:
+def make_comparison(
+    rng, processors, image_tokens: int, prompt: int, responses: list[int]
+) -> Comparison:
     """Random text of the given lengths in tokens, and one picture of about `image_tokens` tokens, if any."""
     text = lambda length: rng.integers(0, 512, length, dtype=np.int32)
     end = np.array([processors.end_token], np.int32)
@@ -87,24 +101,38 @@ def make_comparison(rng, processors, image_tokens: int, prompt: int, responses: 
         height = max(1, round((image_tokens * rng.uniform(0.6, 1.6)) ** 0.5))
         size = (unit * max(1, round(image_tokens / height)), unit * height)
         file = io.BytesIO()
-        coarse = Image.fromarray(rng.integers(0, 256, (size[1] // 7, size[0] // 7, 3), dtype=np.uint8))
+        coarse = Image.fromarray(
+            rng.integers(0, 256, (size[1] // 7, size[0] // 7, 3), dtype=np.uint8)
+        )
         coarse.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
         grids = np.array([data.patch_grid(size, processors)], np.int32)
         tokens = int(grids.prod()) // processors.image.merge_size**2
         ids = np.concatenate(
-            [ids[: prompt // 4], np.full(tokens, processors.image_token, np.int32), ids[prompt // 4 :]]
+            [
+                ids[: prompt // 4],
+                np.full(tokens, processors.image_token, np.int32),
+                ids[prompt // 4 :],
+            ]
         )
         files = [file.getvalue()]
     made = [np.concatenate([text(length - 1), end]) for length in responses]
     return Comparison(ids, made, list(range(1, len(responses) + 1)), files, grids)
 
 
-def make_comparisons(processors, count: int, image=(64, 256), prompt=(20, 80), response=(20, 200), n=2, seed=0) -> list:
+def make_comparisons(
+    processors, count: int, image=(64, 256), prompt=(20, 80), response=(20, 200), n=2, seed=0
+) -> list:
     """Comparisons with lengths in tokens drawn evenly from the given ranges."""
     rng = np.random.default_rng(seed)
     draw = lambda limits: int(rng.integers(limits[0], limits[1] + 1))
     return [
-        make_comparison(rng, processors, draw(image) if image else 0, draw(prompt), [draw(response) for _ in range(n)])
+        make_comparison(
+            rng,
+            processors,
+            draw(image) if image else 0,
+            draw(prompt),
+            [draw(response) for _ in range(n)],
+        )
         for _ in range(count)
     ]
 
@@ -115,8 +143,15 @@ def make_comparisons(processors, count: int, image=(64, 256), prompt=(20, 80), r
 
 def padded_rows(comparisons: list[Comparison], processors) -> dict[str, torch.Tensor]:
     """All first responses, then all second ones, ...: a padded row for each response, its images in each."""
-    rows = [(c, c.responses[k]) for k in range(max(len(c.responses) for c in comparisons)) for c in comparisons]
-    ids = [torch.from_numpy(np.concatenate([c.prompt, response]).astype(np.int64)) for c, response in rows]
+    rows = [
+        (c, c.responses[k])
+        for k in range(max(len(c.responses) for c in comparisons))
+        for c in comparisons
+    ]
+    ids = [
+        torch.from_numpy(np.concatenate([c.prompt, response]).astype(np.int64))
+        for c, response in rows
+    ]
     pad = processors.tokenizer.pad_token_id
     batch = {"input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)}
     lengths = torch.tensor([len(row) for row in ids])
@@ -124,7 +159,10 @@ def padded_rows(comparisons: list[Comparison], processors) -> dict[str, torch.Te
     images = [data.open_image(file) for c, _ in rows for file in c.images]
     if images:
         pixels = processors.image(images, return_tensors="pt")
-        batch |= {"pixel_values": pixels["pixel_values"], "image_grid_thw": pixels["image_grid_thw"]}
+        batch |= {
+            "pixel_values": pixels["pixel_values"],
+            "image_grid_thw": pixels["image_grid_thw"],
+        }
         batch["mm_token_type_ids"] = (batch["input_ids"] == processors.image_token).int()
     return batch
 
@@ -140,7 +178,9 @@ def padded_scores(backbone, head, batch: dict[str, torch.Tensor]) -> torch.Tenso
 # Timing and tables.
 
 
-def alternate(ways: dict[str, callable], repetitions: int = 7, warm_up: int = 1) -> dict[str, list[float]]:
+def alternate(
+    ways: dict[str, callable], repetitions: int = 7, warm_up: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each way, one after the other in every repetition, so that a slow moment of the machine hits all."""
     seconds = {name: [] for name in ways}
     for repetition in range(warm_up + repetitions):

@@ -24,9 +24,7 @@ import common
 import numpy as np
 from PIL import Image
 
-WORDS = (
-    "the a red blue large small cat dog sits stands on under near house tree not very and with of in picture".split()
-)
+WORDS = "the a red blue large small cat dog sits stands on under near house tree not very and with of in picture".split()
 
 
 def write_pairs(folder: Path, count: int) -> Path:
@@ -42,8 +40,14 @@ def write_pairs(folder: Path, count: int) -> Path:
                 folder / f"pictures/{i}.jpg", quality=90
             )
             prompt = [{"type": "image"}, {"type": "text", "text": text(8, 30)}]
-            answer = lambda: [{"role": "assistant", "content": f"{text(15, 100)} {rng.integers(1000)}"}]
-            pair = {"prompt": [{"role": "user", "content": prompt}], "chosen": answer(), "rejected": answer()}
+            answer = lambda: [
+                {"role": "assistant", "content": f"{text(15, 100)} {rng.integers(1000)}"}
+            ]
+            pair = {
+                "prompt": [{"role": "user", "content": prompt}],
+                "chosen": answer(),
+                "rejected": answer(),
+            }
             file.write(json.dumps(pair | {"images": [f"pictures/{i}.jpg"]}) + "\n")
     return folder / "pairs.jsonl"
 
@@ -58,16 +62,25 @@ def map_pairs(source: Path, out: Path) -> None:
     def encode(pair: dict) -> dict:
         picture = Image.open(source.parent / pair["images"][0]).convert("RGB")
         grid = image([picture], return_tensors="np")["image_grid_thw"][0]
-        content = [{key: value for key, value in part.items() if value} for part in pair["prompt"][0]["content"]]
+        content = [
+            {key: value for key, value in part.items() if value}
+            for part in pair["prompt"][0]["content"]
+        ]
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * (int(grid.prod()) // image.merge_size**2))
-        row = lambda answer: tokenizer.encode(prompt + answer[0]["content"] + "<|im_end|>", add_special_tokens=False)
+        prompt = prompt.replace(
+            "<|image_pad|>", "<|image_pad|>" * (int(grid.prod()) // image.merge_size**2)
+        )
+        row = lambda answer: tokenizer.encode(
+            prompt + answer[0]["content"] + "<|im_end|>", add_special_tokens=False
+        )
         return {"chosen_ids": row(pair["chosen"]), "rejected_ids": row(pair["rejected"])}
 
     rows = load_dataset("json", data_files=str(source), split="train", cache_dir=str(out / "cache"))
-    rows.map(encode, num_proc=2, remove_columns=["prompt", "chosen", "rejected"]).save_to_disk(str(out / "mapped"))
+    rows.map(encode, num_proc=2, remove_columns=["prompt", "chosen", "rejected"]).save_to_disk(
+        str(out / "mapped")
+    )
 
 
 def run(*command, ranks: int = 2) -> float:
@@ -77,7 +90,9 @@ def run(*command, ranks: int = 2) -> float:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     began = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*launcher, *map(str, command)], capture_output=True, text=True, env=environment
+    )
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     return time.perf_counter() - began
@@ -94,11 +109,16 @@ def assert_same_tokens(shards: Path, mapped: Path, sample: int = 200) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=20000)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, default=20, help="training steps of 16 pairs in which the wait is measured"
+        "--steps",
+        type=int,
+        default=20,
+        help="training steps of 16 pairs in which the wait is measured",
     )
     parser.add_argument("--map", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -108,12 +128,18 @@ def main() -> None:
         folder = Path(temporary)
         source = write_pairs(folder / "source", arguments.pairs)
         counter = iter(range(1000))
-        prepare = lambda: run("01_data.py", "--source", source, "--holdout", 0, "--out", folder / "ours")
+        prepare = lambda: run(
+            "01_data.py", "--source", source, "--holdout", 0, "--out", folder / "ours"
+        )
         theirs = lambda: run(__file__, "--map", source, folder / f"theirs{next(counter)}", ranks=0)
-        seconds = common.alternate({"ours": prepare, "theirs": theirs}, arguments.repetitions, warm_up=0)
+        seconds = common.alternate(
+            {"ours": prepare, "theirs": theirs}, arguments.repetitions, warm_up=0
+        )
         assert_same_tokens(folder / "ours/pairs", folder / "theirs0/mapped")
         print(f"\n{common.machine()}\n")
-        table = [[f"{arguments.pairs} pairs with pictures", "seconds", "pairs a second", "times as fast"]]
+        table = [
+            [f"{arguments.pairs} pairs with pictures", "seconds", "pairs a second", "times as fast"]
+        ]
         for name, who in (("datasets.map, 2 processes", "theirs"), ("01_data.py, 2 ranks", "ours")):
             each = seconds[who]
             faster = f"{common.ratio(seconds['theirs'], each):.2f}"
@@ -122,16 +148,43 @@ def main() -> None:
         common.print_table(table)
 
         common.make_models(folder / "backbone", common.vision_language_config())
-        run("02_model.py", "--backbone", folder / "backbone", "--out", folder / "model", "--data", "", ranks=1)
+        run(
+            "02_model.py",
+            "--backbone",
+            folder / "backbone",
+            "--out",
+            folder / "model",
+            "--data",
+            "",
+            ranks=1,
+        )
         table = [["03_train.py, 16 pairs a step", "seconds a step", "of which waiting for data"]]
         for ranks in (1, 2):
-            options = ["--data", folder / "ours/pairs", "--model", folder / "model", "--out", folder / f"reward{ranks}"]
+            options = [
+                "--data",
+                folder / "ours/pairs",
+                "--model",
+                folder / "model",
+                "--out",
+                folder / f"reward{ranks}",
+            ]
             options += ["--steps", arguments.steps, "--batch_size", 16, "--checkpoint_every", 0]
             run("03_train.py", *options, ranks=ranks)
-            lines = [json.loads(line) for line in (folder / f"reward{ranks}/metrics.jsonl").read_text().splitlines()]
+            lines = [
+                json.loads(line)
+                for line in (folder / f"reward{ranks}/metrics.jsonl").read_text().splitlines()
+            ]
             lines = lines[2:]  # the first two start the worker
-            step, wait = (sum(line[key] for line in lines) / len(lines) for key in ("seconds", "data_seconds"))
-            table.append([f"{ranks} rank(s), 1 worker each", f"{step:.2f}", f"{wait:.3f} ({100 * wait / step:.1f}%)"])
+            step, wait = (
+                sum(line[key] for line in lines) / len(lines) for key in ("seconds", "data_seconds")
+            )
+            table.append(
+                [
+                    f"{ranks} rank(s), 1 worker each",
+                    f"{step:.2f}",
+                    f"{wait:.3f} ({100 * wait / step:.1f}%)",
+                ]
+            )
         print()
         common.print_table(table)
 

@@ -18,7 +18,12 @@ import common
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import (
+    AutoModelForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 grpo = importlib.import_module("06_grpo")
@@ -28,7 +33,12 @@ PROMPTS, GROUP, LENGTH = 8, 8, 96
 def make_checkpoints(folder: Path) -> None:
     """A policy and a backbone for the reward model, 6 layers of width 256, random weights."""
     tokenizer = common.data.load_processors(common.TINY).tokenizer
-    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    }
     shape |= {"vocab_size": 576, "num_key_value_heads": 2}
     shape |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     for name, cls in (("policy", Qwen2ForCausalLM), ("judge", Qwen2Model)):
@@ -41,12 +51,20 @@ class Ours:
     def __init__(self, folder: Path, prompts: list[np.ndarray]):
         _, _, device = common.data.start_distributed()
         self.settings = grpo.Settings(
-            backbone=str(folder / "policy"), group_size=GROUP, max_new_tokens=LENGTH, reward="model", micro_tokens=16384
+            backbone=str(folder / "policy"),
+            group_size=GROUP,
+            max_new_tokens=LENGTH,
+            reward="model",
+            micro_tokens=16384,
         )
-        self.policy, self.actor, self.frozen = (grpo.Policy(self.settings.backbone, 1.0) for _ in range(3))
+        self.policy, self.actor, self.frozen = (
+            grpo.Policy(self.settings.backbone, 1.0) for _ in range(3)
+        )
         for copy in (self.actor, self.frozen):
             copy.eval().requires_grad_(False)
-            copy.forbidden = torch.cat([copy.forbidden, torch.tensor([copy.processors.tokenizer.eos_token_id])])
+            copy.forbidden = torch.cat(
+                [copy.forbidden, torch.tensor([copy.processors.tokenizer.eos_token_id])]
+            )
         self.judge = common.RewardModel.from_backbone(
             str(folder / "judge"), common.model_stage.HeadSettings(head_layers=1)
         )
@@ -60,14 +78,24 @@ class Ours:
         self.steps += 1
         times = [time.perf_counter()]
         seeds = [[self.steps, i] for i in range(PROMPTS)]
-        samples = grpo.sample(self.actor, self.prompts, seeds, self.settings)  # [prompts, GROUP, LENGTH]
+        samples = grpo.sample(
+            self.actor, self.prompts, seeds, self.settings
+        )  # [prompts, GROUP, LENGTH]
         texts = grpo.texts_of(samples.flatten(0, 1), self.policy.processors)
         times.append(time.perf_counter())
         texts = [texts[i : i + GROUP] for i in range(0, len(texts), GROUP)]
         *_, reward = grpo.reward_answers(self.judge, self.prompts, texts, self.settings)
         times.append(time.perf_counter())
         advantage = reward - reward.mean(1, keepdim=True)
-        grpo.update(self.policy, self.frozen, self.optimizer, self.prompts, samples, advantage, self.settings)
+        grpo.update(
+            self.policy,
+            self.frozen,
+            self.optimizer,
+            self.prompts,
+            samples,
+            advantage,
+            self.settings,
+        )
         grpo.copy_weights(self.policy, self.actor)
         times.append(time.perf_counter())
         assert (samples >= 0).all()
@@ -79,7 +107,9 @@ class Theirs:
     def __init__(self, folder: Path, prompts: list[str]):
         tokenizer = common.data.load_processors(str(folder / "policy")).tokenizer
         policy = Qwen2ForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
-        judge = AutoModelForSequenceClassification.from_pretrained(folder / "judge", dtype=torch.float32, num_labels=1)
+        judge = AutoModelForSequenceClassification.from_pretrained(
+            folder / "judge", dtype=torch.float32, num_labels=1
+        )
         arguments = GRPOConfig(
             str(folder / "trl"),
             per_device_train_batch_size=PROMPTS * GROUP,
@@ -128,12 +158,20 @@ def log_probabilities_agree(ours: Ours, theirs: Theirs) -> None:
     ]
     model = theirs.trainer.model.eval()
     with torch.no_grad():
-        here = ours.frozen(common.model_stage.pack(groups, ours.frozen.processors))[0].view(-1, LENGTH)
+        here = ours.frozen(common.model_stage.pack(groups, ours.frozen.processors))[0].view(
+            -1, LENGTH
+        )
         for group, part in zip(groups, here.split(GROUP)):
             ids = torch.from_numpy(
-                np.stack([np.concatenate([group.prompt, r]) for r in group.responses]).astype(np.int64)
+                np.stack([np.concatenate([group.prompt, r]) for r in group.responses]).astype(
+                    np.int64
+                )
             )
-            logits = model(ids).logits[:, -LENGTH - 1 : -1].index_fill(-1, ours.frozen.forbidden, -torch.inf)
+            logits = (
+                model(ids)
+                .logits[:, -LENGTH - 1 : -1]
+                .index_fill(-1, ours.frozen.forbidden, -torch.inf)
+            )
             there = logits.log_softmax(-1).gather(-1, ids[:, -LENGTH:, None])[..., 0]
             torch.testing.assert_close(part, there, atol=1e-4, rtol=1e-4)
     model.train()
@@ -144,8 +182,13 @@ def main() -> None:
     make_checkpoints(folder)
     tokenizer = common.data.load_processors(common.TINY).tokenizer
     rng = np.random.default_rng(0)
-    texts = ["".join(chr(c) for c in rng.integers(97, 123, rng.integers(150, 450))) for _ in range(PROMPTS)]
-    prompts = [np.array(tokenizer.encode(text, add_special_tokens=False), np.int32) for text in texts]
+    texts = [
+        "".join(chr(c) for c in rng.integers(97, 123, rng.integers(150, 450)))
+        for _ in range(PROMPTS)
+    ]
+    prompts = [
+        np.array(tokenizer.encode(text, add_special_tokens=False), np.int32) for text in texts
+    ]
     ours, theirs = Ours(folder, prompts), Theirs(folder, texts)
     seconds = {"ours": [ours.step()], "theirs": [theirs.step()]}
     log_probabilities_agree(ours, Theirs(folder, texts))
@@ -156,7 +199,9 @@ def main() -> None:
     for steps in seconds.values():
         for step in steps:
             step["step"] = sum(step.values())
-    print(f"\n{common.machine()}; prompts of {min(map(len, prompts))}-{max(map(len, prompts))} tokens\n")
+    print(
+        f"\n{common.machine()}; prompts of {min(map(len, prompts))}-{max(map(len, prompts))} tokens\n"
+    )
     table = [["GRPO", "here, seconds", "TRL, seconds", "times as fast"]]
     for part in ("rollout", "scoring", "update", "step"):
         here, there = ([step[part] for step in seconds[who]] for who in ("ours", "theirs"))

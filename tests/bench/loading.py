@@ -29,11 +29,23 @@ ROOT, data, model_stage, training = common.ROOT, common.data, common.model_stage
 
 def write_checkpoint(folder: Path, layers: int) -> None:
     """A random reward model with wide layers, tests/tiny otherwise: bfloat16 as published ones, one file a layer."""
-    shutil.copytree(ROOT / "tests/tiny", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        ROOT / "tests/tiny",
+        folder,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("*.safetensors"),
+    )
     config = json.loads((folder / "config.json").read_text())
-    text = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": layers, "num_attention_heads": 12}
+    text = {
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12,
+    }
     text |= {"layer_types": ["full_attention"] * layers, "vocab_size": 32768}
-    text["rope_parameters"] = config["text_config"]["rope_parameters"] | {"mrope_section": [16, 24, 24]}
+    text["rope_parameters"] = config["text_config"]["rope_parameters"] | {
+        "mrope_section": [16, 24, 24]
+    }
     config["text_config"] |= text
     config["vision_config"]["out_hidden_size"] = text["hidden_size"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -41,15 +53,21 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
     files = {}
     for name, parameter in model.model.named_parameters():
-        layer = name.partition(".layers.")[2].partition(".")[0]  # empty: the vision tower, the embeddings, the norm
+        layer = name.partition(".layers.")[2].partition(".")[
+            0
+        ]  # empty: the vision tower, the embeddings, the norm
         files.setdefault(layer, {})[name] = parameter
     weight_map = {}
     for i, weights in enumerate(files.values(), 1):
         file = f"model-{i:05d}-of-{len(files):05d}.safetensors"
-        weights = {name: torch.randn(parameter.shape).bfloat16() for name, parameter in weights.items()}
+        weights = {
+            name: torch.randn(parameter.shape).bfloat16() for name, parameter in weights.items()
+        }
         save_file(weights, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(weights, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     head = model_stage.RewardHead(text["hidden_size"])
     about = json.dumps({"reward_head": json.dumps({"head": head.settings, "trained_with": {}})})
     save_file(head.state_dict(), folder / "reward_head.safetensors", metadata=json.loads(about))
@@ -83,7 +101,10 @@ class Watched:
 
     def row(self) -> list[str]:
         """Before, at most, and what that and the end are more than before."""
-        return [f"{each:.0f}" for each in (self.before, self.peak, self.peak - self.before, self.after - self.before)]
+        return [
+            f"{each:.0f}"
+            for each in (self.before, self.peak, self.peak - self.before, self.after - self.before)
+        ]
 
 
 def measure(folder: str, way: str) -> None:
@@ -96,7 +117,10 @@ def measure(folder: str, way: str) -> None:
     dist.barrier()
     with Watched() as exporting:
         model.save_pretrained(f"{folder}/export", file_size="100MB" if way == "sharded" else "5GB")
-    rows = [[f"{way}, rank {rank} loads", *loading.row()], [f"{way}, rank {rank} exports", *exporting.row()]]
+    rows = [
+        [f"{way}, rank {rank} loads", *loading.row()],
+        [f"{way}, rank {rank} exports", *exporting.row()],
+    ]
     everyone = [None] * world
     dist.all_gather_object(everyone, rows)
     if rank == 0:
@@ -116,10 +140,16 @@ def load(folder: str, way: str, device: torch.device):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="decoder layers, of about 100 MB each in float32")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, default=8, help="decoder layers, of about 100 MB each in float32"
+    )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)  # what each rank is started with: folder and way
+    parser.add_argument(
+        "--load", nargs=2, help=argparse.SUPPRESS
+    )  # what each rank is started with: folder and way
     arguments = parser.parse_args()
     if arguments.load:
         return measure(*arguments.load)
@@ -129,10 +159,22 @@ def main() -> None:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             torchrun += [f"--nproc_per_node={arguments.ranks}", __file__, "--load", folder, way]
             subprocess.run(torchrun, check=True)
-        found = [json.loads(Path(folder, f"{way}.json").read_text()) for way in ("sharded", "whole")]
-        head = ["MB of anonymous memory", "before", "at most", "more than before", "more at the end"]
+        found = [
+            json.loads(Path(folder, f"{way}.json").read_text()) for way in ("sharded", "whole")
+        ]
+        head = [
+            "MB of anonymous memory",
+            "before",
+            "at most",
+            "more than before",
+            "more at the end",
+        ]
         common.print_table([head, *(row for each in found for row in each["rows"])])
-        print("\na rank's own shards {own:.0f} MB, the largest tensor {largest:.0f} MB".format(**found[0]))
+        print(
+            "\na rank's own shards {own:.0f} MB, the largest tensor {largest:.0f} MB".format(
+                **found[0]
+            )
+        )
 
 
 if __name__ == "__main__":

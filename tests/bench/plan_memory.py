@@ -18,7 +18,10 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed tensors go back to the system at once
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}  # freed tensors go back to the system at once
 if __name__ == "__main__" and not MALLOC.items() <= os.environ.items():
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
 
@@ -29,7 +32,9 @@ from transformers import AutoModel, Qwen2_5_VLConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-data, model_stage, train = (importlib.import_module(name) for name in ("01_data", "02_model", "03_train"))
+data, model_stage, train = (
+    importlib.import_module(name) for name in ("01_data", "02_model", "03_train")
+)
 
 SHAPES = {
     "text_config": {
@@ -39,7 +44,11 @@ SHAPES = {
         "num_hidden_layers": 6,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [8, 12, 12],
+        },
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
     },
     "vision_config": {
@@ -52,7 +61,10 @@ SHAPES = {
     },
 }
 # With a short row, such a one needs most where the gradient of the whole vision tower is reduced.
-LARGE_VISION = {**SHAPES, "vision_config": {**SHAPES["vision_config"], "depth": 12, "hidden_size": 640}}
+LARGE_VISION = {
+    **SHAPES,
+    "vision_config": {**SHAPES["vision_config"], "depth": 12, "hidden_size": 640},
+}
 
 
 def random_model(shapes: dict = SHAPES):
@@ -61,7 +73,9 @@ def random_model(shapes: dict = SHAPES):
     attention = model_stage.attention_of(config)
     backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=attention)
     model_stage.prepare_vision(backbone)
-    return model_stage.RewardModel(backbone, model_stage.RewardHead(config.text_config.hidden_size), None)
+    return model_stage.RewardModel(
+        backbone, model_stage.RewardHead(config.text_config.hidden_size), None
+    )
 
 
 def random_row(config, prompt: int = 300, responses=(120, 80), grid=(1, 18, 20), copies: int = 1):
@@ -96,7 +110,10 @@ def random_row(config, prompt: int = 300, responses=(120, 80), grid=(1, 18, 20),
 
 def anonymous_memory(which: str) -> int:
     """Bytes of this process that are no file's: now ("VmRSS"), or at most so far ("VmHWM")."""
-    status = {name: int(kB) for name, kB in re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text())}
+    status = {
+        name: int(kB)
+        for name, kB in re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text())
+    }
     return 1024 * (status[which] - status["RssFile"] - status["RssShmem"])
 
 
@@ -113,10 +130,15 @@ def measure(arguments) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     model = random_model(LARGE_VISION if arguments.large_vision else SHAPES)
     row, work = random_row(model.backbone.config, copies=arguments.comparisons)
-    how = {"freeze_vision": arguments.freeze_vision, "activation_checkpointing": arguments.activation_checkpointing}
+    how = {
+        "freeze_vision": arguments.freeze_vision,
+        "activation_checkpointing": arguments.activation_checkpointing,
+    }
     estimated = train.memory(model, work, ranks, **how, width=4)
     model.backbone.visual.requires_grad_(not arguments.freeze_vision)
-    train.shard(model, model.backbone, device, arguments.activation_checkpointing, in_float32=(model.head,))
+    train.shard(
+        model, model.backbone, device, arguments.activation_checkpointing, in_float32=(model.head,)
+    )
     model.train()
     optimizer = train.make_optimizer(model, train.Settings())
     for _ in range(2):
@@ -130,7 +152,9 @@ def measure(arguments) -> dict[str, dict[str, float]]:
         "parameters": bytes_of(p.to_local() for p in parameters),
         "gradients": bytes_of(p.grad.to_local() for p in parameters if p.grad is not None),
         "AdamW's two moments": bytes_of(
-            state[key].to_local() for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
+            state[key].to_local()
+            for state in optimizer.state.values()
+            for key in ("exp_avg", "exp_avg_sq")
         ),
     }
     if not arguments.activation_checkpointing:  # which keeps the layers' inputs elsewhere
@@ -146,21 +170,31 @@ def measure(arguments) -> dict[str, dict[str, float]]:
         measured["activations"] = sum(storage.nbytes() for storage in kept.values())
         del scores
     measured["peak"], estimated["peak"] = peak, sum(estimated.values())
-    estimated["activations"] = sum(train.activations(model.backbone.config, work, **how, width=4).values())
+    estimated["activations"] = sum(
+        train.activations(model.backbone.config, work, **how, width=4).values()
+    )
     return {part: {"estimated": estimated[part], "measured": measured[part]} for part in measured}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--comparisons", type=int, default=3, help="in a micro-batch, of 500 tokens and 360 patches")
+    parser.add_argument(
+        "--comparisons", type=int, default=3, help="in a micro-batch, of 500 tokens and 360 patches"
+    )
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--freeze_vision", action="store_true")
-    parser.add_argument("--large_vision", action="store_true", help="most parameters are the vision tower's")
+    parser.add_argument(
+        "--large_vision", action="store_true", help="most parameters are the vision tower's"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = parser.parse_args()
     parts = measure(arguments)
     if dist.get_rank() == 0:
-        print(json.dumps(parts) if arguments.json else f"{'MB on rank 0':<22}{'estimated':>10}{'measured':>10}")
+        print(
+            json.dumps(parts)
+            if arguments.json
+            else f"{'MB on rank 0':<22}{'estimated':>10}{'measured':>10}"
+        )
         for part, counts in {} if arguments.json else parts.items():
             print(f"{part:<22}{counts['estimated'] / 1e6:10.1f}{counts['measured'] / 1e6:10.1f}")
     dist.barrier()

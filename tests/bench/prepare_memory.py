@@ -21,7 +21,9 @@ import common
 def write_lines(path: Path, count: int) -> Path:
     with open(path, "w") as file:
         for i in range(count):
-            rejected = f"{i + 1}" if i % 10 else f"{i}"  # as chosen, which is a reason to reject the line
+            rejected = (
+                f"{i + 1}" if i % 10 else f"{i}"
+            )  # as chosen, which is a reason to reject the line
             pair = {"prompt": f"Which number is {i}?", "chosen": f"{i}", "rejected": rejected}
             file.write(json.dumps(pair) + "\n")
     return path
@@ -30,7 +32,9 @@ def write_lines(path: Path, count: int) -> Path:
 def peak_memory(command: list[str]) -> tuple[float, float, str]:
     """Runs a command; returns its peak of anonymous memory in MiB, its seconds and what it printed."""
     began, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     while process.poll() is None:
         now = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
         peak = max(peak, int(now[1]) if now else 0)  # there is none between its end and poll()
@@ -41,7 +45,9 @@ def peak_memory(command: list[str]) -> tuple[float, float, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lines", type=int, nargs="+", default=[10_000, 1_000_000])
     table = [["lines", "kept", "seconds", "lines a second", "peak of anonymous memory, MiB"]]
     for lines in parser.parse_args().lines:

@@ -32,7 +32,8 @@ def settings_of(processors) -> dict[str, list]:
     make = lambda count, **lengths: common.make_comparisons(processors, count, **SHORT | lengths)
     made = {f"{count} comparisons": make(count) for count in (8, 16, 32, 64, 128)}
     made |= {
-        f"16 with prompts of {length} tokens": make(16, image=None, prompt=(length,) * 2) for length in (64, 256, 1024)
+        f"16 with prompts of {length} tokens": make(16, image=None, prompt=(length,) * 2)
+        for length in (64, 256, 1024)
     }
     return made | {f"16 with N = {n}": make(16, n=n) for n in (2, 4, 8, 16)}
 
@@ -72,16 +73,24 @@ def measure(folder: str, repetitions: int = 5) -> None:
     for name, comparisons in settings_of(model.processors).items():
         tokens = np.array([c.length for c in comparisons])
         patches = np.array([int(c.grids.prod(1).sum()) for c in comparisons])
-        plan = common.training.plan([list(range(len(comparisons)))], tokens, patches, 8192, rank, world)
-        dataset = common.training.MicroBatches(comparisons, plan, model.processors)
-        steps[name] = {"tokens": int(tokens.sum()), "batches": [dataset[k] for k in range(len(dataset))], "seconds": []}
+        plan = common.training.plan(
+            [list(range(len(comparisons)))], tokens, patches, 8192, rank, world
+        )
+        dataset = common.training.MicroBatches(comparisons, plan, model.processors, model.pack)
+        steps[name] = {
+            "tokens": int(tokens.sum()),
+            "batches": [dataset[k] for k in range(len(dataset))],
+            "seconds": [],
+        }
     for repetition in range(1 + repetitions):
         for step in steps.values():
             dist.barrier()
             with Peak() if repetition == 0 else nullcontext() as peak:
                 began = time.perf_counter()
                 for batch, row, pairs in step["batches"]:
-                    (common.training.ranking_loss(model(row), pairs) * world / batch.size).backward()
+                    (
+                        common.training.ranking_loss(model(row), pairs) * world / batch.step_size
+                    ).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 seconds = time.perf_counter() - began
@@ -90,7 +99,12 @@ def measure(folder: str, repetitions: int = 5) -> None:
                 step["peak"] = peak.most - peak.before
     for name, step in steps.items():
         times = step["seconds"][1:]
-        line = {"name": name, "tokens": step["tokens"], "micro": len(step["batches"]), "peak": step["peak"]}
+        line = {
+            "name": name,
+            "tokens": step["tokens"],
+            "micro": len(step["batches"]),
+            "peak": step["peak"],
+        }
         if rank == 0:
             print("JSON" + json.dumps(line | {"seconds": common.median(times)}), flush=True)
     del model, optimizer
@@ -102,7 +116,14 @@ def open_shards(folder: Path, processors) -> list[list]:
     """Seconds until the first comparison can be read, of as many comparisons in more and more shards."""
     comparison = common.make_comparisons(processors, 1, **SHORT)[0]
     comparison.record["characters"] = list(map(len, comparison.responses))
-    rows = [["shards", "comparisons", "seconds to open and plan a step", "seconds to read one comparison"]]
+    rows = [
+        [
+            "shards",
+            "comparisons",
+            "seconds to open and plan a step",
+            "seconds to read one comparison",
+        ]
+    ]
     for count in (20, 200, 2000):
         out = folder / f"in_{count}"
         size = 40000 // count
@@ -111,8 +132,19 @@ def open_shards(folder: Path, processors) -> list[list]:
         for name, _ in shards[1:]:
             os.link(out / shards[0][0], out / name)
         common.data.write_index(out, shards)
-        info = {"format": common.data.FORMAT, "tokenizer": processors.fingerprint, "shards": shards, "pixels": None}
-        info |= {"name": "many", "backbone": "random", "metric": "", "read": size * count, "comparisons": size * count}
+        info = {
+            "format": common.data.FORMAT,
+            "tokenizer": processors.fingerprint,
+            "shards": shards,
+            "pixels": None,
+        }
+        info |= {
+            "name": "many",
+            "backbone": "random",
+            "metric": "",
+            "read": size * count,
+            "comparisons": size * count,
+        }
         info |= {"rejected": 0, "without_images": False}
         common.data.write_file(out / "dataset.json", json.dumps(info))
 
@@ -120,13 +152,17 @@ def open_shards(folder: Path, processors) -> list[list]:
             opened.data = common.data.Comparisons(str(out), processors.fingerprint)
             common.training.plan([list(range(64))], *opened.data.sizes(), 8192, 0, 2)
 
-        seconds = common.alternate({"open": opened, "read": lambda: opened.data[-1 % len(opened.data)]}, 9)
+        seconds = common.alternate(
+            {"open": opened, "read": lambda: opened.data[-1 % len(opened.data)]}, 9
+        )
         rows.append([count, 40000, *(f"{common.median(each):.4f}" for each in seconds.values())])
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -135,7 +171,13 @@ def main() -> None:
         model, _ = common.make_models(Path(folder, "model"), common.vision_language_config())
         lines = {}
         for ranks in (1, 2):
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            launcher = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={ranks}",
+            ]
             done = subprocess.run(
                 [*launcher, __file__, "--measure", f"{folder}/model"],
                 capture_output=True,
@@ -144,10 +186,18 @@ def main() -> None:
             )
             if done.returncode:
                 sys.exit(done.stderr)
-            found = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("JSON")]
+            found = [
+                json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("JSON")
+            ]
             lines[ranks] = {line["name"]: line for line in found}
         head = ["seconds, {}", "µs a token, {}", "peak MB of a rank, {}"]
-        table = [["a step of", "tokens", *(each.format(ranks) for ranks in ("1 rank", "2 ranks") for each in head)]]
+        table = [
+            [
+                "a step of",
+                "tokens",
+                *(each.format(ranks) for ranks in ("1 rank", "2 ranks") for each in head),
+            ]
+        ]
         for name, line in lines[1].items():
             cells = []
             for each in (line, lines[2][name]):

@@ -33,21 +33,36 @@ def main() -> None:
         padded = common.padded_rows(comparisons, processors)
         # in the padded batch's order: all first responses, then all second ones, ...
         single = [
-            common.Comparison(c.prompt, [c.responses[k]], [1], c.images, c.grids) for k in range(n) for c in comparisons
+            common.Comparison(c.prompt, [c.responses[k]], [1], c.images, c.grids)
+            for k in range(n)
+            for c in comparisons
         ]
         singles = [common.padded_rows([each], processors) for each in single]
         ways = {
             "ours": lambda: ours(row),
             "padded": lambda: common.padded_scores(plain, ours.head, padded),
-            "one": lambda: torch.cat([common.padded_scores(plain, ours.head, batch) for batch in singles]),
+            "one": lambda: torch.cat(
+                [common.padded_scores(plain, ours.head, batch) for batch in singles]
+            ),
         }
         with torch.inference_mode():
             scores = ways["ours"]().view(len(comparisons), n).T.flatten()
             for other in ("padded", "one"):
                 torch.testing.assert_close(ways[other](), scores, atol=1e-5, rtol=1e-5)
             seconds = common.alternate(ways, repetitions=5)
-        faster = [f"{common.ratio(seconds[other], seconds['ours']):.2f}" for other in ("padded", "one")]
-        table.append([n, *(f"{common.median(each):.2f} ({common.spread(each)})" for each in seconds.values()), *faster])
+        faster = [
+            f"{common.ratio(seconds[other], seconds['ours']):.2f}" for other in ("padded", "one")
+        ]
+        table.append(
+            [
+                n,
+                *(
+                    f"{common.median(each):.2f} ({common.spread(each)})"
+                    for each in seconds.values()
+                ),
+                *faster,
+            ]
+        )
     print(f"\n{common.machine()}\n")
     common.print_table(table)
 

@@ -52,9 +52,14 @@ class Way:
 
 def ours(model, batches: list[list]) -> Way:
     """As the loop of 03_train.py."""
-    packed = [(common.model_stage.pack(batch, model.processors), common.training.pairs_of(batch)) for batch in batches]
+    packed = [
+        (common.model_stage.pack(batch, model.processors), common.training.pairs_of(batch))
+        for batch in batches
+    ]
     return Way(
-        model.parameters(), packed, lambda each: common.training.ranking_loss(model(each[0]), each[1]) / len(batches[0])
+        model.parameters(),
+        packed,
+        lambda each: common.training.ranking_loss(model(each[0]), each[1]) / len(batches[0]),
     )
 
 
@@ -72,25 +77,37 @@ def padded(backbone, head, batches: list[list], processors) -> Way:
 def trl(model, batches: list[list], processors, folder: Path) -> Way:
     def rows_of(batch) -> list[dict]:
         row = lambda c, response: np.concatenate([c.prompt, response]).tolist()
-        return [{"chosen_ids": row(c, c.responses[0]), "rejected_ids": row(c, c.responses[1])} for c in batch]
+        return [
+            {"chosen_ids": row(c, c.responses[0]), "rejected_ids": row(c, c.responses[1])}
+            for c in batch
+        ]
 
     off = {"gradient_checkpointing": False, "bf16": False, "report_to": "none", "max_length": None}
-    arguments = RewardConfig(str(folder), per_device_train_batch_size=len(batches[0]), use_cpu=True, **off)
+    arguments = RewardConfig(
+        str(folder), per_device_train_batch_size=len(batches[0]), use_cpu=True, **off
+    )
     rows = [rows_of(batch) for batch in batches]
     trainer = RewardTrainer(
-        model, arguments, train_dataset=Dataset.from_list(rows[0]), processing_class=processors.tokenizer
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(rows[0]),
+        processing_class=processors.tokenizer,
     )
     inputs = [dict(trainer.data_collator(each)) for each in rows]
     return Way(model.parameters(), inputs, lambda each: trainer.compute_loss(model, dict(each)))
 
 
-def compare(title: str, name: str, here: Way, there: Way, same: list[tuple], tokens: tuple[int, int]) -> list[list]:
+def compare(
+    title: str, name: str, here: Way, there: Way, same: list[tuple], tokens: tuple[int, int]
+) -> list[list]:
     """Equal losses, and equal gradients of the parameters that are the `same`; then times, as two lines of a table."""
     for batch, other in zip(here.batches, there.batches):
         losses = here.backward(batch), there.backward(other)
         assert abs(losses[0] - losses[1]) < 1e-5, losses
         for mine, theirs in same:
-            torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-4 * float(theirs.grad.abs().max()), rtol=1e-3)
+            torch.testing.assert_close(
+                mine.grad, theirs.grad, atol=1e-4 * float(theirs.grad.abs().max()), rtol=1e-3
+            )
     ideal = there.flops() / here.flops()
     seconds = common.alternate({"there": there, "here": here})
     faster = common.ratio(seconds["there"], seconds["here"])
@@ -99,7 +116,14 @@ def compare(title: str, name: str, here: Way, there: Way, same: list[tuple], tok
     )
     return [
         [f"{title}: {name}", tokens[1], cell(seconds["there"]), "1", "1", ""],
-        [f"{title}: here", tokens[0], cell(seconds["here"]), f"{faster:.2f}", f"{ideal:.2f}", f"{faster / ideal:.2f}"],
+        [
+            f"{title}: here",
+            tokens[0],
+            cell(seconds["here"]),
+            f"{faster:.2f}",
+            f"{ideal:.2f}",
+            f"{faster / ideal:.2f}",
+        ],
     ]
 
 
@@ -116,23 +140,53 @@ def main() -> None:
         backbone.visual.blocks[0].mlp.up_proj.weight,
     )
     same = list(zip(pick(model.backbone), pick(plain)))
-    tokens = sum(row.input_ids.numel() for row, _ in here.batches), sum(b["input_ids"].numel() for b in there.batches)
-    table = [["training step", "tokens", "seconds a step (range)", "times as fast", "FLOPs say", "of what FLOPs say"]]
+    tokens = (
+        sum(row.input_ids.numel() for row, _ in here.batches),
+        sum(b["input_ids"].numel() for b in there.batches),
+    )
+    table = [
+        [
+            "training step",
+            "tokens",
+            "seconds a step (range)",
+            "times as fast",
+            "FLOPs say",
+            "of what FLOPs say",
+        ]
+    ]
     table += compare("pictures", "padded rows", here, there, same, tokens)
 
-    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
-    shape |= {"vocab_size": 576, "num_key_value_heads": 2, "pad_token_id": processors.tokenizer.pad_token_id}
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    }
+    shape |= {
+        "vocab_size": 576,
+        "num_key_value_heads": 2,
+        "pad_token_id": processors.tokenizer.pad_token_id,
+    }
     torch.manual_seed(0)
     Qwen2Model(Qwen2Config(**shape)).save_pretrained(folder / "text")
     processors.tokenizer.save_pretrained(folder / "text")
-    model = common.RewardModel.from_backbone(str(folder / "text"), common.model_stage.HeadSettings(head_layers=1))
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder / "text", dtype=torch.float32, num_labels=1)
+    model = common.RewardModel.from_backbone(
+        str(folder / "text"), common.model_stage.HeadSettings(head_layers=1)
+    )
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        folder / "text", dtype=torch.float32, num_labels=1
+    )
     theirs.score.weight.data.copy_(model.head.mlp[0].weight)
     lengths = {"image": None, "prompt": (30, 250), "response": (30, 350)}
     batches = [common.make_comparisons(processors, 16, **lengths, seed=seed) for seed in range(3)]
     here, there = ours(model, batches), trl(theirs, batches, processors, folder / "trl")
-    same = [(model.backbone.layers[0].mlp.up_proj.weight, theirs.model.layers[0].mlp.up_proj.weight)]
-    tokens = sum(row.input_ids.numel() for row, _ in here.batches), sum(b["input_ids"].numel() for b in there.batches)
+    same = [
+        (model.backbone.layers[0].mlp.up_proj.weight, theirs.model.layers[0].mlp.up_proj.weight)
+    ]
+    tokens = (
+        sum(row.input_ids.numel() for row, _ in here.batches),
+        sum(b["input_ids"].numel() for b in there.batches),
+    )
     table += compare("text", "TRL's RewardTrainer", here, there, same, tokens)
     print(f"\n{common.machine()}\n")
     common.print_table(table)

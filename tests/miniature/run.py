@@ -69,14 +69,25 @@ class Study:
 # ---------------------------------------------------------------------------------------------------------------------
 # What runs are made of.
 
-SOURCES = ("scenes", "captions", "noisy", "wordy", "text")  # of the world; each alone is 3,200 comparisons
+SOURCES = (
+    "scenes",
+    "captions",
+    "noisy",
+    "wordy",
+    "text",
+)  # of the world; each alone is 3,200 comparisons
 SELECTED = {"scenes": 2400, "captions": 160, "text": 640}  # without the two flawed ones
 STEPS = "--steps 80"  # of 64 comparisons: half of the default data once, a quarter of the default training
 LANGUAGE_HALF = "artifacts/miniature/language_half"
 SIZES = {
-    f"{depth} layers of {width}": f"--width {width} --depth {depth}" for width, depth in ((64, 2), (128, 4), (192, 6))
+    f"{depth} layers of {width}": f"--width {width} --depth {depth}"
+    for width, depth in ((64, 2), (128, 4), (192, 6))
 }
-FAMILIES = {"Qwen2-VL": "--family qwen2_vl", "Qwen3-VL": "--family qwen3_vl", "InternVL": "--family internvl"}
+FAMILIES = {
+    "Qwen2-VL": "--family qwen2_vl",
+    "Qwen3-VL": "--family qwen3_vl",
+    "InternVL": "--family internvl",
+}
 # Each is pretrained for a quarter of the steps of the embedded one.
 BACKBONES = SIZES | FAMILIES | {"LLM": "--family qwen2"}
 VLM = "4 layers of 128"  # of the embedded backbone's size
@@ -103,10 +114,18 @@ def by_benchmark(found: dict, system: str) -> dict[str, float]:
 def prepare() -> Run:
     """The default data sets, each of the world's sources alone, and two mixtures of the same size."""
     sets = {part: f"--source world:{part}@3200" for part in SOURCES}
-    sets["selected"] = " ".join(f"--source world:{part}@{count}" for part, count in SELECTED.items())
-    sets["everything"] = " ".join(f"--source world:{part}@{3200 // len(SOURCES)}" for part in SOURCES)
+    sets["selected"] = " ".join(
+        f"--source world:{part}@{count}" for part, count in SELECTED.items()
+    )
+    sets["everything"] = " ".join(
+        f"--source world:{part}@{3200 // len(SOURCES)}" for part in SOURCES
+    )
     lines = ["", *(f"{given} --name {name} --holdout 0" for name, given in sets.items())]
-    return Run([f"01_data.py {line} --seed {{seed}} --out {{work}}/data" for line in lines], lambda folder: {}, ())
+    return Run(
+        [f"01_data.py {line} --seed {{seed}} --out {{work}}/data" for line in lines],
+        lambda folder: {},
+        (),
+    )
 
 
 def train(
@@ -119,7 +138,12 @@ def train(
 ) -> Run:
     """A reward model and its scores; `model` and `training` are more arguments of 02 and 03. The data are those of the
     run `prepared_by`; with '', for a backbone with a tokenizer of its own, this one prepares them."""
-    benchmarks, folder, lines, needs = ("new_text",) if text_only else BENCHMARKS, "{work}/data", [], (prepared_by,)
+    benchmarks, folder, lines, needs = (
+        ("new_text",) if text_only else BENCHMARKS,
+        "{work}/data",
+        [],
+        (prepared_by,),
+    )
     if not prepared_by:
         folder, needs = "{run}/data", ()
         lines = [f"01_data.py --backbone {backbone} --seed {{seed}} --out {folder}"]
@@ -141,7 +165,9 @@ def accuracies(folder: Path) -> dict[str, float]:
     if "new_scenes" in found:
         cost = json.loads((folder / "scores/reward/cost.json").read_text())["new_scenes"]
         measured |= {f"{what} a comparison": cost[what] for what in ("GFLOP", "read", "written")}
-        measured["Acc+"] = sum(found[name]["reward"]["Acc+"]["accuracy"] for name in BENCHMARKS[:2]) / 2
+        measured["Acc+"] = (
+            sum(found[name]["reward"]["Acc+"]["accuracy"] for name in BENCHMARKS[:2]) / 2
+        )
     return measured
 
 
@@ -154,10 +180,14 @@ def combine() -> Run:
         found = json.loads((folder / "summary.json").read_text())["benchmarks"]
         first, second = list(found[BENCHMARKS[0]])[:2]  # the members, as --member names them
         systems = {"first": first, "second": second}
-        systems |= {name: name for name in ("mean", "by accuracy", "by confidence", "mean, text routed")}
+        systems |= {
+            name: name for name in ("mean", "by accuracy", "by confidence", "mean, text routed")
+        }
         measured = {}
         for system, key in systems.items():
-            measured |= {f"{system}: {name}": share for name, share in by_benchmark(found, key).items()}
+            measured |= {
+                f"{system}: {name}": share for name, share in by_benchmark(found, key).items()
+            }
         return measured
 
     return Run([line], measure, ("base", "other", "language model"))
@@ -174,7 +204,11 @@ def improve(reward: str, model: str = "base", advantage: str = "centred") -> Run
         measured = {}
         for when, prefix in (("before", "start: "), ("after", "")):
             closed, open = found[when]["exact_match"], found[when]["open_grade"]
-            measured |= {f"{prefix}closed": closed, f"{prefix}open": open, f"{prefix}average": (closed + open) / 2}
+            measured |= {
+                f"{prefix}closed": closed,
+                f"{prefix}open": open,
+                f"{prefix}average": (closed + open) / 2,
+            }
         steps = list(map(json.loads, (folder / "policy/metrics.jsonl").read_text().splitlines()))
         measured["phantom advantage"] = sum(step["phantom"] for step in steps) / len(steps)
         return measured
@@ -186,8 +220,15 @@ def improve(reward: str, model: str = "base", advantage: str = "centred") -> Run
 # All runs by name, in their order, and the studies that are tables of them.
 
 # The paper's head study: VL-RewardBench overall / MM-RLHF-RewardBench accuracy
-HEADS = {"1 none": "71.2 / 87.1"} | {f"{n} {a}": "" for n in (2, 3, 4, 5) for a in ("none", "tanh", "silu")}
-HEADS |= {"2 none": "71.7 / 90.0", "2 tanh": "74.8 / 90.1", "2 silu": "76.5 / 92.9", "3 silu": "71.4 / 90.6"}
+HEADS = {"1 none": "71.2 / 87.1"} | {
+    f"{n} {a}": "" for n in (2, 3, 4, 5) for a in ("none", "tanh", "silu")
+}
+HEADS |= {
+    "2 none": "71.7 / 90.0",
+    "2 tanh": "74.8 / 90.1",
+    "2 silu": "76.5 / 92.9",
+    "3 silu": "71.4 / 90.6",
+}
 HEADS |= {"4 silu": "69.1 / 88.2", "5 silu": "73.5 / 88.8"}
 
 
@@ -200,15 +241,25 @@ RUNS |= {name: train(model=head(name)) for name in HEADS if name != "2 silu"}
 RUNS |= {f"zero {c}": train(training=f"--zero_coefficient {c}") for c in (0.001, 0.01, 0.1)}
 RUNS |= {"length normalisation": train(training="--length_normalisation")}
 RUNS |= {f"only {part}": train(part) for part in (*SOURCES, "everything", "selected")}
-RUNS |= {name: train(backbone=folder_of_backbone(name), prepared_by="") for name in (*SIZES, *FAMILIES)}
+RUNS |= {
+    name: train(backbone=folder_of_backbone(name), prepared_by="") for name in (*SIZES, *FAMILIES)
+}
 for name in (VLM, "LLM"):  # which have the same tokenizer
-    RUNS[f"{name}, text"] = train("train_text", folder_of_backbone(name), text_only=True, prepared_by=VLM)
-RUNS |= {"other": train("train_other"), "language model": train("train_text", LANGUAGE_HALF, text_only=True)}
+    RUNS[f"{name}, text"] = train(
+        "train_text", folder_of_backbone(name), text_only=True, prepared_by=VLM
+    )
+RUNS |= {
+    "other": train("train_other"),
+    "language model": train("train_text", LANGUAGE_HALF, text_only=True),
+}
 RUNS |= {"critic": train(model="--kind critic"), "generative": train(model="--kind generative")}
 RUNS |= {"ensemble": combine()}
 RUNS |= {reward: improve(reward) for reward in ("rule", "hybrid")}
 # Raw scores have any scale, and the KL coefficient means the same beside them only once they are divided by something.
-RUNS |= {"model": improve("model", advantage="batch"), "judge": improve("model", "generative", "batch")}
+RUNS |= {
+    "model": improve("model", advantage="batch"),
+    "judge": improve("model", "generative", "batch"),
+}
 RUNS |= {f"hybrid {scale}": improve("hybrid", advantage=scale) for scale in ("group", "batch")}
 
 LOOK = ["new scenes", "unseen combinations", "new text", "mean", "Acc+"]
@@ -219,12 +270,18 @@ STUDIES = {
     ),
     "head": Study(
         LOOK,
-        [Row(name.replace(" ", ", "), "base" if name == "2 silu" else name, paper=HEADS[name]) for name in HEADS],
+        [
+            Row(name.replace(" ", ", "), "base" if name == "2 silu" else name, paper=HEADS[name])
+            for name in HEADS
+        ],
         "VL-RewardBench / MM-RLHF",
     ),
     "regularisers": Study(
         LOOK,
-        [Row("none", "base"), *(Row(f"zero-coefficient {c}", f"zero {c}") for c in (0.001, 0.01, 0.1))]
+        [
+            Row("none", "base"),
+            *(Row(f"zero-coefficient {c}", f"zero {c}") for c in (0.001, 0.01, 0.1)),
+        ]
         + [Row("length normalisation", "length normalisation")],
     ),
     "data": Study(
@@ -244,7 +301,10 @@ STUDIES = {
     "size": Study(LOOK, [Row(size, size) for size in SIZES]),
     "family": Study(
         LOOK,
-        [Row("Qwen2.5-VL", VLM, paper="81.0 / 74.8"), Row("InternVL3", "InternVL", paper="78.1 / 81.1")]
+        [
+            Row("Qwen2.5-VL", VLM, paper="81.0 / 74.8"),
+            Row("InternVL3", "InternVL", paper="78.1 / 81.1"),
+        ]
         + [Row(name, name) for name in ("Qwen2-VL", "Qwen3-VL")],
         "multimodal / text average",
     ),
@@ -256,18 +316,30 @@ STUDIES = {
             Row("weighted by accuracy", "ensemble", "by accuracy: ", "81.2 / 77.6"),
             Row("weighted by confidence", "ensemble", "by confidence: ", "80.4 / 77.7"),
             Row("plain mean", "ensemble", "mean: ", "82.6 / 80.7"),
-            Row("plain mean, text to the text-only model", "ensemble", "mean, text routed: ", "82.6 / 82.7"),
+            Row(
+                "plain mean, text to the text-only model",
+                "ensemble",
+                "mean, text routed: ",
+                "82.6 / 82.7",
+            ),
         ],
         "multimodal / text",
     ),
     "grpo": Study(
         ["closed", "open", "average"],
-        [Row("start policy", "hybrid", "start: "), Row("rule", "rule"), Row("generative judge", "judge")]
+        [
+            Row("start policy", "hybrid", "start: "),
+            Row("rule", "rule"),
+            Row("generative judge", "judge"),
+        ]
         + [Row("reward model", "model"), Row("hybrid", "hybrid")],
     ),
     "advantage": Study(
         ["closed", "open", "average", "phantom advantage"],
-        [Row("less the group's mean", "hybrid"), Row("divided by the batch's deviation", "hybrid batch")]
+        [
+            Row("less the group's mean", "hybrid"),
+            Row("divided by the batch's deviation", "hybrid batch"),
+        ]
         + [Row("divided by the group's deviation", "hybrid group")],
     ),
 }
@@ -319,14 +391,20 @@ def perform(task: tuple[str, int]) -> dict:
     folder = folder_of(name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines, began = filled(name, seed), time.process_time()
-    with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        open(folder / "log.txt", "w") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         try:
             for line in lines:
                 print(f"\n{line}\n", flush=True)
                 script, *arguments = line.split()
                 stage = importlib.import_module(script.removesuffix(".py"))
                 importlib.import_module("01_data").start_distributed()
-                stage.main(HfArgumentParser(stage.Settings).parse_args_into_dataclasses(arguments)[0])
+                stage.main(
+                    HfArgumentParser(stage.Settings).parse_args_into_dataclasses(arguments)[0]
+                )
                 gc.collect()
             measured = RUNS[name].measure(folder)
         except (Exception, SystemExit):
@@ -340,14 +418,18 @@ def read_results() -> dict[tuple[str, int], dict]:
     """The lines of results.jsonl whose command lines are still those of their run, {(run, seed): line}."""
     lines = map(json.loads, RESULTS.read_text().splitlines()) if RESULTS.is_file() else ()
     found = {(line["run"], line["seed"]): line for line in lines}
-    return {at: line for at, line in found.items() if at[0] in RUNS and line["commands"] == filled(*at)}
+    return {
+        at: line for at, line in found.items() if at[0] in RUNS and line["commands"] == filled(*at)
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each"
+    )
     arguments = parser.parse_args()
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -369,8 +451,12 @@ def main() -> None:
     tasks = [(run, seed) for run in RUNS for seed in arguments.seeds if (run, seed) in wanted]
     print(f"{len(tasks)} runs to do, {arguments.workers} at a time")
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        for level in sorted({depth(run) for run, _ in tasks}):  # what a run needs is done before it begins
-            for line in pool.imap_unordered(perform, [task for task in tasks if depth(task[0]) == level]):
+        for level in sorted(
+            {depth(run) for run, _ in tasks}
+        ):  # what a run needs is done before it begins
+            for line in pool.imap_unordered(
+                perform, [task for task in tasks if depth(task[0]) == level]
+            ):
                 failed += "failed" in line
                 print({key: value for key, value in line.items() if key != "commands"}, flush=True)
                 if "failed" not in line:

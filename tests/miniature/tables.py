@@ -23,7 +23,9 @@ def cell(column: str, values: list[float]) -> str:
         return "-"
     if column.endswith("a comparison"):
         return f"{statistics.mean(values):.3g}"
-    error = f" ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    error = (
+        f" ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    )
     return f"{100 * statistics.mean(values):.1f}{error}"
 
 
@@ -31,12 +33,19 @@ def table(name: str, results: dict) -> str:
     """A study as Markdown: rows down, what was measured across, then the paper's figures."""
     study = STUDIES[name]
     runs = {row.run for row in study.rows}
-    of = {run: [line["measured"] for (each, _), line in results.items() if each == run] for run in runs}
+    of = {
+        run: [line["measured"] for (each, _), line in results.items() if each == run]
+        for run in runs
+    }
     seeds = sorted({len(found) for found in of.values()})
     seeds = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    lines = [[f"percent, {seeds}", *study.columns, *([f"paper: {study.paper}"] if study.paper else [])]]
+    lines = [
+        [f"percent, {seeds}", *study.columns, *([f"paper: {study.paper}"] if study.paper else [])]
+    ]
     for label, run, part, paper in study.rows:
-        cells = [cell(column, [found[part + column] for found in of[run]]) for column in study.columns]
+        cells = [
+            cell(column, [found[part + column] for found in of[run]]) for column in study.columns
+        ]
         lines.append([label, *cells, *([paper] if study.paper else [])])
     return markdown(lines)
 
@@ -56,7 +65,9 @@ def with_needed(runs: set[str]) -> set[str]:
 def costs(results: dict) -> str:
     """What each study takes by itself, with all that it needs, two runs at a time; and all of them together, which
     share runs."""
-    studies = {name: with_needed({row.run for row in study.rows}) for name, study in STUDIES.items()}
+    studies = {
+        name: with_needed({row.run for row in study.rows}) for name, study in STUDIES.items()
+    }
     lines = [["study", "runs", "minutes on two cores"]]
     for name, runs in (studies | {"all": set(RUNS)}).items():
         seconds = [line["seconds"] for (run, _), line in results.items() if run in runs]
@@ -69,12 +80,19 @@ def filled_in(readme: str) -> str:
     results = read_results()
     fill = lambda found: f"{found[1]}\n{table(found[2], results)}\n<!-- end -->"
     readme = re.sub(r"(<!-- study: (\w+) -->)\n.*?<!-- end -->", fill, readme, flags=re.DOTALL)
-    return re.sub(r"(<!-- costs -->)\n.*?<!-- end -->", rf"\1\n{costs(results)}\n<!-- end -->", readme, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- costs -->)\n.*?<!-- end -->",
+        rf"\1\n{costs(results)}\n<!-- end -->",
+        readme,
+        flags=re.DOTALL,
+    )
 
 
 if __name__ == "__main__":
     readme = README.read_text()
     if filled_in(readme) != readme:
         if "--check" in sys.argv:
-            sys.exit("the README's tables are not those of results.jsonl; run python tests/miniature/tables.py")
+            sys.exit(
+                "the README's tables are not those of results.jsonl; run python tests/miniature/tables.py"
+            )
         README.write_text(filled_in(readme))

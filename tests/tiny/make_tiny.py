@@ -26,7 +26,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GotOcr2ImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GotOcr2ImageProcessorPil,
+)
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 HERE = Path(__file__).resolve().parent
@@ -103,17 +108,33 @@ def drill(cells, rng: random.Random, split: str) -> Lesson:
         shapes = [shape for _, shape in things]
         items = [f"{shape} {colour}" for colour, shape in things if shapes.count(shape) == 1]
     elif kind == "counts":
-        items = [f"{word} {sum(word in thing for thing in things)}" for word in (*world.COLOURS, *world.SHAPES)]
+        items = [
+            f"{word} {sum(word in thing for thing in things)}"
+            for word in (*world.COLOURS, *world.SHAPES)
+        ]
     elif kind == "checks":
         asked = {world.near_miss(thing, rng, seen) for thing in things} | set(things)
-        items = [f"{colour} {shape} {'yes' if (colour, shape) in things else 'no'}" for colour, shape in sorted(asked)]
+        items = [
+            f"{colour} {shape} {'yes' if (colour, shape) in things else 'no'}"
+            for colour, shape in sorted(asked)
+        ]
     else:
-        items = [f"{where} {' '.join(anchor)} {' '.join(thing)}" for anchor, where, thing in world.neighbours(cells)]
+        items = [
+            f"{where} {' '.join(anchor)} {' '.join(thing)}"
+            for anchor, where, thing in world.neighbours(cells)
+        ]
     rng.shuffle(items)
     return f"drill: {kind}", [f"List the {kind}."], ", ".join(items) or "none"
 
 
-def lessons(seed: int, split: str, verdicts: float = 0.5, briefly: float = 0.5, each: int = 8, text: float = TEXT):
+def lessons(
+    seed: int,
+    split: str,
+    verdicts: float = 0.5,
+    briefly: float = 0.5,
+    each: int = 8,
+    text: float = TEXT,
+):
     """Endless groups of lessons that begin alike: (picture or None, `each` lessons about it). A share of `text` of them
     has no picture."""
     rng = random.Random(f"lessons/{split}/{seed}")
@@ -122,7 +143,9 @@ def lessons(seed: int, split: str, verdicts: float = 0.5, briefly: float = 0.5, 
             yield (
                 None,
                 [
-                    lesson_of(world.ask_text(rng.choice(world.TEXT_KINDS), rng, split), rng, 0.3, briefly)
+                    lesson_of(
+                        world.ask_text(rng.choice(world.TEXT_KINDS), rng, split), rng, 0.3, briefly
+                    )
                     for _ in range(each)
                 ],
             )
@@ -153,11 +176,19 @@ def encode(picture: bytes | None, group: list[Lesson], processors):
     that are learned."""
     rows, answers = [], []
     for _, turns, answer in group:
-        messages = [{"role": role, "content": turn} for role, turn in zip(("user", "assistant", "user"), turns)]
-        prompt, files, grids = data.encode_prompt(messages, [picture] if picture else [], processors)
+        messages = [
+            {"role": role, "content": turn}
+            for role, turn in zip(("user", "assistant", "user"), turns)
+        ]
+        prompt, files, grids = data.encode_prompt(
+            messages, [picture] if picture else [], processors
+        )
         rows.append((prompt, data.encode_response(answer, processors)))
     shared = (
-        1 + max((i for i, token in enumerate(rows[0][0]) if token == processors.image_token), default=1)
+        1
+        + max(
+            (i for i, token in enumerate(rows[0][0]) if token == processors.image_token), default=1
+        )
         if picture
         else 2
     )
@@ -169,7 +200,11 @@ def encode(picture: bytes | None, group: list[Lesson], processors):
 
 def make_tokenizer(vocabulary: int, family: str) -> Qwen2Tokenizer:
     """Byte-level BPE trained on the world's text, its special tokens after the ordinary ones as in Qwen's."""
-    internvl = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    internvl = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+    }
     special = SPECIAL + (list(internvl.values()) if family == "internvl" else [])
     stream, texts = lessons(seed=1, split="train"), []
     for _ in range(1000):
@@ -180,7 +215,8 @@ def make_tokenizer(vocabulary: int, family: str) -> Qwen2Tokenizer:
     tokenizer.pre_tokenizer, tokenizer.normalizer = qwen.pre_tokenizer, qwen.normalizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False),
     )
     bpe = json.loads(tokenizer.to_str())["model"]
     made = Qwen2Tokenizer(
@@ -220,7 +256,9 @@ def make_model(tokenizer, family: str, width: int, depth: int):
         pad_token_id=token("<|endoftext|>"),
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
     )
-    tower = dict(depth=2, num_heads=width // 32, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+    tower = dict(
+        depth=2, num_heads=width // 32, patch_size=14, spatial_merge_size=2, temporal_patch_size=2
+    )
     wide = dict(hidden_size=width, intermediate_size=2 * width)
     if family == "qwen2":
         decoder |= dict(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
@@ -228,18 +266,37 @@ def make_model(tokenizer, family: str, width: int, depth: int):
         tower |= wide | dict(out_hidden_size=width, window_size=112, fullatt_block_indexes=[1])
     elif family == "qwen2_vl":
         tower |= dict(embed_dim=width, hidden_size=width, mlp_ratio=2)
-    elif family == "qwen3_vl":  # published with patches of 16, which do not fit the world's cells of 28 pixels
+    elif (
+        family == "qwen3_vl"
+    ):  # published with patches of 16, which do not fit the world's cells of 28 pixels
         decoder |= dict(head_dim=32)
         decoder["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}
-        tower |= wide | dict(out_hidden_size=width, num_position_embeddings=64, deepstack_visual_indexes=[0])
+        tower |= wide | dict(
+            out_hidden_size=width, num_position_embeddings=64, deepstack_visual_indexes=[0]
+        )
     elif family == "internvl":  # tiles of 56 x 56 pixels, 4 tokens each
-        decoder |= dict(model_type="qwen2", rope_parameters={"rope_type": "default", "rope_theta": 100.0})
-        tower = wide | dict(num_hidden_layers=2, num_attention_heads=width // 32, attention_bias=True)
-        tower |= dict(image_size=[TILE, TILE], patch_size=[14, 14], use_absolute_position_embeddings=True)
+        decoder |= dict(
+            model_type="qwen2", rope_parameters={"rope_type": "default", "rope_theta": 100.0}
+        )
+        tower = wide | dict(
+            num_hidden_layers=2, num_attention_heads=width // 32, attention_bias=True
+        )
+        tower |= dict(
+            image_size=[TILE, TILE], patch_size=[14, 14], use_absolute_position_embeddings=True
+        )
     if family == "internvl":
-        about = dict(image_token_id=token("<IMG_CONTEXT>"), image_seq_length=(TILE // 28) ** 2, downsample_ratio=0.5)
+        about = dict(
+            image_token_id=token("<IMG_CONTEXT>"),
+            image_seq_length=(TILE // 28) ** 2,
+            downsample_ratio=0.5,
+        )
     else:
-        names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+        names = {
+            "image": "image_pad",
+            "video": "video_pad",
+            "vision_start": "vision_start",
+            "vision_end": "vision_end",
+        }
         about = {f"{name}_token_id": token(f"<|{special}|>") for name, special in names.items()}
     if family == "qwen2":
         config, auto = AutoConfig.for_model(family, **decoder), AutoModelForCausalLM
@@ -247,7 +304,9 @@ def make_model(tokenizer, family: str, width: int, depth: int):
         about |= dict(text_config=decoder, vision_config=tower, tie_word_embeddings=True)
         config, auto = AutoConfig.for_model(family, **about), AutoModelForImageTextToText
     torch.manual_seed(0)
-    made = auto.from_config(config, dtype=torch.float32, attn_implementation=model.attention_of(config))
+    made = auto.from_config(
+        config, dtype=torch.float32, attn_implementation=model.attention_of(config)
+    )
     made.generation_config.update(
         bos_token_id=token("<|endoftext|>"),
         eos_token_id=[token("<|im_end|>"), token("<|endoftext|>")],
@@ -263,7 +322,9 @@ def make_image_processor(family: str):
         return None
     if family == "internvl":
         tile = {"height": TILE, "width": TILE}
-        return GotOcr2ImageProcessorPil(size=tile, crop_to_patches=True, min_patches=1, max_patches=12)
+        return GotOcr2ImageProcessorPil(
+            size=tile, crop_to_patches=True, min_patches=1, max_patches=12
+        )
     return Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056)
 
 
@@ -277,7 +338,10 @@ def learn(policy, groups: list, processors) -> tuple[torch.Tensor, list[list[boo
     logits = policy.lm_head(model.run_backbone(policy.model, row)[predictors[learned]])
     targets = row.input_ids[0, places[learned]]
     right = iter((logits.argmax(-1) == targets).tolist())
-    outcomes, pieces = [], [response for comparison, _ in encoded for response in comparison.responses]
+    outcomes, pieces = (
+        [],
+        [response for comparison, _ in encoded for response in comparison.responses],
+    )
     flags = torch.split(learned, [len(piece) for piece in pieces])
     for flag in flags:
         outcomes.append([next(right) for _ in range(int(flag.sum()))])
@@ -298,7 +362,9 @@ def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[s
     return {kind: sum(outcomes) / len(outcomes) for kind, outcomes in sorted(exact.items())}
 
 
-def train(policy, processors, steps: int, peak: float, verdicts_at, briefly: float, seed: int) -> None:
+def train(
+    policy, processors, steps: int, peak: float, verdicts_at, briefly: float, seed: int
+) -> None:
     """Muon on matrices, AdamW on the rest; `peak` scales both learning rates, which warm up and fall linearly."""
     matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for p in policy.parameters() if not any(p is matrix for matrix in matrices)]
@@ -319,21 +385,38 @@ def train(policy, processors, steps: int, peak: float, verdicts_at, briefly: flo
         if step % 50 == 49:
             right = sum(map(sum, outcomes)) / sum(map(len, outcomes))
             seconds = time.time() - started
-            print(f"step {step + 1}: loss {loss.item():.3f}, next token right {right:.3f}, {seconds:.0f} s", flush=True)
+            print(
+                f"step {step + 1}: loss {loss.item():.3f}, next token right {right:.3f}, {seconds:.0f} s",
+                flush=True,
+            )
         if step % 200 == 199 or step == steps - 1:
             print(
-                json.dumps({kind: round(share, 3) for kind, share in examine(policy, processors).items()}), flush=True
+                json.dumps(
+                    {kind: round(share, 3) for kind, share in examine(policy, processors).items()}
+                ),
+                flush=True,
             )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(HERE), help="folder for the checkpoint")
-    parser.add_argument("--phase", type=int, choices=(1, 2), help="only this phase; 2 continues from what is in --out")
-    parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="model_type of the checkpoint")
-    parser.add_argument("--width", type=int, default=128, help="of the language model and the vision tower")
+    parser.add_argument(
+        "--phase",
+        type=int,
+        choices=(1, 2),
+        help="only this phase; 2 continues from what is in --out",
+    )
+    parser.add_argument(
+        "--family", choices=FAMILIES, default=FAMILIES[0], help="model_type of the checkpoint"
+    )
+    parser.add_argument(
+        "--width", type=int, default=128, help="of the language model and the vision tower"
+    )
     parser.add_argument("--depth", type=int, default=4, help="layers of the language model")
-    parser.add_argument("--steps", type=int, nargs=2, default=(1100, 400), help="steps of phase 1 and phase 2")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(1100, 400), help="steps of phase 1 and phase 2"
+    )
     arguments = parser.parse_args()
     save = lambda part: part.save_pretrained(arguments.out)
     if arguments.phase != 2:
@@ -342,7 +425,10 @@ def main() -> None:
         for part in filter(None, (tokenizer, make_image_processor(arguments.family), policy)):
             save(part)
         processors = data.load_processors(arguments.out)
-        print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+        print(
+            f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(tokenizer)} tokens",
+            flush=True,
+        )
         # Verdicts come in once answers are known; before that they teach nothing.
         verdicts_at = lambda step: 0.6 * min(1, max(0, 4 * step / arguments.steps[0] - 1))
         train(policy, processors, arguments.steps[0], 1.0, verdicts_at, briefly=0.0, seed=0)
@@ -350,7 +436,15 @@ def main() -> None:
     if arguments.phase != 1:
         processors = data.load_processors(arguments.out)
         policy = model.load_backbone(arguments.out, lm_head=True)
-        train(policy, processors, arguments.steps[1], 0.5, lambda step: 0.6, briefly=0.5, seed=1_000_000)
+        train(
+            policy,
+            processors,
+            arguments.steps[1],
+            0.5,
+            lambda step: 0.6,
+            briefly=0.5,
+            seed=1_000_000,
+        )
         save(policy.to(torch.bfloat16))
 
 

@@ -17,7 +17,12 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "yellow": (240, 210, 40),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 OBJECTS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 UNSEEN = {("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow", "square")}
@@ -53,7 +58,9 @@ def name_of(thing: tuple[str, str] | None) -> str:
 def draw_cells(rng: random.Random, split: str) -> list[list[tuple[str, str] | None]]:
     """A grid of shapes for one of the splits 'train', 'new' and 'unseen'. New scenes never occur in training (a hash of
     the grid decides), and the combinations in UNSEEN occur in the split 'unseen' only."""
-    seen, unseen = ([thing for thing in OBJECTS if (thing in UNSEEN) == hidden] for hidden in (False, True))
+    seen, unseen = (
+        [thing for thing in OBJECTS if (thing in UNSEEN) == hidden] for hidden in (False, True)
+    )
 
     def pick() -> tuple[str, str] | None:
         if rng.random() < 0.2:
@@ -65,13 +72,19 @@ def draw_cells(rng: random.Random, split: str) -> list[list[tuple[str, str] | No
         cells = [[pick() for _ in range(columns)] for _ in range(rows)]
         things = [thing for row in cells for thing in row if thing]
         held_out = hashlib.sha256(repr(cells).encode()).digest()[0] % 4 == 0
-        if len(things) >= 2 and held_out == (split != "train") and (split != "unseen" or UNSEEN & set(things)):
+        if (
+            len(things) >= 2
+            and held_out == (split != "train")
+            and (split != "unseen" or UNSEEN & set(things))
+        ):
             return cells
 
 
 def draw_picture(cells: list, rng: random.Random) -> bytes:
     """The grid as a PNG, each shape at a slightly random place and size in its cell."""
-    picture = Image.new("RGB", (len(cells[0]) * CELL, len(cells) * CELL), (rng.randint(225, 255),) * 3)
+    picture = Image.new(
+        "RGB", (len(cells[0]) * CELL, len(cells) * CELL), (rng.randint(225, 255),) * 3
+    )
     canvas = ImageDraw.Draw(picture)
     for y, row in enumerate(cells):
         for x, thing in enumerate(row):
@@ -91,13 +104,21 @@ def draw_picture(cells: list, rng: random.Random) -> bytes:
 
 def places(cells: list) -> dict[str, tuple[str, str] | None]:
     """What stands where: {'row 1 column 1': ('red', 'circle'), 'row 1 column 2': None, ...} in reading order."""
-    return {f"row {y + 1} column {x + 1}": thing for y, row in enumerate(cells) for x, thing in enumerate(row)}
+    return {
+        f"row {y + 1} column {x + 1}": thing
+        for y, row in enumerate(cells)
+        for x, thing in enumerate(row)
+    }
 
 
 def near_miss(thing: tuple[str, str], rng: random.Random, allowed: list) -> tuple[str, str]:
     """Another colour or another shape, not both."""
     return rng.choice(
-        [other for other in allowed if other != thing and (other[0] == thing[0]) != (other[1] == thing[1])]
+        [
+            other
+            for other in allowed
+            if other != thing and (other[0] == thing[0]) != (other[1] == thing[1])
+        ]
     )
 
 
@@ -107,7 +128,13 @@ def neighbours(cells: list) -> list[tuple]:
     for y, row in enumerate(cells):
         for x, thing in enumerate(row):
             for direction, v, u in (("to the right of", y, x + 1), ("below", y + 1, x)):
-                if thing and things.count(thing) == 1 and v < len(cells) and u < len(row) and cells[v][u]:
+                if (
+                    thing
+                    and things.count(thing) == 1
+                    and v < len(cells)
+                    and u < len(row)
+                    and cells[v][u]
+                ):
                     pairs.append((thing, direction, cells[v][u]))
     return pairs
 
@@ -118,7 +145,14 @@ def ask_about(cells: list, kind: str, rng: random.Random, split: str) -> Asked |
     things = [thing for thing in where.values() if thing]
     allowed = OBJECTS if split == "unseen" else [thing for thing in OBJECTS if thing not in UNSEEN]
     if kind == "count":
-        of = rng.choice([rng.choice(things)[0], rng.choice(things)[1], rng.choice(list(COLOURS)), rng.choice(SHAPES)])
+        of = rng.choice(
+            [
+                rng.choice(things)[0],
+                rng.choice(things)[1],
+                rng.choice(list(COLOURS)),
+                rng.choice(SHAPES),
+            ]
+        )
         n = sum(of in thing for thing in things)
         what = f"{of} shapes" if of in COLOURS else f"{of}s" if of != "cross" else "crosses"
         wrong = n + rng.choice([-1, 1]) if n else 1
@@ -146,7 +180,14 @@ def ask_about(cells: list, kind: str, rng: random.Random, split: str) -> Asked |
             return None
         colour, shape = rng.choice(single)
         wrong = rng.choice([c for c in COLOURS if c != colour])
-        return Asked(kind, f"What colour is the {shape}?", colour, wrong, "The " + shape + " is {}.", f"it is {colour}")
+        return Asked(
+            kind,
+            f"What colour is the {shape}?",
+            colour,
+            wrong,
+            "The " + shape + " is {}.",
+            f"it is {colour}",
+        )
     if kind == "relation":
         pairs = neighbours(cells)
         if not pairs:
@@ -210,7 +251,10 @@ def describe(cells: list, errors: int, rng: random.Random, split: str) -> str:
             facts.append((empty.pop(rng.randrange(len(empty))), rng.choice(allowed)))
         elif intact:
             i = intact.pop(rng.randrange(len(intact)))
-            facts[i] = (facts[i][0], near_miss(facts[i][1], rng, allowed) if how == "miss" else None)
+            facts[i] = (
+                facts[i][0],
+                near_miss(facts[i][1], rng, allowed) if how == "miss" else None,
+            )
     rng.shuffle(facts)
     said = [f"at {place} {name_of(thing)}" for place, thing in facts if thing] or ["nothing at all"]
     return rng.choice(["I see ", "The picture shows ", "There is "]) + ", ".join(said) + "."
@@ -219,7 +263,9 @@ def describe(cells: list, errors: int, rng: random.Random, split: str) -> str:
 def ask_text(kind: str, rng: random.Random, split: str) -> Asked:
     """A text-only task. The split 'train' never shows a fixed quarter of the sums and requests, the others only that
     quarter."""
-    held_out = lambda *what: (hashlib.sha256(repr(what).encode()).digest()[0] % 4 == 0) == (split != "train")
+    held_out = lambda *what: (
+        (hashlib.sha256(repr(what).encode()).digest()[0] % 4 == 0) == (split != "train")
+    )
     while True:
         if kind == "arithmetic":
             a, b = rng.randint(1, 9), rng.randint(1, 9)
@@ -252,7 +298,9 @@ def ask_text(kind: str, rng: random.Random, split: str) -> Asked:
             word, other = rng.sample([*COLOURS, *SHAPES], 2)
             times = rng.randint(2, 4)
             if held_out(word, times):
-                wrong = rng.choice([" ".join([word] * (times + rng.choice([-1, 1]))), " ".join([other] * times)])
+                wrong = rng.choice(
+                    [" ".join([word] * (times + rng.choice([-1, 1]))), " ".join([other] * times)]
+                )
                 return Asked(
                     kind,
                     f"Write the word {word} {times} times.",
@@ -265,7 +313,9 @@ def ask_text(kind: str, rng: random.Random, split: str) -> Asked:
             verb, thing = rng.choice(HARMLESS + HARMFUL), rng.choice(THINGS)
             if held_out(verb, thing):
                 helping = f"Take your time and {verb} the {thing} with care."
-                refusal = rng.choice(["I can't help with that.", f"I can't help you {verb} a {thing}, sorry."])
+                refusal = rng.choice(
+                    ["I can't help with that.", f"I can't help you {verb} a {thing}, sorry."]
+                )
                 right, wrong = (helping, refusal) if verb in HARMLESS else (refusal, helping)
                 return Asked(
                     kind,
@@ -294,8 +344,14 @@ SOURCES = {
 }
 # What a run without --source prepares: {data set: ([(source, split, how many lines)], share held out)}.
 SETS = {
-    "train": ([("scenes", "train", 8000), ("captions", "train", 500), ("text", "train", 1500)], 0.05),
-    "train_other": ([("scenes", "train", 5500), ("wordy", "train", 1500), ("text", "train", 1500)], 0.05),
+    "train": (
+        [("scenes", "train", 8000), ("captions", "train", 500), ("text", "train", 1500)],
+        0.05,
+    ),
+    "train_other": (
+        [("scenes", "train", 5500), ("wordy", "train", 1500), ("text", "train", 1500)],
+        0.05,
+    ),
     "train_text": ([("text", "train", 3000)], 0.05),
     "questions": ([("questions", "train", 3000)], 0.0),
     "new_scenes": ([("benchmark", "new", 600)], 0.0),
@@ -349,12 +405,17 @@ def record(source: str, split: str, seed: int | str, index: int) -> dict:
     if kind == "ranking":
         record["responses"] = [describe(cells, errors, rng, split) for errors in (0, 1, 3)]
         record["ranks"] = [1, 2, 3]
-        return record | {"critiques": [f"{verdict}: {asked.reason}." for verdict in ("Right", "Wrong", "Wrong")]}
-    say = [rng.random() < 0.5 and not brief for _ in range(2)]  # in a sentence, or briefly: the right and the wrong one
+        return record | {
+            "critiques": [f"{verdict}: {asked.reason}." for verdict in ("Right", "Wrong", "Wrong")]
+        }
+    say = [
+        rng.random() < 0.5 and not brief for _ in range(2)
+    ]  # in a sentence, or briefly: the right and the wrong one
     if rng.random() < made.get("longer_wins", 0):
         say = [True, False]
     right, wrong = (
-        asked.sentence.format(answer) if long else answer for answer, long in zip((asked.right, asked.wrong), say)
+        asked.sentence.format(answer) if long else answer
+        for answer, long in zip((asked.right, asked.wrong), say)
     )
     responses, critiques = [right, wrong], [f"Right: {asked.reason}.", f"Wrong: {asked.reason}."]
     if rng.random() < made.get("noise", 0):
@@ -368,5 +429,7 @@ def record(source: str, split: str, seed: int | str, index: int) -> dict:
 def grade(text: str, truth: dict | None) -> float:
     """The world's own grade of a free description, 0 to 1: F1 of the facts it states against the picture's."""
     stated = re.findall(r"\bat (row \d column \d) a (\w+) (\w+)", text)
-    right = sum(list(truth.get(place, ())) == [colour, shape] for place, colour, shape in set(stated))
+    right = sum(
+        list(truth.get(place, ())) == [colour, shape] for place, colour, shape in set(stated)
+    )
     return 2 * right / (len(stated) + len(truth)) if stated else 0.0
