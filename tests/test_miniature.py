@@ -15,7 +15,7 @@ for folder in ("miniature", "tiny"):
 runner, tables, make_tiny = (
     importlib.import_module(name) for name in ("run", "tables", "make_tiny")
 )
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "tests/miniature/README.md").read_text()
 SHOWN = set(re.findall(r"<!-- study: (\w+) -->", README))
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of the studies into the README, from results.jsonl: mean and standard error over the seeds.
+"""Writes the tables of the studies into the README.md beside it, from results.jsonl: mean and standard error over the seeds.
 
     python tests/miniature/tables.py             # writes them; with --check only says whether they are up to date
 
@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from run import ROOT, RUNS, STUDIES, read_results  # noqa: E402
 
-README = ROOT / "README.md"
+README = Path(__file__).with_name("README.md")
 
 
 def cell(column: str, values: list[float]) -> str:
