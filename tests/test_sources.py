@@ -498,11 +498,11 @@ def test_every_published_training_set_is_tested():
         (
             "shp",
             ["Why flat? | 1: Old soda. | 2: No idea."] * 2
-            + ["Why flat? | 1: No idea. | 2: Old soda."]
+            + ["Why flat? | 2: Old soda. | 1: No idea."]
             + [f"Why flat? | 1: Old soda. | 2: No {i}." for i in range(4)],
             [
                 "score_ratio below 2",
-                "labels: 2, neither 1 nor 0",
+                "2 does not say which of two is better",
                 *["more than 5 pairs of this post"] * 2,
             ],
         ),
