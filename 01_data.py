@@ -1666,45 +1666,39 @@ def main(settings: Settings) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Appendix: published data sets, as data. The table SOURCES below has one entry for each set:
-# a converter, which makes one published row a record of the JSON form or raises Unusable with the
-# reason; `hub`, the set's name on the Hugging Face hub; `files`, the pattern of the files to read;
-# `metric` of a benchmark, a name in 04 (of questions to a policy: in 06). The comment above an entry
-# has facts from the set's card or its authors' loader; "unconfirmed" marks a guess.
-# To add a set, add one entry. Read RLAIF-V's as the example:
+# Appendix: published data sets, as data. SOURCES, after the functions, has one entry for each set:
+# a converter, which makes a published row a record of the JSON form or raises Unusable with the
+# reason; the set's name on the Hugging Face hub; a pattern of the files to read; for a benchmark
+# its metric, by its name in 04 (for questions to a policy: in 06). To add a set, add one entry.
+# Comments give facts from the set's card or its authors' loader; "unconfirmed" marks a guess.
+# An example:
 #
-#     # 83,132 pairs, each with one picture inside the parquet file.
+#     # 83,132 pairs, each with one picture inside the parquet file
 #     "rlaif-v": Source(
-#         partial(pair, prompt="question", images=["image"], id="idx", category="origin_dataset"),
-#         hub="openbmb/RLAIF-V-Dataset", files="**/*.parquet"),
+#         partial(pair, prompt="question", images="image", id="idx", category="origin_dataset"),
+#         "openbmb/RLAIF-V-Dataset", PARQUET),
 #
-# `pair` takes `chosen` and `rejected` from the columns of these names. A keyword fills a field of the
-# record: `prompt` from the column `question`, `images` with a list of the column `image`.
-# If no converter fits, write a function row -> record, as for the sets before the table.
+# `pair` takes `chosen` and `rejected` from columns of these names; a keyword fills a field of the
+# record from another column. If no converter fits, write a function row -> record.
 
 
 @dataclass
 class Source:
-    """Say where a published set is and how its rows become records."""
+    """Say where the files of a published set are and how its rows become records."""
 
     convert: Callable = dict  # row -> record; dict: the row already has the JSON form
-    hub: str = ""  # owner/name
+    hub: str = ""  # owner/name; empty: not on the hub
     files: str = "**/*"  # pattern inside the set's folder
     metric: str = ""  # empty: training data
-    with_file: bool = False  # call convert(row, file), for facts that stand in the path
-    read: Callable | None = None  # replaces all this: PATH -> lines, if rows depend on one another
+    with_file: bool = False  # call convert(row, file): the path tells something about the row
+    read: Callable | None = None  # PATH -> lines, instead of `convert`: rows depend on one another
 
 
-# Converters. `columns` maps fields of the record to columns of the row.
+# Converters: row -> record. A keyword says what fills a field of the record.
 
 
-def pick(row: dict, columns: dict) -> dict:
-    """Fill the fields of a record from a row.
-
-    Args:
-        columns: {field: source}. The source is a column's name, a list of names (the field becomes
-            a list), or a function of the row.
-    """
+def pick(row, columns):
+    """Fill each field of a record from a column, a list of columns, or by a function of the row."""
     record = {}
     for field, source in columns.items():
         if callable(source):
@@ -1713,15 +1707,17 @@ def pick(row: dict, columns: dict) -> dict:
             record[field] = [row[column] for column in source]
         else:
             record[field] = row[source]
+    if not isinstance(record.get("images", []), list):
+        record["images"] = [record["images"]]
     return record
 
 
-def pair(row: dict, prompt="prompt", **columns) -> dict:
+def pair(row, prompt="prompt", **columns):
     """Convert a row with one chosen and one rejected response."""
     return pick(row, {"prompt": prompt, "chosen": "chosen", "rejected": "rejected", **columns})
 
 
-def several(row: dict, **columns) -> dict:
+def several(row, **columns):
     """Convert a row with a list of chosen and a list of rejected responses."""
     record = pick(row, {"prompt": "prompt", "id": "id", **columns})
     record["responses"] = [*row["chosen"], *row["rejected"]]
@@ -1729,25 +1725,24 @@ def several(row: dict, **columns) -> dict:
     return record
 
 
-def choice(row: dict, label: str, first: object, second: object, **columns) -> dict:
-    """Convert a row with two `responses` and a label: `first` if the first is better, or `second`."""
+def choice(row, label, first, second, **columns):
+    """Convert two `responses` and a label, `first` if the first one is better, else `second`."""
     record = pick(row, columns)
     count = len(record["responses"])
-    if row[label] not in (first, second) or count != 2:
-        reason = f"{row[label]!r} does not say which of two is better; there are {count} responses"
-        raise Unusable(reason)
+    reason = f"{row[label]!r} does not say which of two is better; there are {count} responses"
+    require(row[label] in (first, second) and count == 2, reason)
     record["ranks"] = [1, 2] if row[label] == first else [2, 1]
     return record
 
 
-def message(speaker: str, content: str | list) -> dict:
-    """Make one turn of a conversation, whatever the set calls the two speakers."""
-    speaker = speaker.lower()
-    return {"role": {"human": "user", "gpt": "assistant"}.get(speaker, speaker), "content": content}
+def message(speaker, content):
+    """Make one turn of a conversation, whatever the set calls its speakers."""
+    roles = {"human": "user", "gpt": "assistant"}
+    return {"role": roles.get(speaker.lower(), speaker.lower()), "content": content}
 
 
-def conversations(row: dict) -> dict:
-    """Convert two whole conversations; all but their last turns must agree and are the prompt."""
+def conversations(row):
+    """Convert two whole conversations. All turns but the last must agree; they are the prompt."""
     chosen = [message(turn["role"], turn["content"]) for turn in row["chosen"]]
     rejected = [message(turn["role"], turn["content"]) for turn in row["rejected"]]
     same = chosen[:-1] == rejected[:-1]
@@ -1758,46 +1753,30 @@ def conversations(row: dict) -> dict:
     return record
 
 
-def user_turn(text: str) -> list[dict]:
-    """Make a prompt of one turn, with <image> marks in the text where pictures belong."""
-    return [message("user", with_images(text))]
+def first_match(text, /, **patterns):
+    """Return the name of the first pattern that matches somewhere in the text."""
+    for name, pattern in patterns.items():
+        if re.search(pattern, text):
+            return name
+    raise Unusable(f"{text!r} names no category, one of {', '.join(patterns)}")
 
 
-def without_marks(row: dict) -> str:
-    return row["prompt"].replace("<image>", "").strip()
-
-
-def as_list(image: object) -> list:
-    return image if isinstance(image, list) else [image]
-
-
-def pictures(row: dict, file: Path, frames: int) -> list[str]:
-    """List a row's picture, or at most `frames` evenly spread frames of its video, a folder."""
+def pictures(row, file, frames):
+    """List a row's picture, or `frames` evenly spread frames of its video, which is a folder."""
     if row.get("image"):
         return [row["image"]]
     video = row["video"]
     names = [path.name for path in (file.parent / video).glob("*")]
     names.sort(key=lambda name: (len(name), name))  # 9.png before 10.png
     spread = np.linspace(0, len(names) - 1, min(frames, len(names))).astype(int)
-    return [f"{video}/{names[i]}" for i in spread] or [video]  # without frames: an unreadable image
-
-
-def category_in(text: str, names: tuple[str, ...]) -> str:
-    """Return the first of the names that occurs in the text."""
-    for name in names:
-        if name in text:
-            return name
-    raise Unusable(f"{text!r} names no category, one of {', '.join(names)}")
+    return [f"{video}/{names[i]}" for i in spread] or [video]  # no frames: an unreadable image
 
 
 # Training sets that need a function.
 
 
-def trl(row: dict) -> dict:
-    """Convert TRL's forms (its docs, Dataset formats), with a prompt or with an implicit one.
-
-    The implicit prompt of two strings is their common start, up to a whole word (TRL cuts words).
-    """
+def trl(row):
+    """Convert rows with a prompt, or without one: then it is what both responses begin with."""
     record = dict(row)
     image = record.pop("image", None)
     record["images"] = row.get("images") or ([image] if image else [])
@@ -1806,7 +1785,7 @@ def trl(row: dict) -> dict:
     if isinstance(row["chosen"], list):
         return record | conversations(row)
     start = os.path.commonprefix([row["chosen"], row["rejected"]])
-    prompt = re.match(r"(.*\s)?", start, re.DOTALL)[0]
+    prompt = re.match(r"(.*\s)?", start, re.DOTALL)[0]  # whole words; TRL cuts them
     require(prompt, "no prompt, and chosen and rejected begin with different words")
     record["prompt"] = prompt.rstrip()
     record["chosen"] = row["chosen"].removeprefix(prompt)
@@ -1814,44 +1793,42 @@ def trl(row: dict) -> dict:
     return record
 
 
-def llama_factory(row: dict) -> dict:
-    """Convert LLaMA-Factory's two forms (its data/README.md): `conversations`, or `instruction`."""
+def llama_factory(row):
+    """Convert rows with `conversations`, or with `instruction`, `input` and `history`."""
     for key in ("tools", "videos", "audios"):
         require(not row.get(key), f"{key}: not supported")
+    record = {"chosen": row["chosen"], "rejected": row["rejected"]}
     turns = [("system", row["system"])] if row.get("system") else []
-    chosen, rejected = row["chosen"], row["rejected"]
     if row.get("conversations"):
         turns += [(turn["from"], turn["value"]) for turn in row["conversations"]]
-        chosen, rejected = chosen["value"], rejected["value"]
+        record = {key: response["value"] for key, response in record.items()}
     else:
-        for question, answer in row.get("history") or []:
-            turns += [("human", question), ("gpt", answer)]
+        for instruction, response in row.get("history") or []:
+            turns += [("human", instruction), ("gpt", response)]
         turns.append(("human", "\n".join(filter(None, [row["instruction"], row.get("input")]))))
-    return {
-        "prompt": [message(speaker, with_images(text)) for speaker, text in turns],
-        "chosen": chosen,
-        "rejected": rejected,
-        "images": row.get("images") or [],
-    }
-
-
-def mmif(row: dict, file: Path) -> dict:
-    """Convert LLaMA-Factory's form; pictures are below one of the folders above the file."""
-    record = llama_factory(row)
-    for i, image in enumerate(record["images"]):
-        for folder in file.absolute().parents:
-            if (folder / image).is_file():
-                record["images"][i] = str(folder / image)
-                break
+    record["prompt"] = [message(speaker, with_images(text)) for speaker, text in turns]
+    record["images"] = row.get("images") or []
     return record
 
 
-def read_mmpr(path: str) -> Iterator[Line]:
-    """Read the annotations that meta.json lists, {name: {root, annotation}}; root has the pictures."""
+def mmif(row, file):
+    """Find the pictures below one of the folders above the file."""
+    record = llama_factory(row)
+    for folder in file.absolute().parents:
+        images = [str(folder / image) for image in record["images"]]
+        if all(map(os.path.isfile, images)):
+            return record | {"images": images}
+    return record
 
-    def convert(row: dict, root: Path) -> dict:
-        images = [str(root / image) for image in as_list(row["image"]) if image]
-        return pair(row, prompt=lambda row: user_turn(row["question"])) | {"images": images}
+
+def read_mmpr(path):
+    """Read the annotations that meta.json names, {name: {root of the pictures, annotation}}."""
+
+    def convert(row, root):
+        record = pair(row, prompt="question", images="image")
+        record["prompt"] = [message("user", with_images(record["prompt"]))]
+        record["images"] = [str(root / image) for image in record["images"] if image]
+        return record
 
     folder = Path(path).resolve()
     if not (folder / "meta.json").is_file():
@@ -1862,9 +1839,9 @@ def read_mmpr(path: str) -> Iterator[Line]:
         yield from read_rows(str(annotation), partial(convert, root=root))
 
 
-def mm_rlhf(row: dict, file: Path) -> dict:
-    """Convert a pair on a picture or a video; the reasons for the ranking become critiques."""
-    record = pair(row, prompt=lambda row: user_turn(row["prompt"]))
+def mm_rlhf(row, file):
+    record = pair(row)
+    record["prompt"] = [message("user", with_images(row["prompt"]))]
     record["images"] = pictures(row, file, frames=8)
     record["category"] = record["images"][0].split("/")[0]
     critiques = [row.get("chosen_reason"), row.get("rejected_reason")]
@@ -1873,20 +1850,17 @@ def mm_rlhf(row: dict, file: Path) -> dict:
     return record
 
 
-def r1_reward(row: dict) -> dict:
-    """Take both responses out of `message`, the JSON of a judge's prompt."""
-    parts = []
-    for turn in json.loads(row["message"]):
-        parts += turn["content"]
-    text = "".join(part["text"] for part in parts if part["type"] == "text")
-    two = r"\[Response 1\]:(.*?)#+ *\[Response 2\]:(.*?)(?:#+ *\*\*Output Format|$)"
-    responses = re.search(two, text, re.DOTALL)
+def r1_reward(row):
+    """Take both responses from `message`, a judge's prompt in JSON."""
+    parts = [part for turn in json.loads(row["message"]) for part in turn["content"]]
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    both = r"\[Response 1\]:(.*?)#+ *\[Response 2\]:(.*?)(?:#+ *\*\*Output Format|$)"
+    responses = re.search(both, "".join(texts), re.DOTALL)
     better = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", row["answer"][0])
     require(better, f"answer: {row['answer'][0]!r}")
     require(responses, "message without [Response 1] and [Response 2]")
     image = row["image"]
-    only_text = all(part["type"] == "text" for part in parts)
-    require(image or only_text, "image: empty, though the message shows one")
+    require(image or len(texts) == len(parts), "image: empty, though the message shows one")
     if isinstance(image, str) and len(image) > 1000:  # base64, not a path (unconfirmed)
         image = base64.b64decode(image.rpartition(",")[2], validate=True)
     return {
@@ -1897,40 +1871,32 @@ def r1_reward(row: dict) -> dict:
     }
 
 
-def ultrafeedback(row: dict) -> dict:
-    """Rank up to four responses by overall_score; equal scores tie."""
+def ultrafeedback(row, hard=False):
+    """Rank up to four responses by score, equal ones tie; `hard` keeps the best and the worst."""
     answers = row["completions"]
     scores = [float(answer["overall_score"]) for answer in answers]
     require(all(map(math.isfinite, scores)), "overall_score: not a number")
     order = sorted(scores, reverse=True)
-    return {
-        "prompt": row["instruction"],
-        "responses": [answer["response"] for answer in answers],
-        "ranks": [order.index(score) + 1 for score in scores],
-        "critiques": [answer["critique"] for answer in answers],
-        "category": row["source"],
-    }
-
-
-def ultrafeedback_hard(row: dict) -> dict:
-    """Keep a prompt's best and worst response, the largest score difference: the paper's Ultra-Hard."""
-    record = ultrafeedback(row)
-    ranks = record["ranks"]
-    extremes = [ranks.index(min(ranks)), ranks.index(max(ranks))]
-    for key in ("responses", "ranks", "critiques"):
-        record[key] = [record[key][i] for i in extremes]
+    ranks = [order.index(score) + 1 for score in scores]
+    record = {"prompt": row["instruction"], "ranks": ranks, "category": row["source"]}
+    record["responses"] = [answer["response"] for answer in answers]
+    record["critiques"] = [answer["critique"] for answer in answers]
+    if hard:
+        extremes = [ranks.index(min(ranks)), ranks.index(max(ranks))]
+        for key in ("responses", "ranks", "critiques"):
+            record[key] = [record[key][i] for i in extremes]
     return record
 
 
-def shp(row: dict) -> dict:
+def shp(row):
     require(row["score_ratio"] >= 2, "score_ratio below 2")
     columns = {"prompt": "history", "responses": ["human_ref_A", "human_ref_B"]}
     return choice(row, "labels", first=1, second=0, id="post_id", category="domain", **columns)
 
 
-def read_shp(path: str) -> Iterator[Line]:
-    """Keep the first five usable pairs of a post. Every rank counts all rows, so all ranks agree."""
-    pairs = Counter()  # of a post
+def read_shp(path):
+    """Keep the first 5 usable pairs of a post. Every rank counts all rows, so all ranks agree."""
+    pairs = Counter()
     for file, line, read in read_rows(path, shp, "**/train*.json*"):
         try:
             post = read()["id"]
@@ -1943,21 +1909,20 @@ def read_shp(path: str) -> Iterator[Line]:
         yield file, line, read
 
 
-def swe_arena(row: dict) -> dict:
-    """Convert a vote on two conversations, whose messages are [role, text]; ties are unusable."""
+def swe_arena(row):
     vote = row["feedback"]["vote_type"]
     require(vote in ("vote_model_A", "vote_model_B"), f"no better response: {vote}")
-    first = [message(*turn) for turn in row["states"]["model_A"]["messages"]]
-    second = [message(*turn) for turn in row["states"]["model_B"]["messages"]]
+    chosen = [message(*turn) for turn in row["states"]["model_A"]["messages"]]
+    rejected = [message(*turn) for turn in row["states"]["model_B"]["messages"]]
     if vote == "vote_model_B":
-        first, second = second, first
-    return conversations({"chosen": first, "rejected": second, "id": row["chat_session_id"]})
+        chosen, rejected = rejected, chosen
+    return conversations({"chosen": chosen, "rejected": rejected, "id": row["chat_session_id"]})
 
 
-def hh_rlhf(row: dict) -> dict:
+def hh_rlhf(row):
     """Cut two transcripts, "\\n\\nHuman: ... \\n\\nAssistant: ...", into turns."""
 
-    def turns(transcript: str) -> list[dict]:
+    def turns(transcript):
         start, *pieces = re.split("\n\n(Human|Assistant):", transcript)
         require(pieces and not start.strip(), "no transcript that begins with Human: or Assistant:")
         return [message(who, text.strip()) for who, text in zip(pieces[::2], pieces[1::2])]
@@ -1969,77 +1934,51 @@ def hh_rlhf(row: dict) -> dict:
 # system's scores fit; the order decides nothing. `category` is the benchmark's own grouping.
 
 
-def vl_rewardbench_category(row: dict) -> str:
-    """Group an item by its origin, as the official repository does."""
-    if row["id"].startswith(("hallucination", "RLAIF", "RLHF")):
-        return "hallucination"
-    return "reasoning" if row["id"].startswith(("mathverse", "mmmu")) else "general"
-
-
-def mm_rlhf_rewardbench(row: dict, file: Path) -> dict:
-    """Convert a pair whose path names the category."""
+def mm_rlhf_rewardbench(row, file):
     record = pair(row, id="id", group="id")
     media = row.get("image") or row["video"]
-    record["category"] = category_in(media, ("mcq", "long", "short", "safety", "video"))
-    record["images"] = pictures(row, file, frames=32)  # the benchmark's own code takes 32
+    kinds = {"mcq": "mcq", "long": "long", "short": "short", "safety": "safety", "video": "video"}
+    record["category"] = first_match(media, **kinds)
+    record["images"] = pictures(row, file, frames=32)  # as in the benchmark's own code
     return record
 
 
-def multimodal_rewardbench_category(row: dict) -> str:
+def multimodal_rewardbench_category(row):
     """Split two categories by the id, as the official script does."""
+    id = row["ID"].lower()
     if row["Category"] == "safety":
-        return "safety/bias" if row["ID"].lower().startswith("pairs") else "safety/toxicity"
+        return "safety/bias" if id.startswith("pairs") else "safety/toxicity"
     if row["Category"] == "reasoning":
-        return "reasoning/math" if row["ID"].lower().startswith("math") else "reasoning/coding"
+        return "reasoning/math" if id.startswith("math") else "reasoning/coding"
     return row["Category"]
 
 
-def rewardbench_prior_set(row: dict, file: Path) -> dict:
-    """Convert either form: texts after the prompt's turns, or whole conversations."""
+def rewardbench_prior_set(row, file):
     record = conversations(row) if isinstance(row["chosen"], list) else pair(row)
-    record["category"] = re.split(r"[-.]", file.name)[0]  # shp-00000.parquet
+    record["category"] = re.split(r"[-.]", file.name)[0]  # of shp-00000.parquet
     return record
 
 
-def rewardbench_2(row: dict) -> dict:
-    """Convert one right response of four; in the subset Ties several are right, many wrong."""
-    right, wrong = len(row["chosen"]), len(row["rejected"])
-    correct, total = row["num_correct"], row["total_completions"]
-    counts = f"{right} chosen and {wrong} rejected, but {correct} correct of {total}"
-    require(right == correct and right + wrong == total, counts)
-    return several(row, category="subset")
-
-
-def rm_bench(row: dict, file: Path) -> dict:
-    """Convert 3 chosen and 3 rejected: concise, detailed plain, detailed markdown."""
-    right, wrong = len(row["chosen"]), len(row["rejected"])
-    require(right == wrong == 3, f"{right} chosen and {wrong} rejected, not 3 styles of each")
-    domain = row.get("domain") or file.name  # chat_filtered.json and the like have no column
+def rm_bench(row, file):
+    counts = (len(row["chosen"]), len(row["rejected"]))
+    require(counts == (3, 3), f"{counts[0]} chosen and {counts[1]} rejected, not 3 styles of each")
     record = several(row)
-    record["category"] = category_in(domain, ("chat", "code", "math", "safety"))
+    domain = row.get("domain") or file.name  # chat_filtered.json has no column for it
+    record["category"] = first_match(domain, chat="chat", code="code", math="math", safety="safety")
     return record
 
 
-JUDGEBENCH = {  # what `source` begins with: category
-    "mmlu-pro": "knowledge",
-    "livebench-reasoning": "reasoning",
-    "livebench-math": "math",
-    "livecodebench": "coding",
-}
-
-
-def llmbar(row: dict, file: Path) -> dict:
-    """Convert a row; its folder, or else its file, is named after the subset."""
+def llmbar(row, file):
     columns = {"prompt": "input", "responses": ["output_1", "output_2"]}
     record = choice(row, "label", first=1, second=2, **columns)
     record["category"] = file.parent.name if file.stem == "dataset" else file.stem
     return record
 
 
-# Questions to a policy: a prompt in the benchmark's words, `answer`, and the `rule` by which 06 checks
-# it. A question without an answer, as in most test splits, is unusable.
+# Questions to a policy: a prompt in the benchmark's words, `answer`, and the `rule` by which 06
+# checks it. A question without an answer, as in most test splits, is unusable.
 
-RULES = {  # kind: (form of the answers that it can check, further fields of the rule)
+RULES = {  # kind: (form of the answers that it can check, types of the rule's further fields)
     "text": (r"(?s).*\w.*", {}),
     "letter": (r"[A-Z]", {"options": list}),
     "yes_no": (r"(?i)yes|no", {}),
@@ -2050,73 +1989,65 @@ LETTER = "Answer with the option's letter from the given choices directly."  # L
 
 def check_rule(rule: object, answer: object) -> None:
     """Raise Unusable unless the rule, a kind or {"kind": ..., fields}, can check the answer."""
-    fields = rule if isinstance(rule, dict) else {"kind": rule}
-    kind, text = fields.get("kind"), str(answer).strip()
-    known = isinstance(kind, str) and kind in RULES
-    require(known, f"rule: {kind!r}; known are {', '.join(RULES)}")
+    fields = dict(rule) if isinstance(rule, dict) else {"kind": rule}
+    kind = fields.pop("kind", None)
+    require(kind in list(RULES), f"rule: {kind!r}; known are {', '.join(RULES)}")
     form, types = RULES[kind]
     for key, value in fields.items():
-        fits = key == "kind" or isinstance(value, types.get(key, ()))
-        require(fits, f"rule: {kind} with {key} = {value!r}")
+        require(isinstance(value, types.get(key, ())), f"rule: {kind} with {key} = {value!r}")
+    text = str(answer).strip()
     require(re.fullmatch(form, text), f"answer: {answer!r} is none that the rule {kind} can check")
     if fields.get("options"):
         count = len(fields["options"])
         require(ord(text) - ord("A") < count, f"answer: {answer!r} of {count} options")
 
 
-def ask(text: str, image: str | bytes | dict, **fields) -> dict:
+def ask(text, image, **fields):
     """Make a record that asks about one picture, which stands before the text."""
     content = [{"type": "image"}, {"type": "text", "text": text}]
     return {"prompt": [message("user", content)], "images": [image], **fields}
 
 
-def closed(row: dict, question: str, answer="answer", rule="text", **columns) -> dict:
-    """Convert a question with its answer; rule "letter" also asks for the letter."""
-    text = row[question].strip()
-    if rule == "letter" and LETTER not in text:
-        text += f"\n{LETTER}"
-    record = ask(text, row["image"], answer=row[answer].strip(), rule=rule)
-    return record | pick(row, columns)
+def question(row, text="question", rule="", **columns):
+    """Convert a question on one picture. The rule "letter" also asks for the letter; without a rule
+    a judge model compares answers, and `judged` has what its file needs beside them."""
+    prompt = row[text].strip()
+    if rule == "letter" and LETTER not in prompt:
+        prompt += f"\n{LETTER}"
+    record = ask(prompt, row["image"])
+    record |= pick(row, {"id": "question_id", "category": "category", **columns})
+    if rule:
+        record |= {"rule": rule, "answer": record["answer"].strip()}
+    return record
 
 
-def judged(row: dict, question: str, judge: dict, **columns) -> dict:
-    """Convert a question for a judge model; `judge` names the columns that the judge's file needs."""
-    return ask(row[question], row["image"], judged=pick(row, judge)) | pick(row, columns)
-
-
-def lettered(options: list[str]) -> str:
+def lettered(options):
     """Write options one a line, each after its letter: "A. red", "B. blue"."""
     letters = string.ascii_uppercase
     return "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
 
 
-def vstar(row: dict) -> dict:
-    """Cut off the objects to look at, and check sentences by their Yes or No, or else as a whole.
-
-    Both cuts are DeepEyes's (arXiv 2505.14362). Few policies match a whole sentence, so the reward
-    model has to tell these answers apart; DeepEyes had a language model compare them.
-    """
+def vstar(row):
+    """Cut off the list of objects before the question, as DeepEyes does (arXiv 2505.14362). Of long
+    answers only the Yes or No is checked; the reward model has to tell the others apart."""
     require(row["target_instances"], "no target_instances: not a question about objects")
-    question, answer = row["conversations"][0]["value"], row["conversations"][1]["value"]
-    text = question.split("<object>.\n")[-1].replace("<image>", "").strip()
-    rule, verdict = "text", re.match(r"(Yes|No)([,.]|$)", answer)
+    text = row["conversations"][0]["value"].split("<object>.\n")[-1].replace("<image>", "").strip()
+    answer = row["conversations"][1]["value"]
+    verdict = re.match(r"(Yes|No)([,.]|$)", answer)
     if verdict:
-        rule, answer = "yes_no", verdict[1]
-    return ask(text, row["image"], answer=answer, rule=rule, category="vstar")
+        return ask(text, row["image"], answer=verdict[1], rule="yes_no", category="vstar")
+    return ask(text, row["image"], answer=answer, rule="text", category="vstar")
 
 
-def arxivqa(row: dict) -> dict:
-    """Clean a question that GPT-4V wrote: options with or without letters, labels "B", "B)", "[B]"."""
+def arxivqa(row):
+    """Clean options ("red" or "A) red", some are separators) and labels ("B", "B)", "[B] blue")."""
     options = [option.strip() for option in row["options"]]
-    for option in options:
-        odd = option in ("", "-") or option.startswith("#")
-        require(not odd, "options: one of them is empty, a separator or a heading")
-    bare = []
-    for letter, option in zip(string.ascii_uppercase, options):
-        own = re.match(rf"[(\[]?{letter}[.):\]]+\s*(.+)", option)
-        bare += [own[1]] if own else []
-    if len(bare) == len(options):  # all have their letter; else "B. cereus" would lose its genus
-        options = bare
+    odd = any(option in ("", "-") or option.startswith("#") for option in options)
+    require(not odd, "options: one of them is empty, a separator or a heading")
+    own = r"[(\[]?%s[.):\]]+\s*(.+)"  # an option with its letter
+    bare = [re.match(own % chr(ord("A") + i), option) for i, option in enumerate(options)]
+    if all(bare):  # else "B. cereus" would lose its genus
+        options = [match[1] for match in bare]
     label = re.match(r"[(\[]?([A-Z])(?![A-Za-z])", row["label"].strip())
     require(label, f"label: {row['label']!r} does not begin with a letter")
     text = f"{row['question']}\n{lettered(options)}\n{LETTER}"
@@ -2124,21 +2055,17 @@ def arxivqa(row: dict) -> dict:
     return ask(text, row["image"], id=row["id"], answer=label[1], rule=rule, category="arxivqa")
 
 
-def thinklite_vl(row: dict) -> dict:
+def thinklite_vl(row):
     """Choose the rule by the answer's form."""
-    text, answer = row["problem"].replace("<image>", "").strip(), str(row["answer"]).strip()
-    rule = "text"
-    if re.fullmatch(r"[A-Z]", answer):
-        rule = "letter"
-    elif re.fullmatch(r"(?i)yes|no", answer):
-        rule = "yes_no"
-    elif re.fullmatch(r"-?[\d,]*\.?\d+", answer):
-        rule = "number"
+    text = row["problem"].replace("<image>", "").strip()
+    answer = str(row["answer"]).strip()
+    forms = {"letter": "^[A-Z]$", "yes_no": "(?i)^(yes|no)$", "number": r"^-?[\d,]*\.?\d+$"}
+    rule = first_match(answer, **forms, text="")
     return ask(text, row["image"], id=row["id"], answer=answer, rule=rule, category="thinklite-vl")
 
 
-def read_mmbench(path: str) -> Iterator[Line]:
-    """Read VLMEvalKit's files, where a rotated question has the index of a row before it as picture."""
+def read_mmbench(path):
+    """Give rotations of a question the picture of the row whose index they have in its place."""
     images = {}  # index: picture in base64
     for file, line, read in read_rows(path, dict, "**/*.tsv"):
         row = read()
@@ -2149,13 +2076,13 @@ def read_mmbench(path: str) -> Iterator[Line]:
         yield file, line, partial(convert_row, partial(dict, row), mmbench)
 
 
-def mmbench(row: dict) -> dict:
-    """Ask as VLMEvalKit's ImageMCQDataset does; a question and its rotations share a group."""
+def mmbench(row):
+    """Ask as VLMEvalKit's ImageMCQDataset does; a question and its rotations are one group."""
     row = {key: value for key, value in row.items() if value not in (None, "", "nan")}
     require("answer" in row, "no answer: the answers of the test split are not published")
     options = list(itertools.takewhile(bool, map(row.get, "ABCDEFGH")))
-    hint = f"Hint: {row['hint']}\n" if "hint" in row else ""
-    text = f"{hint}Question: {row['question']}\nOptions:\n{lettered(options)}\n"
+    text = f"Hint: {row['hint']}\n" if "hint" in row else ""
+    text += f"Question: {row['question']}\nOptions:\n{lettered(options)}\n"
     text += "Please select the correct answer from the options above. \n"
     record = ask(text, base64.b64decode(row["image"], validate=True), answer=row["answer"])
     record["rule"] = {"kind": "letter", "options": options}
@@ -2165,11 +2092,10 @@ def mmbench(row: dict) -> dict:
     return record
 
 
-def mathvista(row: dict) -> dict:
-    """Check a choice by its letter, a number with its precision and unit."""
+def mathvista(row):
+    """Check a multiple choice, whose answer is an option's text, by its letter."""
     answer = row["answer"]
-    missing = answer in (None, "")
-    require(not missing, "no answer: the test split's are not published; testmini has them")
+    require(answer not in (None, ""), "no answer: only the split testmini has them")
     if row["question_type"] == "multi_choice":
         choices = list(row["choices"])
         require(answer in choices, f"answer: {answer!r} is none of the choices")
@@ -2181,161 +2107,167 @@ def mathvista(row: dict) -> dict:
             rule["precision"] = int(row["precision"])
         if row["unit"]:
             rule["unit"] = row["unit"]
-    record = ask(row["query"], row["decoded_image"], answer=answer, rule=rule)
-    return record | pick(row, {"id": "pid", "category": lambda row: row["metadata"]["task"]})
+    record = ask(row["query"], row["decoded_image"], id=row["pid"], answer=answer, rule=rule)
+    record["category"] = row["metadata"]["task"]
+    return record
 
 
+PARQUET = "**/*.parquet"
 # fmt: off
 SOURCES = {
-    "jsonl": Source(),  # files in the JSON form
-    "world": Source(),  # the embedded world, drawn by open_source
+    "jsonl": Source(),  # rows in the JSON form
+    "world": Source(),  # the embedded world, which open_source draws
 
-    # Training sets; first two forms that many sets have.
+    # Training sets; first two forms that many sets have
+    # TRL's docs, Dataset formats
     "trl": Source(trl),
+    # Its data/README.md
     "llama-factory": Source(llama_factory),
-    # 83,132 pairs, each with one picture inside the parquet file.
+    # 83,132 pairs, each with one picture inside the parquet file
     "rlaif-v": Source(
-        partial(pair, prompt="question", images=["image"], id="idx", category="origin_dataset"),
-        hub="openbmb/RLAIF-V-Dataset", files="**/*.parquet"),
+        partial(pair, prompt="question", images="image", id="idx", category="origin_dataset"),
+        "openbmb/RLAIF-V-Dataset", PARQUET),
     # About 2 M pairs. cat images.zip_* > images.zip && unzip images.zip && unzip annotations.zip
     "mmpr": Source(read=read_mmpr, hub="OpenGVLab/MMPR-v1.2"),
-    # About 80,000 pairs. Unzip long.zip, mcq.zip, safety.zip, short.zip and video.zip.
-    "mm-rlhf": Source(
-        mm_rlhf, hub="yifanzhang114/MM-RLHF", files="dpo_pairs.jsonl", with_file=True),
-    # 17,261 pairs.
-    "r1-reward": Source(
-        r1_reward, hub="yifanzhang114/R1-Reward-RL", files="**/train-*.parquet"),
-    # 23,000 pairs; where pictures are is unconfirmed. Other files are for fine-tuning.
-    "mmif": Source(
-        mmif, hub="ChrisDing1105/MMIF-23k", files="**/dpo/*.json", with_file=True),
-    # About 133,000 pairs. Unpack images.tar. As in the authors' train_dpo.py, the picture comes first.
+    # About 80,000 pairs; unzip long.zip, mcq.zip, safety.zip, short.zip and video.zip
+    "mm-rlhf": Source(mm_rlhf, "yifanzhang114/MM-RLHF", "dpo_pairs.jsonl", with_file=True),
+    # 17,261 pairs
+    "r1-reward": Source(r1_reward, "yifanzhang114/R1-Reward-RL", "**/train-*.parquet"),
+    # 23,000 pairs in LLaMA-Factory's form; the folder of the pictures is unconfirmed
+    "mmif": Source(mmif, "ChrisDing1105/MMIF-23k", "**/dpo/*.json", with_file=True),
+    # About 133,000 pairs; unpack images.tar. As in the authors' train_dpo.py the picture comes
+    # before the prompt, wherever <image> stands
     "omnialign-v-dpo": Source(
-        partial(pair, prompt=without_marks, images=lambda row: as_list(row["image"])),
-        hub="PhoenixZ/OmniAlign-V-DPO", files="*.jsonl"),
-    # 63,967 prompts. (The copy called "binarized" pairs the best response with a random other.)
-    "ultrafeedback-all": Source(ultrafeedback, hub="openbmb/UltraFeedback"),
-    "ultrafeedback-hard": Source(ultrafeedback_hard, hub="openbmb/UltraFeedback"),
-    # 348,718 pairs. As is common: only score ratios of 2 or more, at most 5 pairs of a post.
+        partial(pair, prompt=lambda row: row["prompt"].replace("<image>", "").strip(),
+                images="image"),
+        "PhoenixZ/OmniAlign-V-DPO", "*.jsonl"),
+    # 63,967 prompts. The paper's Ultra-Hard keeps the pair with the largest score difference; the
+    # copy called "binarized" pairs the best response with a random other
+    "ultrafeedback-all": Source(ultrafeedback, "openbmb/UltraFeedback"),
+    "ultrafeedback-hard": Source(partial(ultrafeedback, hard=True), "openbmb/UltraFeedback"),
+    # 348,718 pairs; as is common, score ratios of at least 2 and at most 5 pairs of a post
     "shp": Source(read=read_shp, hub="stanfordnlp/SHP"),
-    # 378,000, 65,551 and 41,600 pairs; WildChat's files are five named splits.
-    "olmo-2": Source(
-        conversations, hub="allenai/olmo-2-0425-1b-preference-mix", files="**/*.parquet"),
-    "tulu-3-if": Source(
-        conversations, hub="allenai/tulu-3-IF-augmented-on-policy-70b", files="**/*.parquet"),
+    # 378,000, 65,551 and 41,600 pairs, and WildChat in five named splits
+    "olmo-2": Source(conversations, "allenai/olmo-2-0425-1b-preference-mix", PARQUET),
+    "tulu-3-if": Source(conversations, "allenai/tulu-3-IF-augmented-on-policy-70b", PARQUET),
     "tulu-3-ultrafeedback": Source(
-        conversations,
-        hub="allenai/tulu-3-ultrafeedback-cleaned-on-policy-70b", files="**/*.parquet"),
-    "wildchat": Source(
-        conversations, hub="allenai/tulu-3-wildchat-ultrafeedback", files="**/*.parquet"),
-    # About 5,000 votes, now called BigCodeArena. The form of `messages` is unconfirmed.
-    "swe-arena": Source(
-        swe_arena, hub="bigcode/bigcodearena-preference-5k", files="**/*.parquet"),
-    "hh-rlhf": Source(hh_rlhf, hub="Anthropic/hh-rlhf", files="**/train.jsonl.gz"),
+        conversations, "allenai/tulu-3-ultrafeedback-cleaned-on-policy-70b", PARQUET),
+    "wildchat": Source(conversations, "allenai/tulu-3-wildchat-ultrafeedback", PARQUET),
+    # About 5,000 votes, now BigCodeArena; that messages are [role, text] is unconfirmed
+    "swe-arena": Source(swe_arena, "bigcode/bigcodearena-preference-5k", PARQUET),
+    "hh-rlhf": Source(hh_rlhf, "Anthropic/hh-rlhf", "**/train.jsonl.gz"),
 
-    # Benchmarks.
-    # 1250 pairs (arXiv 2411.17451); human_ranking has the responses' places. Ids are not unique.
+    # Benchmarks
+    # ArXiv 2411.17451, 1250 pairs; ids are not unique
     "vl-rewardbench": Source(
-        partial(choice, prompt="query", images=["image"], responses="response",
-                label="human_ranking", first=[0, 1], second=[1, 0],
-                id="id", category=vl_rewardbench_category),
-        hub="MMInstruction/VL-RewardBench", metric="vl-rewardbench"),
-    # 170 pairs of 46 ids (arXiv 2502.10391). 32 frames of a video want a large --max_length.
+        partial(choice, prompt="query", images="image", responses="response", id="id",
+                label="human_ranking", first=[0, 1], second=[1, 0],  # places, 0 is better
+                category=lambda row: first_match(  # the grouping of the official repository
+                    row["id"], hallucination="^(hallucination|RLAIF|RLHF)",
+                    reasoning="^(mathverse|mmmu)", general="")),
+        "MMInstruction/VL-RewardBench", metric="vl-rewardbench"),
+    # arXiv 2502.10391, 170 pairs of 46 ids; 32 frames of a video need a large --max_length
     "mm-rlhf-rewardbench": Source(
-        mm_rlhf_rewardbench, hub="yifanzhang114/MM-RLHF-RewardBench", files="**/*.jsonl",
-        metric="mm-rlhf-rewardbench", with_file=True),
-    # arXiv 2502.14191. Not on the hub: github.com/facebookresearch/multimodal_rewardbench
+        mm_rlhf_rewardbench,
+        "yifanzhang114/MM-RLHF-RewardBench", "**/*.jsonl", "mm-rlhf-rewardbench", with_file=True),
+    # arXiv 2502.14191; github.com/facebookresearch/multimodal_rewardbench
     "multimodal-rewardbench": Source(
-        partial(choice, prompt="Text", images=["Image"], responses=["Output1", "Output2"],
+        partial(choice, prompt="Text", images="Image", responses=["Output1", "Output2"], id="ID",
                 label="Better", first="Output1", second="Output2",
-                id="ID", category=multimodal_rewardbench_category),
-        files="**/all_data.json", metric="multimodal-rewardbench"),
-    # 2985 pairs, the split `filtered` (arXiv 2403.13787).
+                category=multimodal_rewardbench_category),
+        "", "**/all_data.json", "multimodal-rewardbench"),
+    # ArXiv 2403.13787, the split `filtered`, 2985 pairs
     "rewardbench": Source(
         partial(pair, id="id", category="subset"),
-        hub="allenai/reward-bench", files="**/filtered*", metric="rewardbench"),
-    # The older test sets, which count half in RewardBench's score.
+        "allenai/reward-bench", "**/filtered*", "rewardbench"),
+    # Older sets, which count half in RewardBench's score
     "rewardbench-prior-sets": Source(
         rewardbench_prior_set,
-        hub="allenai/preference-test-sets", metric="rewardbench", with_file=True),
-    # 1865 prompts (arXiv 2506.01937).
-    "rewardbench-2": Source(rewardbench_2, hub="allenai/reward-bench-2", metric="rewardbench-2"),
-    # 1327 prompts (arXiv 2410.16184).
+        "allenai/preference-test-sets", metric="rewardbench", with_file=True),
+    # ArXiv 2506.01937, 1865 prompts; one right of four, of Ties several
+    "rewardbench-2": Source(
+        partial(several, category="subset"),
+        "allenai/reward-bench-2", metric="rewardbench-2"),
+    # arXiv 2410.16184, 1327 prompts with 3 styles: concise, detailed plain, detailed markdown
     "rm-bench": Source(
-        rm_bench, hub="THU-KEG/RM-Bench", files="**/total_dataset.json", metric="rm-bench",
-        with_file=True),
-    # 350 pairs of GPT-4o's responses and 270 of Claude 3.5 Sonnet's (arXiv 2410.12784).
+        rm_bench, "THU-KEG/RM-Bench", "**/total_dataset.json", "rm-bench", with_file=True),
+    # ArXiv 2410.12784, 350 pairs of GPT-4o's and 270 of Claude 3.5 Sonnet's
     "judgebench": Source(
-        partial(choice, prompt="question", responses=["response_A", "response_B"],
-                label="label", first="A>B", second="B>A", id="pair_id", subset="response_model",
-                category=lambda row: JUDGEBENCH[category_in(row["source"], JUDGEBENCH)]),
-        hub="ScalerLab/JudgeBench", metric="judgebench"),
-    # 419 pairs (arXiv 2310.07641). Not on the hub: github.com/princeton-nlp/LLMBar, Dataset/LLMBar
-    "llmbar": Source(llmbar, files="**/dataset.json", metric="llmbar", with_file=True),
+        partial(choice, prompt="question", responses=["response_A", "response_B"], id="pair_id",
+                label="label", first="A>B", second="B>A", subset="response_model",
+                category=lambda row: first_match(
+                    row["source"], knowledge="^mmlu-pro", reasoning="^livebench-reasoning",
+                    math="^livebench-math", coding="^livecodebench")),
+        "ScalerLab/JudgeBench", metric="judgebench"),
+    # arXiv 2310.07641, 419 pairs; github.com/princeton-nlp/LLMBar, its folder Dataset/LLMBar
+    "llmbar": Source(llmbar, "", "**/dataset.json", "llmbar", with_file=True),
 
-    # Questions to train a policy on. The files of the first two we have not seen (unconfirmed).
-    # SEAL's training data; gqa/images/, coco2014/train2014/ and coco2017/train2017/ lie beside it.
-    "vstar": Source(vstar, hub="craigwu/seal_vqa_data", files="**/*_data.json"),
-    # Unpack images.tgz.
-    "arxivqa": Source(arxivqa, hub="MMInstruction/ArxivQA", files="**/*.jsonl"),
-    # 11,000 questions. That the answer to a multiple choice is its letter is unconfirmed.
-    "thinklite-vl": Source(
-        thinklite_vl, hub="russwang/ThinkLite-VL-hard-11k", files="**/*.parquet"),
+    # Questions to train a policy on (of the first two we have not seen the files: unconfirmed)
+    # SEAL's training data with gqa/images/, coco2014/train2014/ and coco2017/train2017/ beside it
+    "vstar": Source(vstar, "craigwu/seal_vqa_data", "**/*_data.json"),
+    # Written by GPT-4V and not cleaned; unpack images.tgz
+    "arxivqa": Source(arxivqa, "MMInstruction/ArxivQA", "**/*.jsonl"),
+    # 11,000 questions; that the answer to a multiple choice is its letter is unconfirmed
+    "thinklite-vl": Source(thinklite_vl, "russwang/ThinkLite-VL-hard-11k", PARQUET),
 
-    # Questions to judge a policy by.
-    # MMBench_DEV_EN.tsv and its like from VLMEvalKit.
+    # Questions to judge a policy by
+    # VLMEvalKit's MMBench_DEV_EN.tsv
     "mmbench": Source(read=read_mmbench, metric="circular"),
-    # Two questions for each picture, one answered Yes and one No.
+    # Two questions on each picture, one answered Yes and one No
     "mme": Source(
-        partial(closed, question="question", rule="yes_no",
-                id="question_id", group="question_id", category="category"),
-        hub="lmms-lab/MME", files="**/*.parquet", metric="mme"),
-    # The question has its options in it. There are 6 categories.
+        partial(question, rule="yes_no", answer="answer", group="question_id"),
+        "lmms-lab/MME", PARQUET, "mme"),
+    # The question has its options in it; 6 categories
     "mmstar": Source(
-        partial(closed, question="question", rule="letter", id="index", category="category"),
-        hub="Lin-Chen/MMStar", files="**/*.parquet", metric="accuracy"),
-    # `query` is the benchmark's zero-shot prompt. Only testmini has answers.
-    "mathvista": Source(
-        mathvista, hub="AI4Math/MathVista", files="**/testmini*.parquet", metric="accuracy"),
-    # Or lmms-lab/vstar-bench. (SEAL's own evaluation compares the options' likelihoods.)
+        partial(question, rule="letter", answer="answer", id="index"),
+        "Lin-Chen/MMStar", PARQUET, "accuracy"),
+    # `query` is the benchmark's own zero-shot prompt
+    "mathvista": Source(mathvista, "AI4Math/MathVista", "**/testmini*.parquet", "accuracy"),
+    # SEAL's own evaluation compares the options' likelihoods instead
     "vstar-bench": Source(
-        partial(closed, question="text", rule="letter", answer="label",
-                id="question_id", category="category"),
-        hub="craigwu/vstar_bench", files="**/test_questions.jsonl", metric="accuracy"),
-    # The categories are conv, detail and complex.
+        partial(question, text="text", rule="letter", answer="label"),
+        "craigwu/vstar_bench", "**/test_questions.jsonl", "accuracy"),
+    # The categories are conv, detail and complex
     "llava-in-the-wild": Source(
-        partial(judged, question="text", judge={"question_id": "question_id", "prompt": "text"},
-                images=lambda row: [f"images/{row['image']}"],
-                id="question_id", category="category"),
-        hub="liuhaotian/llava-bench-in-the-wild", files="**/questions.jsonl",
-        metric="llava-in-the-wild"),
-    # The version of 0617.
+        partial(question, text="text", images=lambda row: f"images/{row['image']}",
+                judged=lambda row: {"question_id": row["question_id"], "prompt": row["text"]}),
+        "liuhaotian/llava-bench-in-the-wild", "**/questions.jsonl", "llava-in-the-wild"),
+    # The version of 0617
     "wildvision": Source(
-        partial(judged, question="instruction", id="question_id",
-                judge={key: key for key in ("question_id", "instruction", "language")},
-                category=lambda row: "wildvision"),
-        hub="WildVision/wildvision-bench", files="**/vision_bench_0617/*.parquet",
-        metric="wildvision"),
+        partial(question, text="instruction", category=lambda row: "wildvision",
+                judged=lambda row: {"question_id": row["question_id"], "language": row["language"],
+                                    "instruction": row["instruction"]}),
+        "WildVision/wildvision-bench", "**/vision_bench_0617/*.parquet", "wildvision"),
+}
+
+# The paper's training data, 2.85 M pairs by its count, each set whole. Which sets are R1-Reward
+# (200 k; not published as one set) and Others (63 k: 5 k of chat, 41 k of UltraFeedback, 17 k of
+# WildChat) is inferred.
+MIXES = {
+    "basereward": [
+        "rlaif-v", "mmpr", "tulu-3-if", "olmo-2",  # 83 k, 2 M, 65 k, 378 k
+        "ultrafeedback-hard",  # 63 k
+        "mm-rlhf", "r1-reward",  # R1-Reward
+        "swe-arena", "tulu-3-ultrafeedback",  # Others
+        "wildchat:data/wildchat_reused_on_policy_70b-*",
+    ]
 }
 # fmt: on
 
 
-# Finding a set: on this machine, on the hub, or as a part of the paper's mixture.
-
-
 @lru_cache
 def locate(name: str, path: str) -> str:
-    """Return PATH if something is there; else download the set and return its folder in the cache.
+    """Return PATH if something is there, else download the set and return its folder.
 
-    Rank 0 downloads first, so the other ranks find the files there.
+    Rank 0 downloads first, so that the others find it in the cache.
     """
     if path and (Path(path).exists() or glob.glob(path)):
         return path
-    repo = path or SOURCES[name].hub
+    hub, problem = SOURCES[name].hub, f"--source {path or name}: nothing there"
+    repo = path or hub
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(DATA_FILES):
         hint = f"A source is a file or name:PATH, name one of {', '.join(SOURCES)}"
-        if SOURCES[name].hub:
-            hint = f"{download_command(SOURCES[name].hub, 'DIR')} fetches it into DIR"
-        raise UserError(f"--source {path or name}: nothing there. {hint}")
+        raise UserError(f"{problem}. {download_command(hub, 'DIR') if hub else hint}")
     from huggingface_hub import snapshot_download  # comes with transformers
 
     if dist.get_rank() > 0:
@@ -2344,10 +2276,8 @@ def locate(name: str, path: str) -> str:
         return snapshot_download(repo, repo_type="dataset")
     except Exception as error:  # the hub's client raises many kinds
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise UserError(
-            f"--source {path or name}: nothing there, and the download failed ({reason}). Where the "
-            f"hub can be reached: {download_command(repo, repo)}, then --source {name}:{repo}"
-        ) from None
+        command = f"{download_command(repo, repo)}, then --source {name}:{repo}"
+        raise UserError(f"{problem}, and no download ({reason}). Elsewhere: {command}") from None
     finally:
         if dist.get_rank() == 0:
             dist.barrier()
@@ -2357,41 +2287,20 @@ def download_command(repo: str, folder: str) -> str:
     return f"hf download {repo} --repo-type dataset --local-dir {folder}"
 
 
-# The paper's training data, 2.85 M pairs by its count: seven sets, each whole.
-# It links MM-RLHF for R1-Reward (200 k), which is not one published set; its authors released
-# R1-Reward-RL. "Others" (63 k) is 5 k of chat, 41 k of UltraFeedback and 17 k of WildChat; which
-# sets and splits is inferred from these numbers.
-MIXES = {
-    "basereward": [
-        "rlaif-v",  # 83 k
-        "mmpr",  # 2 M
-        "mm-rlhf",  # R1-Reward
-        "r1-reward",  # R1-Reward
-        "tulu-3-if",  # 65 k
-        "olmo-2",  # 378 k
-        "ultrafeedback-hard",  # 63 k
-        "swe-arena",  # Others
-        "tulu-3-ultrafeedback",  # Others
-        "wildchat:data/wildchat_reused_on_policy_70b-*",  # Others
-    ]
-}
-
-
 def mix_sources(mix: str, folder: str) -> list[str]:
-    """List the sources of a mixture, each in `folder` under its name on the hub.
+    """List a mixture's sources, each in `folder` under its name on the hub.
 
-    Raises: UserError with the commands that download the missing sets.
+    Raises: UserError with the commands that download what is missing.
     """
     if mix not in MIXES:
         raise UserError(f"--mix {mix}: not one of {', '.join(MIXES)}")
     sources, missing = [], []
     for part in MIXES[mix]:
         name, pattern, _ = split_source(part)
-        hub = SOURCES[name].hub
-        place = f"{folder or '.'}/{hub}"
+        place = f"{folder or '.'}/{SOURCES[name].hub}"
         sources.append(f"{name}:{place}/{pattern}")
         if not Path(place).is_dir():
-            missing.append(download_command(hub, place))
+            missing.append(download_command(SOURCES[name].hub, place))
     if missing:
         problem = f"--mix {mix}: {len(missing)} of its sets are missing in --mix_folder:"
         raise UserError("\n    ".join([problem, *missing]))

@@ -338,11 +338,6 @@ def test_llmbar_has_its_subsets_from_the_folders(tmp_path, processors):
         ),
         ("rewardbench", REWARDBENCH, "missing field: subset"),
         (
-            "rewardbench-2",
-            {**REWARDBENCH_2, "num_correct": 2},
-            "1 chosen and 3 rejected, but 2 correct of 4",
-        ),
-        (
             "rm-bench",
             {**RM_BENCH, "chosen": ["4"]},
             "1 chosen and 3 rejected, not 3 styles of each",
