@@ -1694,19 +1694,19 @@ class Source:
     read: Callable | None = None  # PATH -> lines, instead of `convert`: rows depend on one another
 
 
-# Converters: row -> record. A keyword says what fills a field of the record.
+# Converters: row (dict) -> record (dict). A keyword says what fills a field of the record.
 
 
 def pick(row, columns):
     """Fill each field of a record from a column, a list of columns, or by a function of the row."""
     record = {}
-    for field, source in columns.items():
+    for key, source in columns.items():
         if callable(source):
-            record[field] = source(row)
+            record[key] = source(row)
         elif isinstance(source, list):
-            record[field] = [row[column] for column in source]
+            record[key] = [row[column] for column in source]
         else:
-            record[field] = row[source]
+            record[key] = row[source]
     if not isinstance(record.get("images", []), list):
         record["images"] = [record["images"]]
     return record
@@ -1805,7 +1805,8 @@ def llama_factory(row):
     else:
         for instruction, response in row.get("history") or []:
             turns += [("human", instruction), ("gpt", response)]
-        turns.append(("human", "\n".join(filter(None, [row["instruction"], row.get("input")]))))
+        texts = filter(None, [row["instruction"], row.get("input")])
+        turns.append(("human", "\n".join(texts)))
     record["prompt"] = [message(speaker, with_images(text)) for speaker, text in turns]
     record["images"] = row.get("images") or []
     return record
@@ -2009,8 +2010,10 @@ def ask(text, image, **fields):
 
 
 def question(row, text="question", rule="", **columns):
-    """Convert a question on one picture. The rule "letter" also asks for the letter; without a rule
-    a judge model compares answers, and `judged` has what its file needs beside them."""
+    """Convert a question on one picture; the rule "letter" also asks for the letter.
+
+    Without a rule a judge model compares answers; `judged` has what else its file needs.
+    """
     prompt = row[text].strip()
     if rule == "letter" and LETTER not in prompt:
         prompt += f"\n{LETTER}"
@@ -2028,10 +2031,14 @@ def lettered(options):
 
 
 def vstar(row):
-    """Cut off the list of objects before the question, as DeepEyes does (arXiv 2505.14362). Of long
-    answers only the Yes or No is checked; the reward model has to tell the others apart."""
+    """Cut off the list of objects before the question, as DeepEyes does (arXiv 2505.14362).
+
+    Check the Yes or No that begins an answer. Few policies match other answers, whole sentences,
+    so there the reward model has to tell right from wrong.
+    """
     require(row["target_instances"], "no target_instances: not a question about objects")
-    text = row["conversations"][0]["value"].split("<object>.\n")[-1].replace("<image>", "").strip()
+    text = row["conversations"][0]["value"].split("<object>.\n")[-1]
+    text = text.replace("<image>", "").strip()
     answer = row["conversations"][1]["value"]
     verdict = re.match(r"(Yes|No)([,.]|$)", answer)
     if verdict:
@@ -2118,10 +2125,9 @@ SOURCES = {
     "jsonl": Source(),  # rows in the JSON form
     "world": Source(),  # the embedded world, which open_source draws
 
-    # Training sets; first two forms that many sets have
-    # TRL's docs, Dataset formats
+    # --- Training sets ---
+    # Forms that many sets have: TRL's docs, Dataset formats; LLaMA-Factory's data/README.md
     "trl": Source(trl),
-    # Its data/README.md
     "llama-factory": Source(llama_factory),
     # 83,132 pairs, each with one picture inside the parquet file
     "rlaif-v": Source(
@@ -2157,8 +2163,8 @@ SOURCES = {
     "swe-arena": Source(swe_arena, "bigcode/bigcodearena-preference-5k", PARQUET),
     "hh-rlhf": Source(hh_rlhf, "Anthropic/hh-rlhf", "**/train.jsonl.gz"),
 
-    # Benchmarks
-    # ArXiv 2411.17451, 1250 pairs; ids are not unique
+    # --- Benchmarks ---
+    # arXiv 2411.17451, 1250 pairs; ids are not unique
     "vl-rewardbench": Source(
         partial(choice, prompt="query", images="image", responses="response", id="id",
                 label="human_ranking", first=[0, 1], second=[1, 0],  # places, 0 is better
@@ -2176,7 +2182,7 @@ SOURCES = {
                 label="Better", first="Output1", second="Output2",
                 category=multimodal_rewardbench_category),
         "", "**/all_data.json", "multimodal-rewardbench"),
-    # ArXiv 2403.13787, the split `filtered`, 2985 pairs
+    # arXiv 2403.13787, the split `filtered`, 2985 pairs
     "rewardbench": Source(
         partial(pair, id="id", category="subset"),
         "allenai/reward-bench", "**/filtered*", "rewardbench"),
@@ -2184,14 +2190,14 @@ SOURCES = {
     "rewardbench-prior-sets": Source(
         rewardbench_prior_set,
         "allenai/preference-test-sets", metric="rewardbench", with_file=True),
-    # ArXiv 2506.01937, 1865 prompts; one right of four, of Ties several
+    # arXiv 2506.01937, 1865 prompts; one right of four, of Ties several
     "rewardbench-2": Source(
         partial(several, category="subset"),
         "allenai/reward-bench-2", metric="rewardbench-2"),
     # arXiv 2410.16184, 1327 prompts with 3 styles: concise, detailed plain, detailed markdown
     "rm-bench": Source(
         rm_bench, "THU-KEG/RM-Bench", "**/total_dataset.json", "rm-bench", with_file=True),
-    # ArXiv 2410.12784, 350 pairs of GPT-4o's and 270 of Claude 3.5 Sonnet's
+    # arXiv 2410.12784, 350 pairs of GPT-4o's and 270 of Claude 3.5 Sonnet's
     "judgebench": Source(
         partial(choice, prompt="question", responses=["response_A", "response_B"], id="pair_id",
                 label="label", first="A>B", second="B>A", subset="response_model",
@@ -2202,7 +2208,7 @@ SOURCES = {
     # arXiv 2310.07641, 419 pairs; github.com/princeton-nlp/LLMBar, its folder Dataset/LLMBar
     "llmbar": Source(llmbar, "", "**/dataset.json", "llmbar", with_file=True),
 
-    # Questions to train a policy on (of the first two we have not seen the files: unconfirmed)
+    # --- Questions to train a policy on; of the first two we have not seen files (unconfirmed) ---
     # SEAL's training data with gqa/images/, coco2014/train2014/ and coco2017/train2017/ beside it
     "vstar": Source(vstar, "craigwu/seal_vqa_data", "**/*_data.json"),
     # Written by GPT-4V and not cleaned; unpack images.tgz
@@ -2210,7 +2216,7 @@ SOURCES = {
     # 11,000 questions; that the answer to a multiple choice is its letter is unconfirmed
     "thinklite-vl": Source(thinklite_vl, "russwang/ThinkLite-VL-hard-11k", PARQUET),
 
-    # Questions to judge a policy by
+    # --- Questions to judge a policy by ---
     # VLMEvalKit's MMBench_DEV_EN.tsv
     "mmbench": Source(read=read_mmbench, metric="circular"),
     # Two questions on each picture, one answered Yes and one No
@@ -2223,7 +2229,7 @@ SOURCES = {
         "Lin-Chen/MMStar", PARQUET, "accuracy"),
     # `query` is the benchmark's own zero-shot prompt
     "mathvista": Source(mathvista, "AI4Math/MathVista", "**/testmini*.parquet", "accuracy"),
-    # SEAL's own evaluation compares the options' likelihoods instead
+    # Or lmms-lab/vstar-bench. SEAL's own evaluation compares the options' likelihoods instead
     "vstar-bench": Source(
         partial(question, text="text", rule="letter", answer="label"),
         "craigwu/vstar_bench", "**/test_questions.jsonl", "accuracy"),
@@ -2240,9 +2246,8 @@ SOURCES = {
         "WildVision/wildvision-bench", "**/vision_bench_0617/*.parquet", "wildvision"),
 }
 
-# The paper's training data, 2.85 M pairs by its count, each set whole. Which sets are R1-Reward
-# (200 k; not published as one set) and Others (63 k: 5 k of chat, 41 k of UltraFeedback, 17 k of
-# WildChat) is inferred.
+# The paper's training data: seven sets, each whole, 2.85 M pairs by its count. We infer which sets
+# it calls R1-Reward (200 k) and Others (63 k: 5 k chat, 41 k UltraFeedback, 17 k WildChat).
 MIXES = {
     "basereward": [
         "rlaif-v", "mmpr", "tulu-3-if", "olmo-2",  # 83 k, 2 M, 65 k, 378 k
@@ -2257,9 +2262,9 @@ MIXES = {
 
 @lru_cache
 def locate(name: str, path: str) -> str:
-    """Return PATH if something is there, else download the set and return its folder.
+    """Return PATH if something is there, else download the set and return its folder in the cache.
 
-    Rank 0 downloads first, so that the others find it in the cache.
+    Rank 0 downloads first; the others then find the files.
     """
     if path and (Path(path).exists() or glob.glob(path)):
         return path
@@ -2277,7 +2282,7 @@ def locate(name: str, path: str) -> str:
     except Exception as error:  # the hub's client raises many kinds
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         command = f"{download_command(repo, repo)}, then --source {name}:{repo}"
-        raise UserError(f"{problem}, and no download ({reason}). Elsewhere: {command}") from None
+        raise UserError(f"{problem}; download failed ({reason}). Fetch it: {command}") from None
     finally:
         if dist.get_rank() == 0:
             dist.barrier()
