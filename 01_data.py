@@ -1277,72 +1277,623 @@ def world_sets(settings: Settings) -> Iterator[tuple[str, Iterator[Line], float]
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix: published data sets. First how they are found,
+# Appendix: published data sets, as data. SOURCES, after the functions, has one entry for each set:
+# a converter, which makes a published row a record of the JSON form or raises Unusable with the
+# reason; the set's name on the Hugging Face hub; a pattern of the files to read; for a benchmark
+# its metric, by its name in 04 (for questions to a policy: in 06). To add a set, add one entry.
+# Comments give facts from the set's card or its authors' loader; "unconfirmed" marks a guess.
+# An example:
+#
+#     # 83,132 pairs, each with one picture inside the parquet file
+#     "rlaif-v": Source(
+#         partial(pair, prompt="question", images="image", id="idx", category="origin_dataset"),
+#         "openbmb/RLAIF-V-Dataset", PARQUET),
+#
+# `pair` takes `chosen` and `rejected` from columns of these names; a keyword fills a field of the
+# record from another column. If no converter fits, write a function row -> record.
 
 
 @dataclass
 class Source:
-    """Where published data comes from: how its files are read, what they are called on the hub, how it is scored."""
+    """Say where the files of a published set are and how its rows become records."""
 
-    read: Callable[[str], Iterator[Line]]  # of a downloaded file or folder
-    hub: str = ""  # "owner/name" of the data set, for the download
-    metric: str = (
-        ""  # of a benchmark: its official one, a name in 04 (of questions for a policy: in 06)
-    )
-
-
-# By the names that --source takes; all published ones enter themselves below.
-SOURCES = {"jsonl": Source(read_rows), "world": Source(read_world)}
+    convert: Callable = dict  # row -> record; dict: the row already has the JSON form
+    hub: str = ""  # owner/name; empty: not on the hub
+    files: str = "**/*"  # pattern inside the set's folder
+    metric: str = ""  # empty: training data
+    with_file: bool = False  # call convert(row, file): the path tells something about the row
+    read: Callable | None = None  # PATH -> lines, instead of `convert`: rows depend on one another
 
 
-def published(
-    name: str,
-    hub: str = "",
-    pattern: str = "**/*",
-    metric: str = "",
-    with_file: bool = False,
-    reader: bool = False,
-) -> Callable:
-    """Enters the decorated function into SOURCES: what converts the rows of such files (see read_rows), or a `reader`
-    that is given PATH."""
+# Converters: row (dict) -> record (dict). A keyword says what fills a field of the record.
 
-    def enter(function: Callable) -> Callable:
-        of_rows = partial(read_rows, convert=function, pattern=pattern, with_file=with_file)
-        SOURCES[name] = Source(function if reader else of_rows, hub, metric)
-        return function
 
-    return enter
+def pick(row, columns):
+    """Fill each field of a record from a column, a list of columns, or by a function of the row."""
+    record = {}
+    for key, source in columns.items():
+        if callable(source):
+            record[key] = source(row)
+        elif isinstance(source, list):
+            record[key] = [row[column] for column in source]
+        else:
+            record[key] = row[source]
+    if not isinstance(record.get("images", []), list):
+        record["images"] = [record["images"]]
+    return record
+
+
+def pair(row, prompt="prompt", **columns):
+    """Convert a row with one chosen and one rejected response."""
+    return pick(row, {"prompt": prompt, "chosen": "chosen", "rejected": "rejected", **columns})
+
+
+def several(row, **columns):
+    """Convert a row with a list of chosen and a list of rejected responses."""
+    record = pick(row, {"prompt": "prompt", "id": "id", **columns})
+    record["responses"] = [*row["chosen"], *row["rejected"]]
+    record["ranks"] = [1] * len(row["chosen"]) + [2] * len(row["rejected"])
+    return record
+
+
+def choice(row, label, first, second, **columns):
+    """Convert two `responses` and a label, `first` if the first one is better, else `second`."""
+    record = pick(row, columns)
+    count = len(record["responses"])
+    reason = f"{row[label]!r} does not say which of two is better; there are {count} responses"
+    require(row[label] in (first, second) and count == 2, reason)
+    record["ranks"] = [1, 2] if row[label] == first else [2, 1]
+    return record
+
+
+def message(speaker, content):
+    """Make one turn of a conversation, whatever the set calls its speakers."""
+    roles = {"human": "user", "gpt": "assistant"}
+    return {"role": roles.get(speaker.lower(), speaker.lower()), "content": content}
+
+
+def conversations(row):
+    """Convert two whole conversations. All turns but the last must agree; they are the prompt."""
+    chosen = [message(turn["role"], turn["content"]) for turn in row["chosen"]]
+    rejected = [message(turn["role"], turn["content"]) for turn in row["rejected"]]
+    same = chosen[:-1] == rejected[:-1]
+    require(same, "chosen and rejected do not share everything up to the last assistant turn")
+    record = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    if row.get("id") is not None:
+        record["id"] = row["id"]
+    return record
+
+
+def first_match(text, /, **patterns):
+    """Return the name of the first pattern that matches somewhere in the text."""
+    for name, pattern in patterns.items():
+        if re.search(pattern, text):
+            return name
+    raise Unusable(f"{text!r} names no category, one of {', '.join(patterns)}")
+
+
+def pictures(row, file, frames):
+    """List a row's picture, or `frames` evenly spread frames of its video, which is a folder."""
+    if row.get("image"):
+        return [row["image"]]
+    video = row["video"]
+    names = [path.name for path in (file.parent / video).glob("*")]
+    names.sort(key=lambda name: (len(name), name))  # 9.png before 10.png
+    spread = np.linspace(0, len(names) - 1, min(frames, len(names))).astype(int)
+    return [f"{video}/{names[i]}" for i in spread] or [video]  # no frames: an unreadable image
+
+
+# Training sets that need a function.
+
+
+def trl(row):
+    """Convert rows with a prompt, or without one: then it is what both responses begin with."""
+    record = dict(row)
+    image = record.pop("image", None)
+    record["images"] = row.get("images") or ([image] if image else [])
+    if row.get("prompt"):
+        return record
+    if isinstance(row["chosen"], list):
+        return record | conversations(row)
+    start = os.path.commonprefix([row["chosen"], row["rejected"]])
+    prompt = re.match(r"(.*\s)?", start, re.DOTALL)[0]  # whole words; TRL cuts them
+    require(prompt, "no prompt, and chosen and rejected begin with different words")
+    record["prompt"] = prompt.rstrip()
+    record["chosen"] = row["chosen"].removeprefix(prompt)
+    record["rejected"] = row["rejected"].removeprefix(prompt)
+    return record
+
+
+def llama_factory(row):
+    """Convert rows with `conversations`, or with `instruction`, `input` and `history`."""
+    for key in ("tools", "videos", "audios"):
+        require(not row.get(key), f"{key}: not supported")
+    record = {"chosen": row["chosen"], "rejected": row["rejected"]}
+    turns = [("system", row["system"])] if row.get("system") else []
+    if row.get("conversations"):
+        turns += [(turn["from"], turn["value"]) for turn in row["conversations"]]
+        record = {key: response["value"] for key, response in record.items()}
+    else:
+        for instruction, response in row.get("history") or []:
+            turns += [("human", instruction), ("gpt", response)]
+        texts = filter(None, [row["instruction"], row.get("input")])
+        turns.append(("human", "\n".join(texts)))
+    record["prompt"] = [message(speaker, with_images(text)) for speaker, text in turns]
+    record["images"] = row.get("images") or []
+    return record
+
+
+def mmif(row, file):
+    """Find the pictures below one of the folders above the file."""
+    record = llama_factory(row)
+    for folder in file.absolute().parents:
+        images = [str(folder / image) for image in record["images"]]
+        if all(map(os.path.isfile, images)):
+            return record | {"images": images}
+    return record
+
+
+def read_mmpr(path):
+    """Read the annotations that meta.json names, {name: {root of the pictures, annotation}}."""
+
+    def convert(row, root):
+        record = pair(row, prompt="question", images="image")
+        record["prompt"] = [message("user", with_images(record["prompt"]))]
+        record["images"] = [str(root / image) for image in record["images"] if image]
+        return record
+
+    folder = Path(path).resolve()
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"--source mmpr:{path}: no meta.json there; PATH is the set's folder")
+    for part in json.loads((folder / "meta.json").read_bytes()).values():
+        root = folder / part["root"].removeprefix("MMPR-v1.2/")
+        annotation = folder / part["annotation"].removeprefix("MMPR-v1.2/")
+        yield from read_rows(str(annotation), partial(convert, root=root))
+
+
+def mm_rlhf(row, file):
+    record = pair(row)
+    record["prompt"] = [message("user", with_images(row["prompt"]))]
+    record["images"] = pictures(row, file, frames=8)
+    record["category"] = record["images"][0].split("/")[0]
+    critiques = [row.get("chosen_reason"), row.get("rejected_reason")]
+    if all(critiques):
+        record["critiques"] = critiques
+    return record
+
+
+def r1_reward(row):
+    """Take both responses from `message`, a judge's prompt in JSON."""
+    parts = [part for turn in json.loads(row["message"]) for part in turn["content"]]
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    both = r"\[Response 1\]:(.*?)#+ *\[Response 2\]:(.*?)(?:#+ *\*\*Output Format|$)"
+    responses = re.search(both, "".join(texts), re.DOTALL)
+    better = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", row["answer"][0])
+    require(better, f"answer: {row['answer'][0]!r}")
+    require(responses, "message without [Response 1] and [Response 2]")
+    image = row["image"]
+    require(image or len(texts) == len(parts), "image: empty, though the message shows one")
+    if isinstance(image, str) and len(image) > 1000:  # base64, not a path (unconfirmed)
+        image = base64.b64decode(image.rpartition(",")[2], validate=True)
+    return {
+        "prompt": row["question"],
+        "responses": [responses[1].strip(), responses[2].strip()],
+        "ranks": [1, 2] if better[1] == "1" else [2, 1],
+        "images": [image] if image else [],
+    }
+
+
+def ultrafeedback(row, hard=False):
+    """Rank up to four responses by score, equal ones tie; `hard` keeps the best and the worst."""
+    answers = row["completions"]
+    scores = [float(answer["overall_score"]) for answer in answers]
+    require(all(map(math.isfinite, scores)), "overall_score: not a number")
+    order = sorted(scores, reverse=True)
+    ranks = [order.index(score) + 1 for score in scores]
+    record = {"prompt": row["instruction"], "ranks": ranks, "category": row["source"]}
+    record["responses"] = [answer["response"] for answer in answers]
+    record["critiques"] = [answer["critique"] for answer in answers]
+    if hard:
+        extremes = [ranks.index(min(ranks)), ranks.index(max(ranks))]
+        for key in ("responses", "ranks", "critiques"):
+            record[key] = [record[key][i] for i in extremes]
+    return record
+
+
+def shp(row):
+    require(row["score_ratio"] >= 2, "score_ratio below 2")
+    columns = {"prompt": "history", "responses": ["human_ref_A", "human_ref_B"]}
+    return choice(row, "labels", first=1, second=0, id="post_id", category="domain", **columns)
+
+
+def read_shp(path):
+    """Keep the first 5 usable pairs of a post. Every rank counts all rows, so all ranks agree."""
+    pairs = Counter()
+    for file, line, read in read_rows(path, shp, "**/train*.json*"):
+        try:
+            post = read()["id"]
+        except Unusable:
+            yield file, line, read  # raises again for the rank that owns the line
+            continue
+        pairs[post] += 1
+        if pairs[post] > 5:
+            read = partial(require, False, "more than 5 pairs of this post")
+        yield file, line, read
+
+
+def swe_arena(row):
+    vote = row["feedback"]["vote_type"]
+    require(vote in ("vote_model_A", "vote_model_B"), f"no better response: {vote}")
+    chosen = [message(*turn) for turn in row["states"]["model_A"]["messages"]]
+    rejected = [message(*turn) for turn in row["states"]["model_B"]["messages"]]
+    if vote == "vote_model_B":
+        chosen, rejected = rejected, chosen
+    return conversations({"chosen": chosen, "rejected": rejected, "id": row["chat_session_id"]})
+
+
+def hh_rlhf(row):
+    """Cut two transcripts, "\\n\\nHuman: ... \\n\\nAssistant: ...", into turns."""
+
+    def turns(transcript):
+        start, *pieces = re.split("\n\n(Human|Assistant):", transcript)
+        require(pieces and not start.strip(), "no transcript that begins with Human: or Assistant:")
+        return [message(who, text.strip()) for who, text in zip(pieces[::2], pieces[1::2])]
+
+    return conversations({"chosen": turns(row["chosen"]), "rejected": turns(row["rejected"])})
+
+
+# Benchmarks. The right response gets rank 1. Responses stay in the published order, so that another
+# system's scores fit; the order decides nothing. `category` is the benchmark's own grouping.
+
+
+def mm_rlhf_rewardbench(row, file):
+    record = pair(row, id="id", group="id")
+    media = row.get("image") or row["video"]
+    kinds = {"mcq": "mcq", "long": "long", "short": "short", "safety": "safety", "video": "video"}
+    record["category"] = first_match(media, **kinds)
+    record["images"] = pictures(row, file, frames=32)  # as in the benchmark's own code
+    return record
+
+
+def multimodal_rewardbench_category(row):
+    """Split two categories by the id, as the official script does."""
+    id = row["ID"].lower()
+    if row["Category"] == "safety":
+        return "safety/bias" if id.startswith("pairs") else "safety/toxicity"
+    if row["Category"] == "reasoning":
+        return "reasoning/math" if id.startswith("math") else "reasoning/coding"
+    return row["Category"]
+
+
+def rewardbench_prior_set(row, file):
+    record = conversations(row) if isinstance(row["chosen"], list) else pair(row)
+    record["category"] = re.split(r"[-.]", file.name)[0]  # of shp-00000.parquet
+    return record
+
+
+def rm_bench(row, file):
+    counts = (len(row["chosen"]), len(row["rejected"]))
+    require(counts == (3, 3), f"{counts[0]} chosen and {counts[1]} rejected, not 3 styles of each")
+    record = several(row)
+    domain = row.get("domain") or file.name  # chat_filtered.json has no column for it
+    record["category"] = first_match(domain, chat="chat", code="code", math="math", safety="safety")
+    return record
+
+
+def llmbar(row, file):
+    columns = {"prompt": "input", "responses": ["output_1", "output_2"]}
+    record = choice(row, "label", first=1, second=2, **columns)
+    record["category"] = file.parent.name if file.stem == "dataset" else file.stem
+    return record
+
+
+# Questions to a policy: a prompt in the benchmark's words, `answer`, and the `rule` by which 06
+# checks it. A question without an answer, as in most test splits, is unusable.
+
+RULES = {  # kind: (form of the answers that it can check, types of the rule's further fields)
+    "text": (r"(?s).*\w.*", {}),
+    "letter": (r"[A-Z]", {"options": list}),
+    "yes_no": (r"(?i)yes|no", {}),
+    "number": (r".*\d.*", {"type": str, "precision": int, "unit": str}),
+}
+LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA's words
+
+
+def check_rule(rule: object, answer: object) -> None:
+    """Raise Unusable unless the rule, a kind or {"kind": ..., fields}, can check the answer."""
+    fields = dict(rule) if isinstance(rule, dict) else {"kind": rule}
+    kind = fields.pop("kind", None)
+    require(kind in list(RULES), f"rule: {kind!r}; known are {', '.join(RULES)}")
+    form, types = RULES[kind]
+    for key, value in fields.items():
+        require(isinstance(value, types.get(key, ())), f"rule: {kind} with {key} = {value!r}")
+    text = str(answer).strip()
+    require(re.fullmatch(form, text), f"answer: {answer!r} is none that the rule {kind} can check")
+    if fields.get("options"):
+        count = len(fields["options"])
+        require(ord(text) - ord("A") < count, f"answer: {answer!r} of {count} options")
+
+
+def ask(text, image, **fields):
+    """Make a record that asks about one picture, which stands before the text."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return {"prompt": [message("user", content)], "images": [image], **fields}
+
+
+def question(row, text="question", rule="", **columns):
+    """Convert a question on one picture; the rule "letter" also asks for the letter.
+
+    Without a rule a judge model compares answers; `judged` has what else its file needs.
+    """
+    prompt = row[text].strip()
+    if rule == "letter" and LETTER not in prompt:
+        prompt += f"\n{LETTER}"
+    record = ask(prompt, row["image"])
+    record |= pick(row, {"id": "question_id", "category": "category", **columns})
+    if rule:
+        record |= {"rule": rule, "answer": record["answer"].strip()}
+    return record
+
+
+def lettered(options):
+    """Write options one a line, each after its letter: "A. red", "B. blue"."""
+    letters = string.ascii_uppercase
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
+
+
+def vstar(row):
+    """Cut off the list of objects before the question, as DeepEyes does (arXiv 2505.14362).
+
+    Check the Yes or No that begins an answer. Few policies match other answers, whole sentences,
+    so there the reward model has to tell right from wrong.
+    """
+    require(row["target_instances"], "no target_instances: not a question about objects")
+    text = row["conversations"][0]["value"].split("<object>.\n")[-1]
+    text = text.replace("<image>", "").strip()
+    answer = row["conversations"][1]["value"]
+    verdict = re.match(r"(Yes|No)([,.]|$)", answer)
+    if verdict:
+        return ask(text, row["image"], answer=verdict[1], rule="yes_no", category="vstar")
+    return ask(text, row["image"], answer=answer, rule="text", category="vstar")
+
+
+def arxivqa(row):
+    """Clean options ("red" or "A) red", some are separators) and labels ("B", "B)", "[B] blue")."""
+    options = [option.strip() for option in row["options"]]
+    odd = any(option in ("", "-") or option.startswith("#") for option in options)
+    require(not odd, "options: one of them is empty, a separator or a heading")
+    own = r"[(\[]?%s[.):\]]+\s*(.+)"  # an option with its letter
+    bare = [re.match(own % chr(ord("A") + i), option) for i, option in enumerate(options)]
+    if all(bare):  # else "B. cereus" would lose its genus
+        options = [match[1] for match in bare]
+    label = re.match(r"[(\[]?([A-Z])(?![A-Za-z])", row["label"].strip())
+    require(label, f"label: {row['label']!r} does not begin with a letter")
+    text = f"{row['question']}\n{lettered(options)}\n{LETTER}"
+    rule = {"kind": "letter", "options": options}
+    return ask(text, row["image"], id=row["id"], answer=label[1], rule=rule, category="arxivqa")
+
+
+def thinklite_vl(row):
+    """Choose the rule by the answer's form."""
+    text = row["problem"].replace("<image>", "").strip()
+    answer = str(row["answer"]).strip()
+    forms = {"letter": "^[A-Z]$", "yes_no": "(?i)^(yes|no)$", "number": r"^-?[\d,]*\.?\d+$"}
+    rule = first_match(answer, **forms, text="")
+    return ask(text, row["image"], id=row["id"], answer=answer, rule=rule, category="thinklite-vl")
+
+
+def read_mmbench(path):
+    """Give rotations of a question the picture of the row whose index they have in its place."""
+    images = {}  # index: picture in base64
+    for file, line, read in read_rows(path, dict, "**/*.tsv"):
+        row = read()
+        image = row.get("image") or ""
+        if len(image) > 64:  # VLMEvalKit's test for a picture
+            images[row.get("index")] = image
+        row["image"] = images.get(image, image)
+        yield file, line, partial(convert_row, partial(dict, row), mmbench)
+
+
+def mmbench(row):
+    """Ask as VLMEvalKit's ImageMCQDataset does; a question and its rotations are one group."""
+    row = {key: value for key, value in row.items() if value not in (None, "", "nan")}
+    require("answer" in row, "no answer: the answers of the test split are not published")
+    options = list(itertools.takewhile(bool, map(row.get, "ABCDEFGH")))
+    text = f"Hint: {row['hint']}\n" if "hint" in row else ""
+    text += f"Question: {row['question']}\nOptions:\n{lettered(options)}\n"
+    text += "Please select the correct answer from the options above. \n"
+    record = ask(text, base64.b64decode(row["image"], validate=True), answer=row["answer"])
+    record["rule"] = {"kind": "letter", "options": options}
+    record["id"] = row["index"]
+    record["group"] = int(row["index"]) % 1_000_000  # index = rotation * 1,000,000 + question
+    record["category"] = row.get("l2-category") or row.get("L2-category") or row["category"]
+    return record
+
+
+def mathvista(row):
+    """Check a multiple choice, whose answer is an option's text, by its letter."""
+    answer = row["answer"]
+    require(answer not in (None, ""), "no answer: only the split testmini has them")
+    if row["question_type"] == "multi_choice":
+        choices = list(row["choices"])
+        require(answer in choices, f"answer: {answer!r} is none of the choices")
+        answer = string.ascii_uppercase[choices.index(answer)]
+        rule = {"kind": "letter", "options": choices}
+    else:
+        rule = {"kind": "number", "type": row["answer_type"]}
+        if row["precision"] is not None:
+            rule["precision"] = int(row["precision"])
+        if row["unit"]:
+            rule["unit"] = row["unit"]
+    record = ask(row["query"], row["decoded_image"], id=row["pid"], answer=answer, rule=rule)
+    record["category"] = row["metadata"]["task"]
+    return record
+
+
+PARQUET = "**/*.parquet"
+# fmt: off
+SOURCES = {
+    "jsonl": Source(),  # rows in the JSON form
+    "world": Source(),  # the embedded world, which open_source draws
+
+    # --- Training sets ---
+    # Forms that many sets have: TRL's docs, Dataset formats; LLaMA-Factory's data/README.md
+    "trl": Source(trl),
+    "llama-factory": Source(llama_factory),
+    # 83,132 pairs, each with one picture inside the parquet file
+    "rlaif-v": Source(
+        partial(pair, prompt="question", images="image", id="idx", category="origin_dataset"),
+        "openbmb/RLAIF-V-Dataset", PARQUET),
+    # About 2 M pairs. cat images.zip_* > images.zip && unzip images.zip && unzip annotations.zip
+    "mmpr": Source(read=read_mmpr, hub="OpenGVLab/MMPR-v1.2"),
+    # About 80,000 pairs; unzip long.zip, mcq.zip, safety.zip, short.zip and video.zip
+    "mm-rlhf": Source(mm_rlhf, "yifanzhang114/MM-RLHF", "dpo_pairs.jsonl", with_file=True),
+    # 17,261 pairs
+    "r1-reward": Source(r1_reward, "yifanzhang114/R1-Reward-RL", "**/train-*.parquet"),
+    # 23,000 pairs in LLaMA-Factory's form; the folder of the pictures is unconfirmed
+    "mmif": Source(mmif, "ChrisDing1105/MMIF-23k", "**/dpo/*.json", with_file=True),
+    # About 133,000 pairs; unpack images.tar. As in the authors' train_dpo.py the picture comes
+    # before the prompt, wherever <image> stands
+    "omnialign-v-dpo": Source(
+        partial(pair, prompt=lambda row: row["prompt"].replace("<image>", "").strip(),
+                images="image"),
+        "PhoenixZ/OmniAlign-V-DPO", "*.jsonl"),
+    # 63,967 prompts. The paper's Ultra-Hard keeps the pair with the largest score difference; the
+    # copy called "binarized" pairs the best response with a random other
+    "ultrafeedback-all": Source(ultrafeedback, "openbmb/UltraFeedback"),
+    "ultrafeedback-hard": Source(partial(ultrafeedback, hard=True), "openbmb/UltraFeedback"),
+    # 348,718 pairs; as is common, score ratios of at least 2 and at most 5 pairs of a post
+    "shp": Source(read=read_shp, hub="stanfordnlp/SHP"),
+    # 378,000, 65,551 and 41,600 pairs, and WildChat in five named splits
+    "olmo-2": Source(conversations, "allenai/olmo-2-0425-1b-preference-mix", PARQUET),
+    "tulu-3-if": Source(conversations, "allenai/tulu-3-IF-augmented-on-policy-70b", PARQUET),
+    "tulu-3-ultrafeedback": Source(
+        conversations, "allenai/tulu-3-ultrafeedback-cleaned-on-policy-70b", PARQUET),
+    "wildchat": Source(conversations, "allenai/tulu-3-wildchat-ultrafeedback", PARQUET),
+    # About 5,000 votes, now BigCodeArena; that messages are [role, text] is unconfirmed
+    "swe-arena": Source(swe_arena, "bigcode/bigcodearena-preference-5k", PARQUET),
+    "hh-rlhf": Source(hh_rlhf, "Anthropic/hh-rlhf", "**/train.jsonl.gz"),
+
+    # --- Benchmarks ---
+    # arXiv 2411.17451, 1250 pairs; ids are not unique
+    "vl-rewardbench": Source(
+        partial(choice, prompt="query", images="image", responses="response", id="id",
+                label="human_ranking", first=[0, 1], second=[1, 0],  # places, 0 is better
+                category=lambda row: first_match(  # the grouping of the official repository
+                    row["id"], hallucination="^(hallucination|RLAIF|RLHF)",
+                    reasoning="^(mathverse|mmmu)", general="")),
+        "MMInstruction/VL-RewardBench", metric="vl-rewardbench"),
+    # arXiv 2502.10391, 170 pairs of 46 ids; 32 frames of a video need a large --max_length
+    "mm-rlhf-rewardbench": Source(
+        mm_rlhf_rewardbench,
+        "yifanzhang114/MM-RLHF-RewardBench", "**/*.jsonl", "mm-rlhf-rewardbench", with_file=True),
+    # arXiv 2502.14191; github.com/facebookresearch/multimodal_rewardbench
+    "multimodal-rewardbench": Source(
+        partial(choice, prompt="Text", images="Image", responses=["Output1", "Output2"], id="ID",
+                label="Better", first="Output1", second="Output2",
+                category=multimodal_rewardbench_category),
+        "", "**/all_data.json", "multimodal-rewardbench"),
+    # arXiv 2403.13787, the split `filtered`, 2985 pairs
+    "rewardbench": Source(
+        partial(pair, id="id", category="subset"),
+        "allenai/reward-bench", "**/filtered*", "rewardbench"),
+    # Older sets, which count half in RewardBench's score
+    "rewardbench-prior-sets": Source(
+        rewardbench_prior_set,
+        "allenai/preference-test-sets", metric="rewardbench", with_file=True),
+    # arXiv 2506.01937, 1865 prompts; one right of four, of Ties several
+    "rewardbench-2": Source(
+        partial(several, category="subset"),
+        "allenai/reward-bench-2", metric="rewardbench-2"),
+    # arXiv 2410.16184, 1327 prompts with 3 styles: concise, detailed plain, detailed markdown
+    "rm-bench": Source(
+        rm_bench, "THU-KEG/RM-Bench", "**/total_dataset.json", "rm-bench", with_file=True),
+    # arXiv 2410.12784, 350 pairs of GPT-4o's and 270 of Claude 3.5 Sonnet's
+    "judgebench": Source(
+        partial(choice, prompt="question", responses=["response_A", "response_B"], id="pair_id",
+                label="label", first="A>B", second="B>A", subset="response_model",
+                category=lambda row: first_match(
+                    row["source"], knowledge="^mmlu-pro", reasoning="^livebench-reasoning",
+                    math="^livebench-math", coding="^livecodebench")),
+        "ScalerLab/JudgeBench", metric="judgebench"),
+    # arXiv 2310.07641, 419 pairs; github.com/princeton-nlp/LLMBar, its folder Dataset/LLMBar
+    "llmbar": Source(llmbar, "", "**/dataset.json", "llmbar", with_file=True),
+
+    # --- Questions to train a policy on; of the first two we have not seen files (unconfirmed) ---
+    # SEAL's training data with gqa/images/, coco2014/train2014/ and coco2017/train2017/ beside it
+    "vstar": Source(vstar, "craigwu/seal_vqa_data", "**/*_data.json"),
+    # Written by GPT-4V and not cleaned; unpack images.tgz
+    "arxivqa": Source(arxivqa, "MMInstruction/ArxivQA", "**/*.jsonl"),
+    # 11,000 questions; that the answer to a multiple choice is its letter is unconfirmed
+    "thinklite-vl": Source(thinklite_vl, "russwang/ThinkLite-VL-hard-11k", PARQUET),
+
+    # --- Questions to judge a policy by ---
+    # VLMEvalKit's MMBench_DEV_EN.tsv
+    "mmbench": Source(read=read_mmbench, metric="circular"),
+    # Two questions on each picture, one answered Yes and one No
+    "mme": Source(
+        partial(question, rule="yes_no", answer="answer", group="question_id"),
+        "lmms-lab/MME", PARQUET, "mme"),
+    # The question has its options in it; 6 categories
+    "mmstar": Source(
+        partial(question, rule="letter", answer="answer", id="index"),
+        "Lin-Chen/MMStar", PARQUET, "accuracy"),
+    # `query` is the benchmark's own zero-shot prompt
+    "mathvista": Source(mathvista, "AI4Math/MathVista", "**/testmini*.parquet", "accuracy"),
+    # Or lmms-lab/vstar-bench. SEAL's own evaluation compares the options' likelihoods instead
+    "vstar-bench": Source(
+        partial(question, text="text", rule="letter", answer="label"),
+        "craigwu/vstar_bench", "**/test_questions.jsonl", "accuracy"),
+    # The categories are conv, detail and complex
+    "llava-in-the-wild": Source(
+        partial(question, text="text", images=lambda row: f"images/{row['image']}",
+                judged=lambda row: {"question_id": row["question_id"], "prompt": row["text"]}),
+        "liuhaotian/llava-bench-in-the-wild", "**/questions.jsonl", "llava-in-the-wild"),
+    # The version of 0617
+    "wildvision": Source(
+        partial(question, text="instruction", category=lambda row: "wildvision",
+                judged=lambda row: {"question_id": row["question_id"], "language": row["language"],
+                                    "instruction": row["instruction"]}),
+        "WildVision/wildvision-bench", "**/vision_bench_0617/*.parquet", "wildvision"),
+}
+
+# The paper's training data: seven sets, each whole, 2.85 M pairs by its count. We infer which sets
+# it calls R1-Reward (200 k) and Others (63 k: 5 k chat, 41 k UltraFeedback, 17 k WildChat).
+MIXES = {
+    "basereward": [
+        "rlaif-v", "mmpr", "tulu-3-if", "olmo-2",  # 83 k, 2 M, 65 k, 378 k
+        "ultrafeedback-hard",  # 63 k
+        "mm-rlhf", "r1-reward",  # R1-Reward
+        "swe-arena", "tulu-3-ultrafeedback",  # Others
+        "wildchat:data/wildchat_reused_on_policy_70b-*",
+    ]
+}
+# fmt: on
 
 
 @lru_cache
 def locate(name: str, path: str) -> str:
-    """PATH where something is there; otherwise the data set of that name on the hub, or the source's own, downloaded
-    into the hub's cache. Rank 0 goes first, so that what other ranks ask for is there already."""
+    """Return PATH if something is there, else download the set and return its folder in the cache.
+
+    Rank 0 downloads first; the others then find the files.
+    """
     if path and (Path(path).exists() or glob.glob(path)):
         return path
-    repo = path or SOURCES[name].hub
+    hub, problem = SOURCES[name].hub, f"--source {path or name}: nothing there"
+    repo = path or hub
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(DATA_FILES):
-        what = f"A source is a file or name:PATH, name one of {', '.join(SOURCES)}"
-        if SOURCES[name].hub:
-            folder = (
-                str(Path(path).parent)
-                if path.endswith(DATA_FILES) or glob.has_magic(path)
-                else path
-            )
-            what = f"{download_command(SOURCES[name].hub, folder)} fetches it"
-        raise UserError(f"--source {path or name}: nothing there. {what}")
+        hint = f"A source is a file or name:PATH, name one of {', '.join(SOURCES)}"
+        raise UserError(f"{problem}. {download_command(hub, 'DIR') if hub else hint}")
     from huggingface_hub import snapshot_download  # comes with transformers
 
     if dist.get_rank() > 0:
         dist.barrier()
     try:
         return snapshot_download(repo, repo_type="dataset")
-    except Exception as error:  # offline, no such set, not logged in, disk full: the hub's client raises many kinds
+    except Exception as error:  # the hub's client raises many kinds
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise UserError(
-            f"--source {path or name}: nothing there, nor could it be downloaded ({reason}). Where the hub can be "
-            f"reached: {download_command(repo, repo)}, then --source {name}:{repo}"
-        ) from None
+        command = f"{download_command(repo, repo)}, then --source {name}:{repo}"
+        raise UserError(f"{problem}; download failed ({reason}). Fetch it: {command}") from None
     finally:
         if dist.get_rank() == 0:
             dist.barrier()
@@ -1352,703 +1903,24 @@ def download_command(repo: str, folder: str) -> str:
     return f"hf download {repo} --repo-type dataset --local-dir {folder}"
 
 
-# The paper's training data, 2.85 M pairs by its count: the seven sets that it keeps, whole, so none has a limit.
-MIXES = {
-    "basereward": [
-        "rlaif-v",  # 83 k
-        "mmpr",  # 2 M
-        # R1-Reward, 200 k, is not published as one set: the paper links MM-RLHF, its authors released R1-Reward-RL.
-        "mm-rlhf",
-        "r1-reward",
-        "tulu-3-if",  # 65 k
-        "olmo-2",  # 378 k
-        "ultrafeedback-hard",  # 63 k
-        # Others, 63 k: 5 k of chat, 41 k of UltraFeedback and 17 k of WildChat; which sets and splits is inferred from
-        # these numbers.
-        "swe-arena",
-        "tulu-3-ultrafeedback",
-        "wildchat:data/wildchat_reused_on_policy_70b-*",
-    ]
-}
-
-
 def mix_sources(mix: str, folder: str) -> list[str]:
-    """The sources of a mixture, in `folder` by their names on the hub; UserError says how to get what is missing."""
+    """List a mixture's sources, each in `folder` under its name on the hub.
+
+    Raises: UserError with the commands that download what is missing.
+    """
     if mix not in MIXES:
         raise UserError(f"--mix {mix}: not one of {', '.join(MIXES)}")
-    parts = [split_source(part)[:2] for part in MIXES[mix]]
-    repos = [(SOURCES[name].hub, f"{folder or '.'}/{SOURCES[name].hub}") for name, _ in parts]
-    missing = [download_command(*repo) for repo in repos if not Path(repo[1]).is_dir()]
+    sources, missing = [], []
+    for part in MIXES[mix]:
+        name, pattern, _ = split_source(part)
+        place = f"{folder or '.'}/{SOURCES[name].hub}"
+        sources.append(f"{name}:{place}/{pattern}")
+        if not Path(place).is_dir():
+            missing.append(download_command(SOURCES[name].hub, place))
     if missing:
-        said = f"--mix {mix}: {len(missing)} of its sets are missing in --mix_folder:"
-        raise UserError("\n    ".join([said, *missing]))
-    return [f"{name}:{place}/{path}" for (name, path), (_, place) in zip(parts, repos)]
-
-
-# then a catalogue to look things up in and add to rather than read through. An entry is a function that makes a row as
-# published a record in this project's JSON form, or raises Unusable with the reason; above it stand its name for
-# --source, the set's name on the hub, which of its files are read, and how a benchmark is scored. Fields are those of
-# the sets' cards on the hub or of their authors' loaders; "unconfirmed" marks what neither says.
-
-
-def message(who: str, text: str | list) -> dict:
-    """One turn of a conversation, whatever its set calls the two sides."""
-    return {
-        "role": {"human": "user", "gpt": "assistant"}.get(who.lower(), who.lower()),
-        "content": text,
-    }
-
-
-def question(text: str) -> list[dict]:
-    return [message("user", with_images(text))]
-
-
-def pair(row: dict, prompt: object, **more) -> dict:
-    """A record of a row that calls its two responses chosen and rejected."""
-    return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"], **more}
-
-
-def last_turns(chosen: list[dict], rejected: list[dict], **more) -> dict:
-    """Two whole conversations as one prompt and two responses: everything up to the last turn has to be the same."""
-    keys = ("role", "content")
-    chosen, rejected = (
-        [{key: turn[key] for key in keys} for turn in each] for each in (chosen, rejected)
-    )
-    require(
-        chosen[:-1] == rejected[:-1],
-        "chosen and rejected do not share everything up to the last assistant turn",
-    )
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:], **more}
-
-
-def list_of(image: object) -> list:
-    return image if isinstance(image, list) else [image]
-
-
-def video_frames(video: str, folder: Path, count: int) -> list[str]:
-    """At most `count` pictures, evenly spread, of a video that is published as a folder of frames. Without frames it is
-    the video's own path, which will be an unreadable image."""
-    names = [path.name for path in (folder / video).glob("*") if path.is_file()]
-    names.sort(key=lambda name: (len(name), name))  # frame 9 before frame 10
-    spread = np.linspace(0, len(names) - 1, min(count, len(names))).astype(int)
-    return [f"{video}/{names[i]}" for i in spread] or [video]
-
-
-# Training sets; first two forms that many sets have.
-
-
-@published("trl")
-def trl(row: dict) -> dict:
-    """TRL's forms of preference data (its docs, Dataset formats): conversations or strings, with `prompt` or with an
-    implicit one. Of two strings the prompt is what both begin with, up to a whole word, where TRL would cut words."""
-    images = row.get("images") or ([row["image"]] if row.get("image") else [])
-    if row.get("prompt"):
-        return {key: value for key, value in row.items() if key != "image"} | {"images": images}
-    chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, list):
-        return last_turns(chosen, rejected, images=images)
-    same = re.match(r"(.*\s)?", os.path.commonprefix([chosen, rejected]), re.DOTALL).end()
-    require(same, "no prompt, and chosen and rejected begin with different words")
-    return {
-        "prompt": chosen[:same].rstrip(),
-        "chosen": chosen[same:],
-        "rejected": rejected[same:],
-        "images": images,
-    }
-
-
-@published("llama-factory")
-def llama_factory(row: dict) -> dict:
-    """LLaMA-Factory's preference data (its data/README.md): `conversations` of {from, value} with chosen and rejected
-    {from, value}, or `instruction` and `input` with chosen and rejected strings; `system`, `history` and `images` where
-    there are any."""
-    for key in ("tools", "videos", "audios"):
-        require(not row.get(key), f"{key}: not supported")
-    if row.get("conversations"):
-        turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
-        row = row | {key: row[key]["value"] for key in ("chosen", "rejected")}
-    else:
-        turns = [
-            turn
-            for asked, said in row.get("history") or []
-            for turn in (("human", asked), ("gpt", said))
-        ]
-        turns.append(("human", "\n".join(filter(None, (row["instruction"], row.get("input"))))))
-    if row.get("system"):
-        turns.insert(0, ("system", row["system"]))
-    return pair(
-        row,
-        [message(who, with_images(text)) for who, text in turns],
-        images=row.get("images") or [],
-    )
-
-
-@published("rlaif-v", "openbmb/RLAIF-V-Dataset", "**/*.parquet")
-def rlaif_v(row: dict) -> dict:
-    """83,132 pairs with one picture, inside the parquet file. origin_split is a JSON string, not a split."""
-    return pair(
-        row, row["question"], images=[row["image"]], id=row["idx"], category=row["origin_dataset"]
-    )
-
-
-@published("mmpr", "OpenGVLab/MMPR-v1.2", reader=True)
-def read_mmpr(path: str) -> Iterator[Line]:
-    """About 2 M pairs: meta.json is {name: {root, annotation}}, both below "MMPR-v1.2/"; image is one path or several,
-    below root, and the question may have <image> marks. It comes packed:
-
-    cat images.zip_* > images.zip && unzip images.zip && unzip annotations.zip
-    """
-
-    def convert(row: dict, root: Path) -> dict:
-        images = [str(root / image) for image in list_of(row["image"]) if image]
-        return pair(row, question(row["question"]), images=images)
-
-    folder = Path(path).resolve()
-    if not (folder / "meta.json").is_file():
-        raise UserError(f"--source mmpr:{path}: no meta.json there; PATH is the set's folder")
-    for entry in json.loads((folder / "meta.json").read_bytes()).values():
-        root, annotation = (
-            folder / entry[key].removeprefix("MMPR-v1.2/") for key in ("root", "annotation")
-        )
-        yield from read_rows(str(annotation), partial(convert, root=root))
-
-
-@published("mm-rlhf", "yifanzhang114/MM-RLHF", "dpo_pairs.jsonl", with_file=True)
-def mm_rlhf(row: dict, file: Path) -> dict:
-    """About 80,000 pairs, beside the unpacked long.zip, mcq.zip, safety.zip, short.zip and video.zip: the path of a
-    picture or of the folder of a video's frames, of which 8 are taken. The reasons for the ranking, where both are
-    there, are critiques."""
-    path, reasons = (
-        row.get("image") or row["video"],
-        [row.get("chosen_reason"), row.get("rejected_reason")],
-    )
-    images = [path] if row.get("image") else video_frames(path, file.parent, 8)
-    more = {"critiques": reasons} if all(reasons) else {}
-    return pair(row, question(row["prompt"]), images=images, category=path.split("/")[0], **more)
-
-
-@published("r1-reward", "yifanzhang114/R1-Reward-RL", "**/train-*.parquet")
-def r1_reward(row: dict) -> dict:
-    """17,261 rows. `message` is the JSON of a judge's prompt that holds both responses, `answer` is
-    ["<answer>2</answer>"]; `image` is a string, by its size the picture itself in base64 (unconfirmed), else a path."""
-    parts = [part for turn in json.loads(row["message"]) for part in turn["content"]]
-    text = "".join(part["text"] for part in parts if part["type"] == "text")
-    found = re.search(
-        r"\[Response 1\]:(.*?)#+ *\[Response 2\]:(.*?)(?:#+ *\*\*Output Format|$)", text, re.DOTALL
-    )
-    better = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", row["answer"][0])
-    require(better, f"answer: {row['answer'][0]!r}")
-    require(found, "message without [Response 1] and [Response 2]")
-    image = row["image"]
-    require(
-        image or all(part["type"] == "text" for part in parts),
-        "image: empty, though the message shows one",
-    )
-    if isinstance(image, str) and len(image) > 1000:  # no path
-        image = base64.b64decode(
-            image.rpartition(",")[2], validate=True
-        )  # without "data:image/jpeg;base64,"
-    responses = [found[1].strip(), found[2].strip()]
-    return one_of_two(
-        row["question"], responses, ("1", "2"), better[1], images=[image] if image else []
-    )
-
-
-@published("mmif", "ChrisDing1105/MMIF-23k", reader=True)
-def read_mmif(path: str) -> Iterator[Line]:
-    """MMIF-23k: LLaMA-Factory's form, in a .json below dpo/ (beside one for fine-tuning); that picture paths are
-    relative to the set's folder is unconfirmed."""
-    folder = (Path(path) if Path(path).is_dir() else Path(path).parent).resolve()
-
-    def convert(row: dict) -> dict:
-        record = llama_factory(row)
-        return record | {"images": [str(folder / image) for image in record["images"]]}
-
-    return read_rows(path, convert, "**/dpo/*.json")
-
-
-@published("omnialign-v-dpo", "PhoenixZ/OmniAlign-V-DPO", "*.jsonl")
-def omnialign_v_dpo(row: dict) -> dict:
-    """About 133,000 pairs in one .jsonl for each kind, beside the unpacked images.tar; keys as in the authors'
-    train_dpo.py, which sets the picture before the prompt whatever place <image> has."""
-    return pair(row, row["prompt"].replace("<image>", "").strip(), images=list_of(row["image"]))
-
-
-@published("ultrafeedback-all", "openbmb/UltraFeedback")
-def ultrafeedback_all(row: dict) -> dict:
-    """63,967 prompts, each with up to four responses ranked by overall_score, as one comparison; equal scores tie."""
-    answers = row["completions"]
-    scores = [float(answer["overall_score"]) for answer in answers]
-    require(all(map(math.isfinite, scores)), "overall_score: not a number")
-    return {
-        "prompt": row["instruction"],
-        "responses": [answer["response"] for answer in answers],
-        "ranks": [1 + sum(other > score for other in scores) for score in scores],
-        "critiques": [answer["critique"] for answer in answers],
-        "category": row["source"],
-    }
-
-
-@published("ultrafeedback-hard", "openbmb/UltraFeedback")
-def ultrafeedback_hard(row: dict) -> dict:
-    """The same, of each prompt only the pair with the largest score difference: the paper's Ultra-Hard. (The copy
-    called "binarized" pairs the best with a random other.)"""
-    record = ultrafeedback_all(row)
-    extremes = [record["ranks"].index(extreme(record["ranks"])) for extreme in (min, max)]
-    return record | {
-        key: [record[key][i] for i in extremes] for key in ("responses", "ranks", "critiques")
-    }
-
-
-def shp(row: dict) -> dict:
-    """SHP: 348,718 pairs of comments on a post; labels is 1 where A is the better one, 0 where B is. As is common, only
-    pairs whose scores are in a ratio of 2 or more are taken, and of a post the first 5 (read_shp)."""
-    require(row["score_ratio"] >= 2, "score_ratio below 2")
-    require(row["labels"] in (0, 1), f"labels: {row['labels']!r}, neither 1 nor 0")
-    chosen, rejected = (row[f"human_ref_{letter}"] for letter in ("AB" if row["labels"] else "BA"))
-    more = {"id": row["post_id"], "category": row["domain"]}
-    return {"prompt": row["history"], "chosen": chosen, "rejected": rejected, **more}
-
-
-@published("shp", "stanfordnlp/SHP", reader=True)
-def read_shp(path: str) -> Iterator[Line]:
-    """A folder for each of 18 subjects, JSON lines in train.json. Every rank reads all, to count a post's pairs."""
-    pairs = Counter()
-    for file, number, read in read_rows(path, shp, "**/train*.json*"):
-        try:
-            post = read()["id"]
-        except Unusable:
-            pass  # said again by whoever the row belongs to
-        else:
-            pairs[post] += 1
-            read = (
-                partial(require, False, "more than 5 pairs of this post")
-                if pairs[post] > 5
-                else read
-            )
-        yield file, number, read
-
-
-@published("olmo-2", "allenai/olmo-2-0425-1b-preference-mix", "**/*.parquet")  # 378,000
-@published(
-    "wildchat", "allenai/tulu-3-wildchat-ultrafeedback", "**/*.parquet"
-)  # five named splits, no "train"
-@published(
-    "tulu-3-ultrafeedback", "allenai/tulu-3-ultrafeedback-cleaned-on-policy-70b", "**/*.parquet"
-)  # 41,600
-@published("tulu-3-if", "allenai/tulu-3-IF-augmented-on-policy-70b", "**/*.parquet")  # 65,551
-def conversations(row: dict) -> dict:
-    """chosen and rejected are whole conversations, user turns included; `prompt` is a string or missing."""
-    return last_turns(row["chosen"], row["rejected"], id=row.get("id"))
-
-
-@published("swe-arena", "bigcode/bigcodearena-preference-5k", "**/*.parquet")
-def swe_arena(row: dict) -> dict:
-    """SWE-arena, now BigCodeArena: about 5,000 votes on two conversations with the same user; messages are [role, text]
-    (what the two are is unconfirmed). Ties and votes for neither are dropped, and so are conversations of several turns
-    in which the two models' earlier answers differ."""
-    vote = row["feedback"]["vote_type"]
-    require(vote in ("vote_model_A", "vote_model_B"), f"no better response: {vote}")
-    ranked = ("model_A", "model_B") if vote == "vote_model_A" else ("model_B", "model_A")
-    chosen, rejected = (
-        [message(*turn) for turn in row["states"][model]["messages"]] for model in ranked
-    )
-    return last_turns(chosen, rejected, id=row["chat_session_id"])
-
-
-@published("hh-rlhf", "Anthropic/hh-rlhf", "**/train.jsonl.gz")
-def hh_rlhf(row: dict) -> dict:
-    """Two transcripts, "\\n\\nHuman: ... \\n\\nAssistant: ...", that should differ in the last answer only."""
-
-    def turns(transcript: str) -> list[dict]:
-        start, *pieces = re.split("\n\n(Human|Assistant):", transcript)
-        require(pieces and not start.strip(), "no transcript that begins with Human: or Assistant:")
-        return [message(who, text.strip()) for who, text in zip(pieces[::2], pieces[1::2])]
-
-    return last_turns(turns(row["chosen"]), turns(row["rejected"]))
-
-
-# Benchmarks. What a benchmark calls right gets rank 1; the responses stay in the published order, so that another
-# system's scores fit, and that order decides nothing. A row that does not say clearly which response is right is
-# Unusable. "category" is the benchmark's own grouping. The metrics are in 04, by the same names.
-
-
-def several_of_each(row: dict, **more) -> dict:
-    """A record of a row that has lists of responses under chosen and rejected, all of them right, or wrong."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    ranks = [1] * len(chosen) + [2] * len(rejected)
-    return {
-        "prompt": row["prompt"],
-        "responses": [*chosen, *rejected],
-        "ranks": ranks,
-        "id": row["id"],
-        **more,
-    }
-
-
-def one_of_two(prompt: object, responses: list, labels: tuple, label: object, **more) -> dict:
-    """`label` is the one of the two `labels` that says that the first, or the second, response is right."""
-    if label not in labels or len(responses) != 2:
-        raise Unusable(
-            f"{label!r} does not say which of two is better; there are {len(responses)} responses"
-        )
-    return {
-        "prompt": prompt,
-        "responses": responses,
-        "ranks": [1, 2] if label == labels[0] else [2, 1],
-        **more,
-    }
-
-
-@published("vl-rewardbench", "MMInstruction/VL-RewardBench", metric="vl-rewardbench")
-def vl_rewardbench(row: dict) -> dict:
-    """arXiv 2411.17451, 1250 pairs; human_ranking holds the places of the two responses, 0 is better. The grouping is
-    that of the official repository, by where an item comes from. Ids are not unique."""
-    if row["id"].startswith(("hallucination", "RLAIF", "RLHF")):
-        category = "hallucination"
-    else:
-        category = "reasoning" if row["id"].startswith(("mathverse", "mmmu")) else "general"
-    more = {"id": row["id"], "category": category, "images": [row["image"]]}
-    return one_of_two(
-        row["query"], list(row["response"]), ([0, 1], [1, 0]), list(row["human_ranking"]), **more
-    )
-
-
-@published(
-    "mm-rlhf-rewardbench",
-    "yifanzhang114/MM-RLHF-RewardBench",
-    "**/*.jsonl",
-    "mm-rlhf-rewardbench",
-    with_file=True,
-)
-def mm_rlhf_rewardbench(row: dict, file: Path) -> dict:
-    """arXiv 2502.10391, 170 pairs over 46 ids; the category is the first of the keywords that is in the path. A video's
-    frames are given as pictures, 32 as the benchmark's own code takes, not as Qwen-VL's video input; so many want a
-    large --max_length."""
-    media = row.get("image") or row.get("video") or ""
-    category = next(
-        (word for word in ("mcq", "long", "short", "safety", "video") if word in media), None
-    )
-    require(category, f"image or video: {media!r} names no category")
-    images = [media] if row.get("image") else video_frames(media, file.parent, 32)
-    return pair(row, row["prompt"], id=row["id"], group=row["id"], category=category, images=images)
-
-
-# Not on the hub: github.com/facebookresearch/multimodal_rewardbench
-@published("multimodal-rewardbench", "", "**/all_data.json", "multimodal-rewardbench")
-def multimodal_rewardbench(row: dict) -> dict:
-    """arXiv 2502.14191; the official script splits two categories by the id."""
-    category, id = row["Category"], row["ID"].lower()
-    if category == "safety":
-        category = "safety/bias" if id.startswith("pairs") else "safety/toxicity"
-    elif category == "reasoning":
-        category = "reasoning/math" if id.startswith("math") else "reasoning/coding"
-    more = {"id": row["ID"], "category": category, "images": [row["Image"]]}
-    return one_of_two(
-        row["Text"], [row["Output1"], row["Output2"]], ("Output1", "Output2"), row["Better"], **more
-    )
-
-
-@published("rewardbench", "allenai/reward-bench", "**/filtered*", "rewardbench")
-def rewardbench(row: dict) -> dict:
-    """arXiv 2403.13787, the split `filtered`, 2985 pairs; the category is the subset."""
-    return pair(row, row["prompt"], id=row["id"], category=row["subset"])
-
-
-@published(
-    "rewardbench-prior-sets", "allenai/preference-test-sets", metric="rewardbench", with_file=True
-)
-def rewardbench_prior_set(row: dict, file: Path) -> dict:
-    """The older test sets that count half in RewardBench's score; a file's name begins with the set, shp-00000.parquet.
-    `chosen` and `rejected` are texts after the turns in `prompt`, or whole conversations."""
-    category = re.split(r"[-.]", file.name)[0]
-    if isinstance(row["chosen"], list):
-        return last_turns(row["chosen"], row["rejected"], category=category)
-    return pair(row, row["prompt"], category=category)
-
-
-@published("rewardbench-2", "allenai/reward-bench-2", metric="rewardbench-2")
-def rewardbench_2(row: dict) -> dict:
-    """arXiv 2506.01937, 1865 prompts: one right response of four; of Ties several right, many wrong."""
-    right, wrong, correct, total = (
-        row[key] for key in ("chosen", "rejected", "num_correct", "total_completions")
-    )
-    counts = f"{len(right)} chosen and {len(wrong)} rejected, but {correct} correct of {total}"
-    require(len(right) == correct and len(right) + len(wrong) == total, counts)
-    return several_of_each(row, category=row["subset"])
-
-
-@published("rm-bench", "THU-KEG/RM-Bench", "**/total_dataset.json", "rm-bench", with_file=True)
-def rm_bench(row: dict, file: Path) -> dict:
-    """arXiv 2410.16184, 1327 prompts, 3 chosen and 3 rejected: concise, detailed plain, detailed markdown.
-    total_dataset.json has the domain in each row; chat_filtered.json and the like only in their names."""
-    right, wrong = len(row["chosen"]), len(row["rejected"])
-    require(right == wrong == 3, f"{right} chosen and {wrong} rejected, not 3 styles of each")
-    place = row.get("domain") or file.name
-    domain = next(
-        (domain for domain in ("chat", "code", "math", "safety") if domain in place), None
-    )
-    require(domain, f"domain: {place!r} is none of chat, code, math and safety")
-    return several_of_each(row, category=domain)
-
-
-@published("judgebench", "ScalerLab/JudgeBench", metric="judgebench")
-def judgebench(row: dict) -> dict:
-    """arXiv 2410.12784: 350 pairs of GPT-4o's responses and 270 of Claude 3.5 Sonnet's, one file each. The category is
-    the first part of `source`, "mmlu-pro-law"."""
-    categories = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning"}
-    categories |= {"livebench-math": "math", "livecodebench": "coding"}
-    category = next(
-        (name for start, name in categories.items() if row["source"].startswith(start)), None
-    )
-    require(category, f"source: {row['source']!r} begins with none of {', '.join(categories)}")
-    more = {"id": row["pair_id"], "category": category, "subset": row["response_model"]}
-    return one_of_two(
-        row["question"],
-        [row["response_A"], row["response_B"]],
-        ("A>B", "B>A"),
-        row["label"],
-        **more,
-    )
-
-
-# Not on the hub: github.com/princeton-nlp/LLMBar, its folder Dataset/LLMBar
-@published("llmbar", "", "**/dataset.json", "llmbar", with_file=True)
-def llmbar(row: dict, file: Path) -> dict:
-    """arXiv 2310.07641, 419 pairs in files dataset.json, each in a folder named after its subset."""
-    subset = file.parent.name if file.stem == "dataset" else file.stem
-    return one_of_two(
-        row["input"], [row["output_1"], row["output_2"]], (1, 2), row["label"], category=subset
-    )
-
-
-# Questions for a policy: the prompt in the words of the benchmark, `answer`, and the `rule` by which 06 checks it. One
-# without an answer, as in most test splits, is rejected. First three sets to train on.
-
-RULES = {  # how 06 can check an answer: what the answer looks like, and what a rule may say beside its kind
-    "text": (r"(?s).*\w.*", {}),
-    "letter": (r"[A-Z]", {"options": list}),
-    "yes_no": (r"(?i)yes|no", {}),
-    "number": (r".*\d.*", {"type": str, "precision": int, "unit": str}),
-}
-LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA's words, since then everyone's
-
-
-def check_rule(rule: object, answer: object) -> None:
-    """Raises Unusable unless `rule`, a kind of RULES or {"kind": ..., and what it may say}, can check `answer`."""
-    said = rule if isinstance(rule, dict) else {"kind": rule}
-    kind, text = said.get("kind"), str(answer).strip()
-    require(
-        isinstance(kind, str) and kind in RULES, f"rule: {kind!r}; known are {', '.join(RULES)}"
-    )
-    form, may_say = RULES[kind]
-    for key, value in said.items():
-        if key != "kind" and not isinstance(value, may_say.get(key, ())):
-            raise Unusable(f"rule: {kind} with {key} = {value!r}")
-    require(re.fullmatch(form, text), f"answer: {answer!r} is none that the rule {kind} can check")
-    if said.get("options"):
-        count = len(said["options"])
-        require(ord(text) - ord("A") < count, f"answer: {answer!r} of {count} options")
-
-
-def ask(text: str, image: str | bytes | dict, **more) -> dict:
-    """A record that asks about one picture, which stands before the text."""
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    return {"prompt": [message("user", content)], "images": [image], **more}
-
-
-def lettered(options: list[str]) -> str:
-    """Options one a line, each after its letter: "A. red", "B. blue"."""
-    return "\n".join(
-        f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)
-    )
-
-
-@published("vstar", "craigwu/seal_vqa_data", "**/*_data.json")
-def vstar(row: dict) -> dict:
-    """The training data of SEAL: GQA_data, vaw_attribute_data, spatial_relation_data and llava_focus_data.json, with
-    the pictures in gqa/images/, coco2014/train2014/ and coco2017/train2017/ beside them. The first turn names the
-    objects to look at before the question, in front of which "<object>." ends the line; it is cut off there, and rows
-    without objects (negative_data and llava_instruct_data.json) are left out, both as DeepEyes did (arXiv 2505.14362),
-    whose three sets of prompts are the paper's. The answers are sentences. Of those that begin with Yes or No that word
-    is checked; the others have to be matched whole, which few policies will do, so it is the reward model that tells
-    their answers apart. (DeepEyes had a language model compare them.) Fields as in SEAL's train.py and in readers of
-    others; the files themselves we have not seen."""
-    require(row["target_instances"], "no target_instances: not a question about objects")
-    asked, answered = (turn["value"] for turn in row["conversations"][:2])
-    text = asked.split("<object>.\n")[-1].replace("<image>", "").strip()
-    said = re.match(r"(Yes|No)([,.]|$)", answered)
-    answer, rule = (said[1], "yes_no") if said else (answered, "text")
-    return ask(text, row["image"], answer=answer, rule=rule, category="vstar")
-
-
-@published("arxivqa", "MMInstruction/ArxivQA", "**/*.jsonl")
-def arxivqa(row: dict) -> dict:
-    """arxivqa.jsonl and images.tgz, written by GPT-4V and not cleaned: options with and without letters ("A) red");
-    labels like "B", "B)", "[B]" or the whole option; separators and headings among the options, rows with which are
-    left out. The set has no prompt of its own. Fields and flaws as in readers of others; the file we have not seen."""
-    options = [option.strip() for option in row["options"]]
-    odd = any(option in ("", "-") or option.startswith("#") for option in options)
-    require(not odd, "options: one of them is empty, a separator or a heading")
-    own = [
-        re.match(rf"[(\[]?{a}[.):\]]+\s*(.+)", option)
-        for a, option in zip(string.ascii_uppercase, options)
-    ]
-    if all(own):  # else "B. cereus" would lose the genus
-        options = [found[1] for found in own]
-    label = re.match(r"[(\[]?([A-Z])(?![A-Za-z])", row["label"].strip())
-    require(label, f"label: {row['label']!r} does not begin with a letter")
-    text, rule = (
-        f"{row['question']}\n{lettered(options)}\n{LETTER}",
-        {"kind": "letter", "options": options},
-    )
-    return ask(text, row["image"], id=row["id"], answer=label[1], rule=rule, category="arxivqa")
-
-
-@published("thinklite-vl", "russwang/ThinkLite-VL-hard-11k", "**/*.parquet")
-def thinklite_vl(row: dict) -> dict:
-    """The problem is "<image>", then the question with its options and instruction. There are also ground_truth and
-    choices; `answer` is what the authors' own search is given (mcts.py). What it looks like decides its rule. Fields as
-    in the authors' code; that a multiple choice's answer is its letter is unconfirmed."""
-    answer = str(row["answer"]).strip()
-    kinds = {"letter": r"[A-Z]", "yes_no": r"(?i)yes|no", "number": r"-?[\d,]*\.?\d+"}
-    rule = next((kind for kind, form in kinds.items() if re.fullmatch(form, answer)), "text")
-    text = row["problem"].replace("<image>", "").strip()
-    return ask(text, row["image"], id=row["id"], answer=answer, rule=rule, category="thinklite-vl")
-
-
-# Questions to judge a policy by; the metrics are in 06.
-
-
-@published("mmbench", metric="circular", reader=True)
-def read_mmbench(path: str) -> Iterator[Line]:
-    """MMBench (MMBench_DEV_EN.tsv and its like from VLMEvalKit). To save space the rotations of a question have the
-    index of another row where the picture should be; that row stands before them."""
-    images: dict[str, str] = {}
-    for file, number, read in read_rows(path, pattern="**/*.tsv"):
-        row = read()
-        image = row.get("image") or ""
-        if len(image) > 64:  # VLMEvalKit's test of which it is
-            images[row.get("index")] = image
-        yield (
-            file,
-            number,
-            partial(convert_row, partial(dict, row, image=images.get(image, image)), mmbench),
-        )
-
-
-def mmbench(row: dict) -> dict:
-    """index, question, hint, A, B, C, D, answer, category, image (base64), l2-category (also L2-category), split.
-    What is missing is empty or "nan"; the test split has no answers. The prompt is VLMEvalKit's, ImageMCQDataset.
-
-    index = rotation * 1,000,000 + question: each question is asked again with its options rotated, and those rows are
-    one group, for CircularEval."""
-    given = {key: value for key, value in row.items() if value not in (None, "", "nan")}
-    require("answer" in given, "no answer: the answers of the test split are not published")
-    options = list(itertools.takewhile(bool, (given.get(letter) for letter in "ABCDEFGH")))
-    text = f"Hint: {given['hint']}\n" if "hint" in given else ""
-    text += f"Question: {given['question']}\nOptions:\n{lettered(options)}\n"
-    text += "Please select the correct answer from the options above. \n"
-    category = given.get("l2-category") or given.get("L2-category") or given["category"]
-    more = {"id": given["index"], "group": int(given["index"]) % 1_000_000, "category": category}
-    more |= {"answer": given["answer"], "rule": {"kind": "letter", "options": options}}
-    return ask(text, base64.b64decode(given["image"], validate=True), **more)
-
-
-@published("mme", "lmms-lab/MME", "**/*.parquet", "mme")
-def mme(row: dict) -> dict:
-    """Two questions with the same question_id for each picture, one answered Yes and one No. "Please answer yes or no."
-    is part of the question."""
-    more = {"id": row["question_id"], "group": row["question_id"], "category": row["category"]}
-    return ask(row["question"], row["image"], answer=row["answer"].strip(), rule="yes_no", **more)
-
-
-@published("mmstar", "Lin-Chen/MMStar", "**/*.parquet", "accuracy")
-def mmstar(row: dict) -> dict:
-    """The question has its options in it, "Options: A: ..., B: ..."; there are 6 categories, and 18 l2_category."""
-    more = {
-        "id": row["index"],
-        "category": row["category"],
-        "answer": row["answer"].strip(),
-        "rule": "letter",
-    }
-    return ask(f"{row['question'].strip()}\n{LETTER}", row["image"], **more)
-
-
-@published("mathvista", "AI4Math/MathVista", "**/testmini*.parquet", "accuracy")
-def mathvista(row: dict) -> dict:
-    """`query` is the benchmark's zero-shot prompt: a hint about the form, the question with its unit, the choices.
-    `image` is a path, precision a float. The answer to a multiple choice is the choice's text; the test split has no
-    answers."""
-    answer = row["answer"]
-    require(
-        answer not in (None, ""),
-        "no answer: the answers of the test split are not published; testmini has them",
-    )
-    if row["question_type"] == "multi_choice":
-        choices = list(row["choices"])
-        require(answer in choices, f"answer: {answer!r} is none of the choices")
-        answer, rule = (
-            string.ascii_uppercase[choices.index(answer)],
-            {"kind": "letter", "options": choices},
-        )
-    else:
-        rule = {"kind": "number", "type": row["answer_type"]}
-        if row["precision"] is not None:
-            rule["precision"] = int(row["precision"])
-        if row["unit"]:
-            rule["unit"] = row["unit"]
-    more = {"id": row["pid"], "category": row["metadata"]["task"]}
-    return ask(row["query"], row["decoded_image"], answer=answer, rule=rule, **more)
-
-
-@published("vstar-bench", "craigwu/vstar_bench", "**/test_questions.jsonl", "accuracy")
-def vstar_bench(row: dict) -> dict:
-    """test_questions.jsonl, its pictures beside it; or lmms-lab/vstar-bench's parquet. The text has the options in it,
-    "(A) rubber". SEAL's own evaluation compares the options' likelihoods instead of asking for a letter."""
-    text = row["text"].strip()
-    text = (
-        text if text.endswith(LETTER) else f"{text}\n{LETTER}"
-    )  # there are copies with and without it
-    more = {
-        "id": row["question_id"],
-        "category": row["category"],
-        "answer": row["label"].strip(),
-        "rule": "letter",
-    }
-    return ask(text, row["image"], **more)
-
-
-# Two benchmarks need a judge model. Their questions have no answer but `judged`: what, beside the policy's answer, is
-# in a line of the file that their judge reads. 06 writes it.
-
-
-@published(
-    "llava-in-the-wild",
-    "liuhaotian/llava-bench-in-the-wild",
-    "**/questions.jsonl",
-    "llava-in-the-wild",
-)
-def llava_in_the_wild(row: dict) -> dict:
-    """The image is a name in images/; the categories are conv, detail and complex."""
-    judged = {"question_id": row["question_id"], "prompt": row["text"]}
-    more = {"id": row["question_id"], "category": row["category"]}
-    return ask(row["text"], f"images/{row['image']}", judged=judged, **more)
-
-
-@published(
-    "wildvision", "WildVision/wildvision-bench", "**/vision_bench_0617/*.parquet", "wildvision"
-)
-def wildvision(row: dict) -> dict:
-    """The version of 0617."""
-    judged = {key: row[key] for key in ("question_id", "instruction", "language")}
-    return ask(
-        row["instruction"],
-        row["image"],
-        judged=judged,
-        id=row["question_id"],
-        category="wildvision",
-    )
+        problem = f"--mix {mix}: {len(missing)} of its sets are missing in --mix_folder:"
+        raise UserError("\n    ".join([problem, *missing]))
+    return sources
 
 
 if __name__ == "__main__":
