@@ -1,31 +1,34 @@
 """Stage 1 · preference data -> shards of token ids and image bytes
 
-    torchrun --standalone --nproc_per_node=2 01_data.py                             # the embedded world
-    torchrun --standalone --nproc_per_node=2 01_data.py --source my_pairs.jsonl     # your own pairs
-    torchrun --standalone --nproc_per_node=2 01_data.py --source rlaif-v:DIR@0.1    # a tenth of a published set
-    torchrun --standalone --nproc_per_node=2 01_data.py --mix basereward --mix_folder DIR      # the paper's mixture
+Preference data has one JSON object a line. This is one (broken here to fit):
 
-In    One JSON object a line (a prompt, a chosen and a rejected response, pictures); or a published set as it was
-      published, by its name in SOURCES; or nothing at all: then the embedded world draws pictures of coloured
-      shapes, asks about them, and knows which answers are right.
-Out   artifacts/data/<name>/: safetensors shards of comparisons, ready to be read at random by every later
-      stage; dataset.json, which says what they were made with; rejected.jsonl, every line that could not be
-      used, with its file, line number and reason. Lines read = comparisons kept + lines rejected, always.
+    {"prompt": [{"role": "user", "content": "What is it?"}], "images": ["pictures/0.png"],
+     "chosen": "A red circle.", "rejected": "A blue square."}
 
-The unit of this codebase is the COMPARISON: one prompt (text and pictures) and N responses to it. A training pair
-is N = 2, a benchmark item or a ranking any N, a group of GRPO rollouts N = G, a question to a policy N = 0.
+This stage turns it into a Comparison: token ids of the prompt and of each response, and the bytes
+of the picture. The other stages read Comparisons and nothing else.
 
-What the paper (BaseReward, arXiv 2509.16127) says about data: 2.8 M pairs from seven published sets, multimodal and
-text-only mixed, whole sets kept or dropped, no filter on single samples. What it leaves open, and what we
-took: at most 501760 pixels an image and 4096 tokens a response with its prompt, as in the authors' public command
-for a text-only reward model; the chat template of the backbone as it is.
+    torchrun --standalone --nproc_per_node=2 01_data.py                           # embedded world
+    torchrun --standalone --nproc_per_node=2 01_data.py --source my_pairs.jsonl   # your own pairs
+    torchrun --standalone --nproc_per_node=2 01_data.py --source rlaif-v:DIR@0.1  # a published set
+    torchrun --standalone --nproc_per_node=2 01_data.py --mix basereward --mix_folder DIR
 
-Every chunk of `shard_size` lines becomes one shard and belongs to one rank, so the result does not depend on how
-many ranks there were.
+In    Lines like the one above; or a published set, by its name in SOURCES; or no --source: then
+      the embedded world draws coloured shapes, asks about them and knows the answers.
+Out   artifacts/data/<name>/: shards of comparisons; index.safetensors, their lengths; dataset.json,
+      how they were made; rejected.jsonl, every unusable line with its file, number and reason.
+      Lines read = comparisons kept + lines rejected, always.
 
-This file reads from here to `main`, the way that a line takes to a shard and back; after `main` stands an appendix,
-a catalogue of the published sets that can be read.
+The idea: everything in the recipe compares responses to the *same* prompt. A training pair has
+N = 2 responses, a ranking or a benchmark item any N, a group of GRPO rollouts N = G, a question to
+a policy N = 0. One class holds them all, and one forward of the model (02) scores them all.
+
+The paper (BaseReward, arXiv 2509.16127) trains on 2.8 M pairs of seven published sets, multimodal
+and text-only. It keeps or drops whole sets and filters no samples. It does not state image size or
+length; we take at most 501,760 pixels and 4,096 tokens, as its authors do for text-only rewards.
 """
+
+from __future__ import annotations
 
 import base64
 import csv
@@ -40,100 +43,443 @@ import json
 import math
 import os
 import re
-import shlex
 import string
 import sys
 import warnings
-import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils.hub import cached_file
 
-FORMAT = 3  # of the shards; raise it when their layout changes
+FORMAT = 4  # of the shards; raise it when their layout changes
 
 
-def option(default: Any, help: str, **more) -> Any:
-    """A field of a stage's settings: its default and what --help says of it. A list may be given repeatedly."""
-    if isinstance(default, list):
-        return field(
-            default_factory=lambda: list(default),
-            metadata={"help": help, "action": "extend", **more},
+@dataclass
+class Comparison:
+    """One prompt and N responses to it, ready for the model. Token ids are int32."""
+
+    prompt: np.ndarray  # [P], with as many image tokens as the vision tower gives features
+    responses: list[np.ndarray]  # N arrays [R_i], each ends with the end-of-turn token
+    ranks: list[int]  # [N]; 1 is best, equal ranks tie
+    images: list[bytes] = field(default_factory=list)  # encoded files, as they came
+    # [images, 3]: time (or tiles), height and width of each image in patches
+    grids: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int32))
+    record: dict = field(default_factory=dict)  # id, category, answer, ...: fields carried along
+    origin: str = ""  # where it was read, for messages
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) for all pairs of responses that do not tie."""
+        return ordered_pairs(self.ranks)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the packed row [prompt | response 1 | ... | response N]."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
+    """(better, worse) for all pairs of places in `ranks` that do not tie."""
+    places = range(len(ranks))
+    return [(i, j) for i in places for j in places if ranks[i] < ranks[j]]
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. A record, the dict of one line, becomes a Comparison. `processors` holds the tokenizer and the
+# image processor of the backbone; load_processors (appendix) reads them from its checkpoint.
+
+
+def encode_record(
+    record, processors, max_length, folder=Path(), without_images=False, within=None
+) -> Comparison:
+    """Make one record a Comparison; raise Unusable with the reason if that is impossible.
+
+    Image paths are relative to `folder` and have to lie in one of the folders `within`, if given.
+    """
+    check(record, RECORD)  # the schema, in the appendix
+    texts, ranks = responses_of(record)
+    messages = check_messages(record["prompt"], without_images)
+    images = [] if without_images else images_in(record)
+    prompt, files, grids = encode_prompt(messages, images, processors, folder, within)
+    responses = [encode_response(text, processors) for text in texts]
+    check_length(prompt, responses, max_length)
+    carried = carried_fields(record, texts)
+    return Comparison(prompt, responses, ranks, files, grids, carried)
+
+
+def encode_prompt(messages, images, processors, folder=Path(), within=None):
+    """Tokenize a prompt and its images up to where the assistant's answer begins.
+
+    Returns token ids [P], the images' encoded bytes, and their grids [images, 3]. Raises Unusable.
+    """
+    messages = check_messages(messages)
+    images = place_images(messages, images)
+    require(not images or processors.image, "images: the backbone is text-only")
+    files = [read_image(image, folder, within) for image in images]
+    grids = [patch_grid(open_image(file).size, processors) for file in files]
+    grids = np.array(grids, np.int32).reshape(-1, 3)
+    ids = tokenize_chat(messages, processors.tokenizer)  # one image token for each image
+    if files:
+        ids = expand_image_tokens(ids, grids, processors)
+    return ids, files, grids
+
+
+def tokenize_chat(messages: list[dict], tokenizer) -> np.ndarray:
+    """Render messages with the backbone's chat template and tokenize them, [P].
+
+    The template's special tokens become single ids, as in <|im_start|>user\\nHi<|im_end|>. The same
+    strings in a user's text stay text: they are cut out before rendering, with a mark in their
+    place, and tokenized as ordinary characters afterwards.
+    """
+    # The marks are two characters of Unicode's private use area around a number.
+    special = [*tokenizer.get_added_vocab(), "\ue000", "\ue001"]
+    special = re.compile("|".join(map(re.escape, special)))
+    cut = []
+
+    def mark(match: re.Match) -> str:
+        cut.append(match[0])
+        return f"\ue000{len(cut) - 1}\ue001"
+
+    def mark_part(part: dict) -> dict:
+        return part | {"text": special.sub(mark, part["text"])} if "text" in part else part
+
+    marked = []
+    for turn in messages:
+        if isinstance(turn["content"], str):
+            content = special.sub(mark, turn["content"])
+        else:
+            content = [mark_part(part) for part in turn["content"]]
+        marked.append({"role": turn["role"], "content": content})
+    rendered = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+
+    ids = []
+    for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):  # text, number, text, ...
+        if i % 2:
+            ids += tokenize_text(cut[int(piece)], tokenizer)
+        else:
+            ids += tokenizer.encode(piece, add_special_tokens=False)
+    return np.array(ids, np.int32)
+
+
+def tokenize_text(text: str, tokenizer) -> list[int]:
+    """Tokenize a text in which '<|im_end|>' is ten characters, not one token."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def encode_response(text: str, processors: Processors) -> np.ndarray:
+    """Tokenize a response, [R]. It ends with the end-of-turn token, where its score is read."""
+    return np.array([*tokenize_text(text, processors.tokenizer), processors.end_token], np.int32)
+
+
+def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int, int]:
+    """Patches (time, height, width) of an image of `size` (width, height) in pixels.
+
+    Qwen-VL scales an image, about keeping its shape, so that both sides are multiples of
+    patch * merge = 28 pixels and its area lies between two limits.
+    """
+    if processors.family.tiles:
+        return tile_grid(size, processors)
+    width, height = size
+    patch, limits = processors.vision.patch, processors.image.size
+    unit = patch * processors.vision.merge
+    with explaining(f"unusable image of {width} x {height} pixels", ValueError, Unusable):
+        height, width = smart_resize(
+            height, width, unit, limits["shortest_edge"], limits["longest_edge"]
         )
-    return field(default=default, metadata={"help": help, **more})
+    return 1, height // patch, width // patch
+
+
+def expand_image_tokens(ids: np.ndarray, grids: np.ndarray, processors: Processors) -> np.ndarray:
+    """Repeat the token of each image as often as the vision tower gives features for the image.
+
+    The tower merges 2 x 2 patches into one feature: an image of 8 x 6 patches has 12 tokens.
+    """
+    if processors.family.around:
+        ids = surround_image_tokens(ids, processors)
+    repeats = np.ones(len(ids), int)
+    repeats[ids == processors.image_token] = grids.prod(1) // processors.vision.merge**2
+    return np.repeat(ids, repeats)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Comparisons are kept in shards, safetensors files that later stages map into memory.
+
+RAGGED = {  # vectors of different lengths, one after the other in a flat array:
+    "rows": np.int32,  # of each comparison, the tokens of its prompt and responses
+    "layouts": np.uint8,  # of each comparison, JSON: lengths in its row, ranks, its images, ...
+    "images": np.uint8,  # the encoded files, each once, however many comparisons share it
+}  # vector i is flat[offsets[i] : offsets[i + 1]]
+INDEX = {  # numbers of each comparison or image, for planning and for overlap checks
+    "tokens": np.int32,
+    "patches": np.int32,
+    "response_counts": np.int32,
+    "prompt_hashes": np.uint64,
+    "image_hashes": np.uint64,
+}
+
+
+def flatten(arrays: list, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate vectors; return them flat, and their offsets [vectors + 1]."""
+    flat = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
+    return flat, np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+
+
+def write_shard(path: Path, comparisons: list[Comparison], image_token=None, **notes) -> None:
+    """Write comparisons, and notes as JSON, to one safetensors file."""
+    images = list(dict.fromkeys(image for c in comparisons for image in c.images))  # each once
+    places = dict(zip(images, range(len(images))))
+    rows, layouts, index = [], [], defaultdict(list)
+    for c in comparisons:
+        rows.append(np.concatenate([c.prompt, *c.responses]))
+        layout = {
+            "lengths": [len(c.prompt), *map(len, c.responses)],
+            "ranks": c.ranks,
+            "images": [places[image] for image in c.images],
+            "grids": c.grids.tolist(),
+            "record": c.record,
+        }
+        layouts.append(np.frombuffer(json.dumps(layout).encode(), np.uint8))
+        index["tokens"].append(c.length)
+        index["patches"].append(c.grids.prod(1).sum())
+        index["response_counts"].append(len(c.responses))
+        index["prompt_hashes"].append(prompt_hash(c.prompt, image_token))
+    index["image_hashes"] = list(map(hash_of, images))
+    images = [np.frombuffer(image, np.uint8) for image in images]
+    tensors = {name: np.array(index[name], dtype) for name, dtype in INDEX.items()}
+    for (name, dtype), vectors in zip(RAGGED.items(), (rows, layouts, images)):
+        tensors[name], tensors[f"{name}_offsets"] = flatten(vectors, dtype)
+    notes["comparisons"] = len(comparisons)
+    write_tensors(path, tensors, {"notes": json.dumps(notes)})
+
+
+class Shard:
+    """One memory-mapped shard: `shard[i]` reads comparison i and nothing else."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with reading(path):
+            self.file = safe_open(path, framework="np")
+            self.offsets = {name: self.file.get_tensor(f"{name}_offsets") for name in RAGGED}
+
+    def vector(self, name: str, i: int) -> np.ndarray:
+        start, end = map(int, self.offsets[name][i : i + 2])
+        return self.file.get_slice(name)[start:end]
+
+    def __getitem__(self, i: int) -> Comparison:
+        with reading(self.path):
+            layout = json.loads(self.vector("layouts", i).tobytes())
+            splits = np.cumsum(layout["lengths"])[:-1]
+            prompt, *responses = np.split(self.vector("rows", i), splits)
+            images = [self.vector("images", place).tobytes() for place in layout["images"]]
+            grids = np.array(layout["grids"], np.int32).reshape(-1, 3)
+            return Comparison(prompt, responses, layout["ranks"], images, grids, layout["record"])
+
+
+open_shard = lru_cache(512)(Shard)  # a process may have only so many files open
+
+
+class Comparisons(torch.utils.data.Dataset):
+    """A prepared data set: `comparisons[i]` reads one Comparison, at random, from its shards.
+
+    `expect` is the fingerprint of the tokenizer that is going to read it; token ids of another
+    tokenizer would be noise, and raise UserError. `text_only` leaves out comparisons with images.
+    """
+
+    def __init__(self, folder: str, expect: str | None = None, text_only: bool = False):
+        self.folder = Path(folder)
+        path = self.folder / "dataset.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: no prepared data set there; run 01_data.py first")
+        with reading(path):
+            self.info = json.loads(path.read_bytes())
+            if self.info["format"] != FORMAT:
+                formats = f"shards of format {self.info['format']}, this code reads {FORMAT}"
+                raise UserError(f"{folder}: {formats}; run 01_data.py again")
+            if expect and self.info["tokenizer"] != expect:
+                reason = f"prepared with another tokenizer, that of {self.info['backbone']}"
+                hint = "run 01_data.py again with --backbone set to this model"
+                raise UserError(f"{folder}: {reason}; {hint}")
+            sizes = [size for _, size in self.info["shards"]]
+            self.starts = np.cumsum([0, *sizes])  # [shards + 1]
+        with reading(self.folder / "index.safetensors"):
+            self.index = load_file(self.folder / "index.safetensors")  # see INDEX
+        if len(self.index["tokens"]) != self.starts[-1]:
+            raise UserError(f"{folder}: index.safetensors is of other shards; run 01_data.py again")
+        self.chosen = np.arange(self.starts[-1])  # [len(self)], numbers in the order of shards
+        if text_only:
+            self.chosen = np.flatnonzero(self.index["patches"] == 0)
+
+    def hashes(self, name: str) -> np.ndarray:
+        """All "prompt_hashes" or "image_hashes" in the shards."""
+        return self.index[name]
+
+    def response_counts(self) -> np.ndarray:
+        """N of every comparison, [len(self)]."""
+        return self.index["response_counts"][self.chosen]
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the packed row and image patches of every comparison, [len(self)] each."""
+        return self.index["tokens"][self.chosen], self.index["patches"][self.chosen]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int) -> Comparison:
+        number = int(self.chosen[i])
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        file = self.folder / self.info["shards"][shard][0]
+        comparison = open_shard(file)[number - self.starts[shard]]
+        comparison.origin = f"{self.folder}[{number}]"
+        if "id" in comparison.record:
+            comparison.origin += f" (id {comparison.record['id']})"
+        return comparison
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The stage. Every rank makes shards of its own chunks of lines; rank 0 writes the index.
+
+
+def option(default, help: str, **metadata):
+    """Declare a setting: its default and its text in --help. A list may be given repeatedly."""
+    metadata["help"] = help
+    if isinstance(default, list):
+        metadata["action"] = "extend"
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Settings:
     source: list[str] = option(
         [],
-        "what to prepare, repeatable; none: the embedded world. A JSONL file of your own, or name:PATH, a published "
-        "set (SOURCES in 01_data.py has the names): PATH is its file, its folder, a pattern of files, or its name on "
-        "the hub, from where it is downloaded; name alone takes the published one. With @LIMIT after it, at most that "
-        "many rows (an integer), or that share of them (like 0.5). world:PART@COUNT is a part of the embedded world",
+        "what to prepare, repeatable; none: the embedded world. A JSONL file of your own; or "
+        "name:PATH, a published set (names: SOURCES in 01_data.py), PATH its file, folder, pattern "
+        "of files, or name on the hub, and if empty the published one; or world:PART@COUNT. @LIMIT "
+        "behind it takes so many rows, or that share of them (below 1)",
     )
-    mix: str = option(
-        "",
-        "a mixture of published sets to prepare as one; known: basereward, the paper's training data",
-    )
-    mix_folder: str = option(
-        "", "folder of the mixture's sets, each in a folder by its name on the hub, owner/name"
-    )
-    out: str = option("artifacts/data", "folder that receives one folder for each data set")
-    name: str = option(
-        "",
-        "name of the data set made from --source or --mix; empty: the mixture's or the first file's",
-    )
-    backbone: str = option(
-        "tests/tiny", "checkpoint whose tokenizer, chat template and image processor are used"
-    )
-    max_length: int = option(4096, "longest prompt + response, in tokens; longer ones are rejected")
-    max_pixels: int = option(
-        501760,
-        "largest picture in pixels, larger ones are scaled down (the authors': 501760); 0: the backbone's limit",
-    )
-    holdout: float = option(
-        0.05, "share of the prompts set aside in <name>_holdout for validation; of a benchmark none"
-    )
-    without_images: bool = option(
-        False, "leave all pictures out, where they are not at hand; the text is kept"
-    )
-    allow_outside: bool = option(
-        False, "read pictures whose paths or links lead out of the folders of --source, too"
-    )
+    mix: str = option("", "a mixture of published sets; known: basereward, the paper's")
+    mix_folder: str = option("", "folder of the mixture's sets, each in a folder owner/name")
+    out: str = option("artifacts/data", "folder that gets a folder for each data set")
+    name: str = option("", "name of the data set; empty: that of the mixture or the first source")
+    backbone: str = option("tests/tiny", "checkpoint with the tokenizer and image processor")
+    max_length: int = option(4096, "most tokens of a prompt and a response; longer is rejected")
+    max_pixels: int = option(501760, "larger images are scaled down; 0: the backbone's own limit")
+    holdout: float = option(0.05, "share of the prompts that go to <name>_holdout, for validation")
+    without_images: bool = option(False, "leave out all images, keep the text")
+    allow_outside: bool = option(False, "also read images outside the folders of --source")
     shard_size: int = option(512, "lines of input that make one shard")
-    world_size: float = option(
-        1.0, "size of the embedded world's data sets, as a multiple of the default"
-    )
+    world_size: float = option(1.0, "size of the embedded world, as a multiple of the default")
     seed: int = option(0, "seed of the embedded world")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What all stages share: errors in one line, the command line, the process group, files that are whole or absent.
+def prepare(name: str, lines, processors, settings, holdout: float, within=None) -> None:
+    """Prepare one data set; all ranks call it with the same lines.
+
+    A chunk of `shard_size` lines becomes one file, whose name has a hash of all it is made of. A
+    file that is there is done, so an interrupted run continues. The result does not depend on the
+    number of ranks. Memory does not grow with the number of lines, except for the index: 20 bytes a
+    comparison and 8 an image.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    names = [name, f"{name}_holdout"] if holdout > 0 else [name]
+    folders = [Path(settings.out, name) for name in names]
+    if rank == 0 and (folders[0] / "dataset.json").is_file():
+        # The last run was finished. Begin anew: pictures may have been mended since then.
+        for folder in folders:
+            for old in [folder / "dataset.json", *folder.glob("shard-*")]:
+                old.unlink(missing_ok=True)
+    dist.barrier()
+
+    shards = []  # names of files
+    progress = tqdm(desc=name, unit=" lines", disable=rank > 0, mininterval=1)
+    while chunk := list(itertools.islice(lines, settings.shard_size)):
+        progress.update(len(chunk))
+        number = len(shards)
+        key = chunk_key(chunk, processors, settings, holdout)
+        shards.append(f"shard-{number:05d}-{key}.safetensors")
+        paths = [folder / shards[number] for folder in folders]
+        if number % world != rank or all(path.is_file() for path in paths):
+            continue
+        kept, held_out, notes = encode_chunk(chunk, processors, settings, holdout, within)
+        write_shard(paths[0], kept, processors.image_token, **notes)
+        if holdout > 0:
+            write_shard(paths[1], held_out, processors.image_token)
+    progress.close()
+    dist.barrier()
+    if rank == 0:
+        finish(folders, shards, processors, settings)  # index, dataset.json, rejected.jsonl
+
+
+def chunk_key(chunk: list[Line], processors, settings, holdout: float) -> str:
+    """Hash all that the shards of a chunk are made of. Files count by size and time."""
+    lines = [(file, number) for file, number, _ in chunk]
+    files = {file for file, _ in lines} | {__file__, str(WORLD)}
+    stats = [os.stat(file) for file in sorted(files) if os.path.exists(file)]
+    times = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    options = vars(settings) | {"out": "", "holdout": holdout}
+    made_of = [FORMAT, lines, times, options, processors.fingerprint, processors.pixels]
+    return f"{hash_of(json.dumps(made_of).encode()):016x}"
+
+
+def encode_chunk(chunk: list[Line], processors, settings, holdout: float, within):
+    """Return the comparisons to keep and to hold out, and notes on lines and fields not used."""
+    kept, held_out, rejected, unused = [], [], [], Counter()
+    length, text_only = settings.max_length, settings.without_images
+    for file, number, read in chunk:
+        folder = Path(file).parent
+        try:
+            record = read()
+            comparison = encode_record(record, processors, length, folder, text_only, within)
+        except Unusable as error:
+            rejected.append({"file": file, "line": number, "reason": str(error)[:500]})
+            continue
+        # A hash of the prompt decides the side, so the same prompt is never on both.
+        share = share_of(comparison.prompt.tobytes() + b"".join(comparison.images))
+        side = held_out if share < holdout else kept
+        side.append(comparison)
+        unused.update(sorted(record.keys() - USED))
+    return kept, held_out, {"rejected": rejected, "unused": unused}
+
+
+def main(settings: Settings) -> None:
+    processors = load_processors(settings.backbone, settings.max_pixels)
+    if settings.mix:
+        settings.source += mix_sources(settings.mix, settings.mix_folder)
+    name = "train"  # of the embedded world's
+    if settings.source:
+        name = settings.name or settings.mix or default_name(settings.source[0])
+        parts = [open_source(source, settings.seed) for source in settings.source]
+        holdout = 0 if official_metric(settings.source) else settings.holdout  # benchmarks: whole
+        folders = [data_folder(source) for source in settings.source]
+        within = None if settings.allow_outside else folders
+        prepare(name, itertools.chain(*parts), processors, settings, holdout, within)
+    else:
+        for part, lines, holdout in world_sets(settings):
+            prepare(part, lines, processors, settings, holdout)
+    if dist.get_rank() == 0:
+        folder = Path(settings.out, name)
+        if len(Comparisons(folder)):
+            print("Next: torchrun --standalone --nproc_per_node=2 02_model.py")
+        else:
+            print(f"{folder} is empty: nothing to go on with; rejected.jsonl has the reasons")
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: file formats and the JSON form. First what all stages share: errors in one line, files
+# that are whole or absent, the process group, the command line.
 
 
 class UserError(Exception):
@@ -141,152 +487,42 @@ class UserError(Exception):
 
 
 class Unusable(ValueError):
-    """Why one line of data, or one comparison, cannot be used."""
+    """The reason why a line of data, or a comparison, cannot be used."""
 
 
-def require(fine: object, reason: str) -> None:
-    """Raises Unusable with that reason unless `fine`."""
-    if not fine:
+def require(condition: object, reason: str) -> None:
+    if not condition:
         raise Unusable(reason)
 
 
-STORE = None  # what all ranks can read and write without waiting for each other
-
-
-def start_distributed() -> tuple[int, int, torch.device]:
-    """Joins torchrun's process group (or makes one of a single process); returns rank, world size and device."""
-    global STORE
-    cuda = torch.cuda.is_available()
-    if not dist.is_initialized():
-        if "RANK" in os.environ:  # torchrun's
-            STORE, rank, world = next(dist.rendezvous("env://"))
-        else:  # plain `python`
-            STORE, rank, world = dist.HashStore(), 0, 1
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=STORE, rank=rank, world_size=world
-        )
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if cuda
-        else torch.device("cpu")
-    )
-    if cuda:
-        torch.cuda.set_device(device)
-        # transformers compares image tokens with image features in every forward, for which it waits for the GPU; our
-        # loader has compared the grids that both come from.
-        os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def run_stage(main: Callable, cls, doc: str) -> None:
-    """Runs a stage's `main(settings)`, the dataclass `cls` read from the command line, where --help begins with the
-    script's own docstring `doc`; what the user got wrong ends in one line from one rank, not in tracebacks."""
-    parser = HfArgumentParser(
-        cls, description=doc.split("\n\n")[0], epilog="The script's docstring says more."
-    )
-
-    def refuse(message: str) -> None:  # argparse's own way prints the whole usage, from every rank
-        raise UserError(f"{message}; --help lists all options")
-
-    parser.error = refuse
-    try:
-        settings, unknown = parser.parse_args_into_dataclasses(
-            look_for_args_file=False, return_remaining_strings=True
-        )
-        if unknown:
-            refuse(f"unknown: {' '.join(unknown)}")
-        start_distributed()
-        main(settings)
-        dist.barrier()
-    except (UserError, Unusable) as error:
-        start_distributed()  # where it has not been, to say it once
-        say_once(f"{Path(sys.argv[0]).name}: {error}")
-        sys.exit(1)
-    except RuntimeError:
-        if STORE is None or not STORE.check(["ended"]):
-            raise
-        sys.exit(1)  # another rank has said why, and left this one alone
-    finally:
-        if dist.is_initialized():
-            gc.collect()  # a sharded model, a cycle of references, that outlives its process group can abort the exit
-            dist.destroy_process_group()
-
-
-def check_least(settings: Any, **least: float) -> None:
-    """Raises UserError where a setting is below its least value."""
-    for name, value in least.items():
-        if getattr(settings, name) < value:
-            raise UserError(f"--{name} {getattr(settings, name)}: has to be at least {value}")
-
-
-def say_next(script: str, **options: str | None) -> None:
-    """Prints the command of the next stage, on as many ranks as this one; options that are None are left out."""
-    given = "".join(
-        f" --{name} {shlex.quote(value)}" for name, value in options.items() if value is not None
-    )
-    print(f"Next: torchrun --standalone --nproc_per_node={dist.get_world_size()} {script}{given}")
-
-
-def unless_default(settings: Any, name: str) -> str | None:
-    """A setting for `say_next`, which leaves out what is the default anyway."""
-    value = getattr(settings, name)
-    return None if value == getattr(type(settings), name) else value
-
-
-def say_once(message: str) -> None:
-    """Prints what one rank or several have to say before they end; who is not the first waits until it is said, since
-    torchrun ends all ranks with the first that exits."""
-    try:
-        STORE.set("ended", "")
-        if STORE.add(f"to say: {message}", 1) > 1:
-            return STORE.wait([f"said: {message}"], timedelta(seconds=10))
-        print(message, file=sys.stderr, flush=True)
-        STORE.set(f"said: {message}", "")
-    except RuntimeError:  # the store's host has ended
-        print(message, file=sys.stderr, flush=True)
-
-
 @contextmanager
-def explaining(
-    what: str, errors: tuple | type, kind: type = Unusable, then: str = ""
-) -> Iterator[None]:
-    """Turns such errors into one line of that `kind`: what is wrong, why, and what to do then."""
+def explaining(subject: str, errors, kind: type = UserError, hint: str = ""):
+    """Turn errors into one line, a `kind`: "subject: reason; hint"."""
     try:
         yield
+    except (kind, UserError):
+        raise
     except errors as error:
-        if isinstance(error, kind):  # has been explained
-            raise
-        reason = f"missing: {error}" if isinstance(error, KeyError) else str(error)
-        if getattr(
-            error, "strerror", None
-        ):  # the system's words, and the file where it is another; not a temporary
-            name = Path(str(error.filename or what)).name
-            reason = (
-                error.strerror
-                if name in what or name.startswith(".")
-                else f"{name}: {error.strerror}"
-            )
-        raise kind(
-            f"{what}: {reason.splitlines()[0] if reason else type(error).__name__}{then}"
-        ) from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        missing = "missing: " if isinstance(error, KeyError) else ""
+        line = f"{subject}: {missing}{reason.splitlines()[0]}"
+        raise kind(f"{line}; {hint}" if hint else line) from None
 
 
-def reading(path: Path, then: str = "run 01_data.py again") -> AbstractContextManager:
-    """What is wrong with a file that an earlier stage wrote, but may come from anywhere, ends in one line."""
-    damage = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError)
-    return explaining(f"{path}: damaged", damage, UserError, f"; {then}")
+def reading(path: str | Path, hint: str = "run 01_data.py again"):
+    """Turn whatever breaks while a file of ours is read into one line."""
+    return explaining(f"{path}: damaged", Exception, hint=hint)
 
 
-def writing(path: str | Path) -> AbstractContextManager:
-    """What goes wrong while `path` is written, a full disk or somebody else's folder, ends in one line."""
-    then = "; free space, or another --out, then again"
-    return explaining(f"{path}: could not be written", (OSError, SafetensorError), UserError, then)
+def writing(path: str | Path):
+    """Turn a full disk, or somebody else's folder, into one line."""
+    hint = "free space, or take another --out, then again"
+    return explaining(f"{path}: could not be written", (OSError, SafetensorError), hint=hint)
 
 
 @contextmanager
 def in_place_of(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write under, then renames, so that the file is there whole or not at all, whenever the
-    process is killed or the machine stops."""
+    """Yield a temporary name to write to, then rename: the file is whole or absent."""
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -299,11 +535,11 @@ def in_place_of(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def make_readable(file: Path) -> None:
-    """The rights of any new file; safetensors writes its own for this user alone."""
-    mask = os.umask(0)  # which tells it only by setting it
+def make_readable(path: Path) -> None:
+    """Give a file the rights of any new file; safetensors writes its own for this user alone."""
+    mask = os.umask(0)  # setting it is the only way to read it
     os.umask(mask)
-    file.chmod(0o666 & ~mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -318,108 +554,611 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str
 
 
 def hash_of(content: bytes) -> int:
-    """64 bits that say which bytes these are."""
+    """64 bits of the SHA-256."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 
+def prompt_hash(prompt: np.ndarray, image_token: int | None) -> int:
+    """Hash a prompt's text: the same for the same words about another picture."""
+    return hash_of(prompt[prompt != image_token].astype(np.int32).tobytes())
+
+
 def share_of(content: bytes) -> float:
-    """A number from 0 to 1, always the same for the same bytes: those below 0.1 are a tenth of all."""
+    """A number in [0, 1) that follows from the bytes: those below 0.1 are a tenth of all."""
     return (hash_of(content) >> 32) / 2**32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From files to records. A Line is where it stands and a function that reads it, so that a rank reads only its own.
+def start_distributed() -> tuple[int, int, torch.device]:
+    """Join torchrun's processes, or be the only one; return rank, number of ranks and device."""
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "RANK" in os.environ:  # of torchrun
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        # transformers would wait for the GPU in every forward to compare counts of image tokens.
+        os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+    return dist.get_rank(), dist.get_world_size(), device
 
-Line = tuple[str, int, Callable[[], dict]]  # file, line number, what makes it a record
-LONGEST_LINE = 2**26  # bytes; of a longer one no more is held
+
+def run_stage(main: Callable, settings_class: type, doc: str) -> None:
+    """Run main(settings) with settings from the command line; a user's error ends in one line."""
+    parser = HfArgumentParser(settings_class, description=doc.split("\n\n")[0])
+    parser.error = refuse  # argparse prints the whole usage
+    start_distributed()
+    store = dist.distributed_c10d._get_default_store()  # it outlives ranks that fail
+    try:
+        settings, unknown = parser.parse_args_into_dataclasses(
+            look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            refuse(f"unknown: {' '.join(unknown)}")
+        main(settings)
+        dist.barrier()
+    except (UserError, Unusable) as error:
+        store.set("failed", "")
+        if store.add(str(error), 1) == 1:  # several ranks may run into the same error
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except RuntimeError:  # may come from the end of another rank, which has printed its reason
+        if not store.check(["failed"]):
+            raise
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            gc.collect()  # a sharded model that outlives its process group can abort the exit
+            dist.destroy_process_group()
+
+
+def refuse(message: str) -> None:
+    raise UserError(f"{message}; --help lists all options")
+
+
+# The end of `prepare`, on rank 0.
+
+
+def finish(folders: list[Path], shards: list[str], processors, settings) -> None:
+    """Write rejected.jsonl, index.safetensors and dataset.json; print a summary."""
+    sizes = {folder: [] for folder in folders}  # (shard, number of comparisons)
+    counts, rejected, unused = Counter(), 0, Counter()
+    with in_place_of(folders[0] / "rejected.jsonl") as temporary, open(temporary, "w") as file:
+        for folder, shard in itertools.product(folders, shards):
+            with reading(folder / shard), safe_open(folder / shard, framework="np") as opened:
+                notes = json.loads(opened.metadata()["notes"])
+            sizes[folder].append((shard, notes["comparisons"]))
+            counts[folder] += notes["comparisons"]
+            unused.update(notes.get("unused", {}))
+            for line in notes.get("rejected", []):
+                file.write(json.dumps(line) + "\n")
+                rejected += 1
+    kept = counts.total()
+    info = vars(settings) | {
+        "format": FORMAT,
+        "read": kept + rejected,
+        "rejected": rejected,
+        "unused_fields": unused,
+        "metric": official_metric(settings.source),
+        "tokenizer": processors.fingerprint,
+        "pixels": processors.pixels,
+    }
+    del info["out"]
+    with_images = 0
+    for folder in reversed(folders):  # the data set's own dataset.json comes last: all is there
+        strays = {*folder.glob("shard-*"), *folder.glob(".*")}  # of runs with other settings
+        for stray in strays - {folder / shard for shard in shards}:
+            stray.unlink()
+        write_index(folder, sizes[folder])
+        info |= {"name": folder.name, "shards": sizes[folder]}
+        write_file(folder / "dataset.json", json.dumps(info, indent=1))
+        with_images += np.count_nonzero(Comparisons(folder).sizes()[1])
+
+    summary = f"read {kept + rejected} = kept {kept} + rejected {rejected}"
+    held_out = f"{kept - counts[folders[0]]} held out"
+    images = "WITHOUT IMAGES" if settings.without_images else f"{with_images} with pictures"
+    print(f"{folders[0]}: {summary}; {held_out}, {images}", flush=True)
+    for name, count in sorted(unused.items()):
+        print(f"  not used: {name} ({count} lines)")
+
+
+def write_index(folder: Path, shards: list[tuple[str, int]]) -> None:
+    """Gather the INDEX of all shards in one file, so that opening a data set opens no shard."""
+    columns = {name: [np.zeros(0, dtype)] for name, dtype in INDEX.items()}
+    for shard, _ in shards:
+        with safe_open(folder / shard, framework="np") as file:
+            for name in INDEX:
+                columns[name].append(file.get_tensor(name))
+    index = {name: np.concatenate(column) for name, column in columns.items()}
+    write_tensors(folder / "index.safetensors", index, {"format": str(FORMAT)})
+
+
+# The JSON form of a record. A type stands for a value of it, {a, b} for one of these texts, [form]
+# for a list, (form, form) for either, {key: form} for an object; a "key?" may be missing or null.
+
+TEXT = {"type?": {"text"}, "text": str}
+PART = {"type": {"text", "image"}, "text?": str, "image?": object}
+ANSWER = {"role": {"assistant"}, "content": (str, [TEXT])}
+RESPONSE = (str, ANSWER, [ANSWER])
+PROMPT = (str, [{"role": {"system", "user", "assistant"}, "content": (str, [PART])}])
+LABEL = (str, int, float)
+CARRIED = {  # what a comparison keeps in its `record`
+    "id?": LABEL,
+    "category?": str,
+    "subset?": str,
+    "source?": str,
+    "group?": LABEL,  # of comparisons that belong together, as two questions about one picture
+    "critiques?": [str],  # one of each response, for critics (02)
+    "answer?": LABEL,  # to a question for a policy (06); null: an open question
+    "rule?": (str, dict),  # how 06 checks an answer
+    "truth?": object,  # what the embedded world knows
+    "judged?": dict,  # what a judge model gets to see
+}
+RECORD = {
+    "prompt": PROMPT,
+    "images?": [object],  # see read_image
+    "chosen?": RESPONSE,  # either these two,
+    "rejected?": RESPONSE,
+    "responses?": [RESPONSE],  # or these two, 1 is best; or neither, in a question for a policy
+    "ranks?": [int],
+    **CARRIED,
+}
+USED = {key.removesuffix("?") for key in RECORD}  # other fields are counted and printed
+NAMES = {str: "a text", int: "an integer", float: "a number", list: "a list", dict: "an object"}
+
+
+def check(value: object, form: object, place: str = "") -> None:
+    """Raise Unusable with the place and the reason unless the value has the form."""
+    forms = {}  # type -> the form that a value of this type must have
+    for option in form if isinstance(form, tuple) else (form,):
+        kind = str if isinstance(option, set) else type(option)
+        forms.setdefault(option if kind is type else kind, option)
+    if object in forms:
+        return
+    name = NAMES.get(type(value), type(value).__name__)
+    wanted = " or ".join(NAMES[kind] for kind in forms)
+    require(type(value) in forms, f"{place}: {name} where {wanted} should be")
+    form = forms[type(value)]
+    if isinstance(form, set):
+        require(value in form, f"{place}: {value!r}, not one of {sorted(form)}")
+    elif isinstance(value, str):
+        half = re.search("[\ud800-\udfff]", value)  # JSON can have one, UTF-8 cannot
+        require(not half, f"{place}: half of a surrogate pair")
+    elif isinstance(form, list):
+        for i, item in enumerate(value):
+            check(item, form[0], f"{place}[{i}]")
+    elif isinstance(form, dict):
+        for key, part in form.items():
+            inner = key.removesuffix("?")
+            path = f"{place}.{inner}" if place else inner
+            if value.get(inner) is not None:
+                check(value[inner], part, path)
+            else:
+                require(inner != key, f"missing field: {path}")
+
+
+def check_messages(prompt: str | list, without_images: bool = False) -> list[dict]:
+    """Check a prompt; return its turns, whose `content` is a list of parts only with images."""
+    check(prompt, PROMPT, "prompt")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = []
+    for turn in turns:
+        content = turn["content"]
+        if isinstance(content, list):
+            parts = []
+            for part in content:
+                kind = part["type"]
+                has_text = kind != "text" or part.get("text") is not None
+                require(has_text, "prompt: a part of type text without text")
+                if kind == "text" or not without_images:  # other keys could mislead the template
+                    parts.append({"type": kind, kind: part.get(kind)})
+            only_text = all(part["type"] == "text" for part in parts)
+            content = "".join(part["text"] for part in parts) if only_text else parts
+        messages.append({"role": turn["role"], "content": content})
+    last = messages[-1]["role"] if messages else "of nobody"
+    require(last == "user", f"prompt: ends with the role {last!r}, not 'user'")
+    return messages
+
+
+def image_parts(messages: list[dict]) -> list[dict]:
+    lists = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
+    return [part for part in itertools.chain(*lists) if part["type"] == "image"]
+
+
+def place_images(messages: list[dict], images: list) -> list:
+    """Give each image a place in the messages; return the images in the order of their places.
+
+    A part of type image is a place, and may hold its image itself. Without such parts, <image> in
+    the text marks the places, as in LLaVA's data. Without marks images come first, as in TRL.
+    """
+    users = [turn for turn in messages if turn["role"] == "user"]
+    places = image_parts(messages)
+    images = [part["image"] for part in places if part["image"] is not None] or images
+    if images and not places:
+        if not any("<image>" in turn["content"] for turn in users):
+            users[0]["content"] = "<image>" * len(images) + users[0]["content"]
+        for turn in users:
+            turn["content"] = with_images(turn["content"])
+        places = image_parts(messages)
+    counts = f"{len(images)} given, but the prompt has {len(places)} places for them"
+    require(len(images) == len(places), f"images: {counts}")
+    require(images or any(turn["content"].strip() for turn in users), "prompt: empty")
+    return images
+
+
+def with_images(text: str) -> list[dict]:
+    """Split a text into parts; <image> marks the place of a picture."""
+    parts = []
+    for piece in re.split("(<image>)", text):
+        if piece == "<image>":
+            parts.append({"type": "image", "image": None})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def images_in(record: dict) -> list:
+    hint = "pictures are in `images`, a list; --source trl:FILE reads this, too"
+    require(record.get("image") is None, f"image: {hint}")
+    images = record.get("images") or []
+    require(isinstance(images, list), "images: not a list")
+    return images
+
+
+def text_of(response: str | dict | list, name: str) -> str:
+    """Check a response, a string or one assistant message or a list of it; return its text."""
+    check(response, RESPONSE, name)
+    if isinstance(response, list):
+        require(len(response) == 1, f"{name}: {len(response)} messages, not one")
+        response = response[0]
+    if isinstance(response, dict):
+        response = response["content"]
+    if isinstance(response, list):
+        response = "".join(part["text"] for part in response)
+    require(response.strip(), f"{name}: empty response")
+    return response
+
+
+def responses_of(record: dict) -> tuple[list[str], list[int]]:
+    """Texts and ranks of a record's responses, [N] each; a question for a policy has none."""
+    if record.get("responses") is not None:
+        texts = [text_of(text, f"responses[{i}]") for i, text in enumerate(record["responses"])]
+        ranks = record.get("ranks") or []
+        require(len(ranks) == len(texts), "responses and ranks: not two lists of the same length")
+        require(len(texts) > 1, "responses: at least two are needed")
+        require(all(0 < rank < 2**31 for rank in ranks), "ranks: a rank is 1 (best) or more")
+        require(len(set(ranks)) > 1, "ranks: all equal, so there is nothing to learn or to score")
+        require(len(set(texts)) > 1, "responses: all identical")
+        return texts, ranks
+    if record.keys() & {"chosen", "rejected"}:
+        for name in ("chosen", "rejected"):
+            require(record.get(name) is not None, f"missing field: {name}")
+        texts = [text_of(record[name], name) for name in ("chosen", "rejected")]
+        require(texts[0] != texts[1], "chosen and rejected are identical")
+        return texts, [1, 2]
+    fields = "chosen and rejected, or responses and ranks, or answer (null: an open question)"
+    require(record.keys() & {"answer", "truth", "judged"}, f"missing field: {fields}")
+    return [], []
+
+
+def carried_fields(record: dict, texts: list[str]) -> dict:
+    """Return the fields that stay with a comparison; check those that depend on others."""
+    names = [key.removesuffix("?") for key in CARRIED]
+    carried = {name: record[name] for name in names if record.get(name) is not None}
+    critiques = len(carried.get("critiques", texts))
+    require(critiques == len(texts), f"critiques: {critiques} for {len(texts)} responses")
+    if "rule" in carried:
+        check_rule(carried["rule"], carried.get("answer"))
+    return carried | {"characters": [len(text) for text in texts]}  # for 04's 'longer wins'
+
+
+def check_length(prompt: np.ndarray, responses: list[np.ndarray], max_length: int) -> None:
+    longest = len(prompt) + max(map(len, responses), default=0)
+    require(longest <= max_length, f"{longest} tokens, more than --max_length {max_length}")
+
+
+# Pictures.
+
+PICTURES = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")  # for EPS, pillow runs Ghostscript
+
+
+def read_image(image: object, folder: Path, within: list[Path] | None = None) -> bytes:
+    """Return an image's encoded bytes.
+
+    It is bytes, a path relative to `folder`, either as {"bytes": ..., "path": ...} as in parquet
+    files of the hub, or a PIL image. A path in data could name any file of this machine: it has to
+    lead, links followed, into one of the folders `within`, if these are given.
+    """
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "PNG")
+        return file.getvalue()
+    require(isinstance(image, str), f"images: a {type(image).__name__} where a path should be")
+    with explaining(f"unreadable image: {image}", Exception, Unusable):
+        path = (folder / image).resolve()
+        outside = within is not None and not any(path.is_relative_to(root) for root in within)
+        require(not outside, f"image outside the data's folder: {image}; --allow_outside reads it")
+        size = path.stat().st_size
+        require(path.is_file(), f"unreadable image: {image}: not a file")  # a pipe would block
+        require(size <= 2**28, f"unreadable image: {image}: a file of more than 256 MB")
+        return path.read_bytes()
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Decode a picture to RGB as a viewer shows it: turned as EXIF says, first frame, on white.
+
+    Raises Unusable if it cannot be decoded to its end, or has more than 89 million pixels (pillow's
+    limit), before memory is taken for them.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF, odd palettes
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=PICTURES)
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):  # convert() would clip 16 bits at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            require(image.mode not in ("I", "F"), f"pixels of mode {image.mode}: range not known")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        reason = f"none of {', '.join(PICTURES)}; the file begins with {content[:16]!r}"
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    except Exception as error:  # damaged files trip pillow's decoders in many ways
+        reason = str(error) or type(error).__name__
+    raise Unusable(f"unreadable image: {reason}")
+
+
+# Backbones.
+
+
+@dataclass
+class Processors:
+    """A backbone's tokenizer and image processor, and what the stages need to know of it."""
+
+    tokenizer: object
+    image: object | None  # the image processor; None: the backbone is text-only
+    family: Family
+    image_token: int | None  # id of <|image_pad|>
+    end_token: int  # id of <|im_end|>, the token that ends the assistant's turn
+    vision: VisionShape | None  # its sides of patches and windows
+    fingerprint: str  # hash of vocabulary, merges and chat template
+
+    def save(self, folder: str) -> None:
+        self.tokenizer.save_pretrained(folder)
+        if self.image:
+            self.image.save_pretrained(folder)
+
+    @property
+    def pixels(self) -> dict | None:
+        """The image processor's limits, on which the number of an image's tokens depends."""
+        if self.image is None:
+            return None
+        return {"tiles": self.image.max_patches} if self.family.tiles else dict(self.image.size)
+
+    @pixels.setter
+    def pixels(self, limits: dict) -> None:
+        if self.family.tiles:
+            self.image.max_patches = limits["tiles"]
+        else:
+            self.image.size = dict(limits)
+
+
+def load_processors(path: str, max_pixels: int = 0) -> Processors:
+    """Read the tokenizer and the image processor of a Hugging Face checkpoint.
+
+    Larger images are scaled down to `max_pixels`; 0 keeps the checkpoint's own limit.
+    """
+    with explaining(f"{path}: no tokenizer and config in the Hugging Face layout", Exception):
+        config = AutoConfig.from_pretrained(path)
+        family = family_of(config, path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        image = None
+        if family.vision:  # "pil" needs pillow alone, no torchvision
+            image = AutoImageProcessor.from_pretrained(path, backend="pil")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = chat_template_file(path)
+    vision = None
+    if family.tiles:
+        vision = set_up_tiles(image, config, max_pixels)
+    elif family.vision:
+        if max_pixels:
+            least = min(image.size["shortest_edge"], max_pixels)
+            image.size = {"shortest_edge": least, "longest_edge": max_pixels}
+        window = getattr(config.vision_config, "window_size", 0)
+        table = math.isqrt(getattr(config.vision_config, "num_position_embeddings", 0))
+        vision = VisionShape(image.patch_size, image.merge_size, window, table)
+    image_token = config.image_token_id if vision else None
+    end_token = end_of_turn(tokenizer)
+    vocabulary = tokenizer.backend_tokenizer.to_str() + tokenizer.chat_template
+    fingerprint = f"{hash_of(vocabulary.encode()):016x}"
+    return Processors(tokenizer, image, family, image_token, end_token, vision, fingerprint)
+
+
+def use_pixel_limits(processors: Processors, sets: list[Comparisons]) -> None:
+    """Give the image processor the limits of prepared data, so that tokens and patches agree."""
+    limits = [data_set.info["pixels"] for data_set in sets if data_set.info["pixels"]]
+    if any(other != limits[0] for other in limits):
+        raise UserError("the data sets have different --max_pixels; prepare them with the same")
+    if limits and processors.image:
+        processors.pixels = limits[0]
+
+
+def open_images(comparison: Comparison, processors: Processors) -> list[Image.Image]:
+    """Decode the images of a comparison for the model."""
+    with explaining(comparison.origin, Unusable):
+        return [open_image(image) for image in comparison.images]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the backbones of one `model_type` differ from others; 02 asks for this, too."""
+
+    language: str = ""  # path of the decoder in the transformers model; "": it is the model
+    vision: str = ""  # path of the vision tower; "": there is none
+    blocks: str = ""  # path of the tower's layers, from the tower
+    half: str = ""  # model_type of the decoder alone; "": its text_config says
+    mrope: bool = False  # the positions of an image's tokens are rows and columns
+    tiles: bool = False  # an image is cut into square tiles instead of scaled to whole patches
+    around: tuple = ()  # tokens before and after an image that the chat template leaves out
+
+
+MARKS = ("<img>", "</img>")
+FAMILIES = {
+    "qwen2_5_vl": Family("language_model", "visual", "blocks", "qwen2", mrope=True),
+    "qwen2_vl": Family("language_model", "visual", "blocks", "qwen2", mrope=True),
+    "qwen3_vl": Family("language_model", "visual", "blocks", "qwen3", mrope=True),
+    "internvl": Family("language_model", "vision_tower", "encoder.layer", tiles=True, around=MARKS),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "llama": Family(),
+}
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """How a vision tower lays out its patches."""
+
+    patch: int  # side of a patch in pixels
+    merge: int  # merge x merge patches become one token
+    window: int = 0  # side of an attention window in pixels; 0: attention over whole images
+    table: int = 0  # side of a table of positions that is stretched over each image; 0: none
+
+
+def family_of(config, path: str) -> Family:
+    """Return the family of a backbone; raise UserError if it is not supported."""
+    family, text = FAMILIES.get(config.model_type), config.get_text_config()
+    if family is None:
+        raise UserError(f"{path}: a {config.model_type}; supported are {', '.join(FAMILIES)}")
+    if not family.half and text.model_type not in FAMILIES:
+        decoders = ", ".join(name for name, family in FAMILIES.items() if not family.vision)
+        reason = f"{config.model_type} with a decoder of type {text.model_type}"
+        raise UserError(f"{path}: {reason}; supported are {decoders}")
+    if "sliding_attention" in (getattr(text, "layer_types", None) or []):
+        raise UserError(f"{path}: layers with a sliding attention window are not supported")
+    if getattr(text, "attention_dropout", 0):
+        raise UserError(f"{path}: attention dropout is not supported; set it to 0 in config.json")
+    return family
+
+
+def chat_template_file(path: str) -> str:
+    """Read the chat template that older checkpoints have in a file of its own."""
+    file = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    if not file:
+        raise UserError(f"{path}: its tokenizer has no chat template; take a checkpoint for chat")
+    return json.loads(Path(file).read_text())["chat_template"]
+
+
+def end_of_turn(tokenizer) -> int:
+    """Return the id of the first special token after an assistant's turn in the chat template.
+
+    It need not be the tokenizer's eos token, which is <|endoftext|> in Qwen's base models.
+    """
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "\ue000"}]
+    ending = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("\ue000")[2]
+    special = tokenizer.get_added_vocab().values()
+    for token in tokenizer.encode(ending, add_special_tokens=False):
+        if token in special:
+            return token
+    return tokenizer.eos_token_id
+
+
+def set_up_tiles(image, config, max_pixels: int) -> VisionShape:
+    """Let InternVL's image processor cut tiles, of at most `max_pixels` without the thumbnail."""
+    image.crop_to_patches = True  # as InternVLProcessor does, against preprocessor_config.json
+    if max_pixels:
+        tiles = max_pixels // image.size["height"] ** 2
+        image.max_patches = max(1, min(image.max_patches, tiles))
+    return VisionShape(config.vision_config.patch_size[0], round(1 / config.downsample_ratio))
+
+
+def tile_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int, int]:
+    """(tiles, height and width of a tile in patches) of an image of (width, height) pixels."""
+    side = processors.image.size["height"] // processors.vision.patch
+    return processors.image.get_number_of_image_patches(size[1], size[0]), side, side
+
+
+def surround_image_tokens(ids: np.ndarray, processors: Processors) -> np.ndarray:
+    """Put the family's tokens, <img> and </img>, around the token of each image."""
+    before, after = processors.tokenizer.convert_tokens_to_ids(processors.family.around)
+    ids = np.insert(ids, np.flatnonzero(ids == processors.image_token) + 1, after)
+    return np.insert(ids, np.flatnonzero(ids == processors.image_token), before)
+
+
+# File formats. A Line is a file, a number, and a function that reads the record: each rank walks
+# over all lines and reads its own.
+
+Line = tuple[str, int, Callable[[], dict]]
 DATA_FILES = (".parquet", ".json", ".jsonl", ".gz", ".tsv")
 
 
 def read_json(line: bytes) -> dict:
-    """One line of JSON, in UTF-8 as the format wants it, and without what only Python takes for JSON."""
-    require(len(line) <= LONGEST_LINE, f"a line of more than {LONGEST_LINE >> 20} MB")
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Unusable(f"not UTF-8: byte {line[error.start]:#x} at {error.start}") from None
-    with explaining("not a line of JSON", (ValueError, RecursionError)):
-        record = json.loads(text, parse_constant=not_json)
+    """Parse one line of JSON."""
+    with explaining("not a line of JSON", (ValueError, RecursionError), Unusable):
+        record = json.loads(line.decode("utf-8-sig"))
     require(isinstance(record, dict), f"not a JSON object but {type(record).__name__}")
     return record
 
 
-def not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def parquet_file(path: str) -> Any:
+def parquet_rows(path: str) -> Iterator[dict]:
     try:
-        import pyarrow.parquet
+        from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
-    with explaining(f"{path}: not a parquet file", (OSError, ValueError), UserError):
-        return pyarrow.parquet.ParquetFile(path)
-
-
-@lru_cache(1)
-def parquet_rows(path: str, group: int) -> list[dict]:
-    with explaining(f"row group {group} is damaged", (OSError, ValueError)):
-        return parquet_file(path).read_row_group(group).to_pylist()
+    for batch in ParquetFile(path).iter_batches(64):
+        yield from batch.to_pylist()
 
 
 def file_rows(path: str) -> Iterator[Callable[[], dict]]:
-    """What reads each row of a file, one function a row: .parquet, .tsv, .json if it is one list (which is read whole),
-    else one JSON object a line, UTF-8, also as .gz. Empty lines are lines like others: rejected, not skipped."""
+    """Yield a function for each row of a file, which reads that row.
+
+    The file is .parquet, .tsv, a .json that is one list (held in memory), or has one JSON object a
+    line, also as .gz. An empty line is a line like others: rejected, not skipped.
+    """
     if path.endswith(".parquet"):
-        file = parquet_file(path).metadata
-        for group in range(file.num_row_groups):
-            for i in range(file.row_group(group).num_rows):
-                yield lambda group=group, i=i: parquet_rows(path, group)[i]
-        return
-    if path.endswith(".tsv"):
+        for row in parquet_rows(path):
+            yield partial(dict, row)
+    elif path.endswith(".tsv"):
         csv.field_size_limit(2**31 - 1)  # a field may hold a picture
         with open(path, newline="", encoding="utf-8") as file:
-            yield from (partial(dict, row) for row in csv.DictReader(file, delimiter="\t"))
-        return
-    with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-        if path.endswith(".json") and file.peek()[:64].lstrip().startswith(b"["):
-            with explaining(f"{path}: not a list in JSON", (ValueError, RecursionError), UserError):
-                rows = json.load(file)  # to the end
-            yield from (partial(dict, row) for row in rows)
-        while line := file.readline(LONGEST_LINE + 1):
-            yield partial(read_json, line)
-            while len(line) > LONGEST_LINE and not line.endswith(
-                b"\n"
-            ):  # the rest of one that is too long
-                line = file.readline(LONGEST_LINE + 1)
+            for row in csv.DictReader(file, delimiter="\t"):
+                yield partial(dict, row)
+    else:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            if path.endswith(".json") and file.peek(64).lstrip().startswith(b"["):
+                for row in json.load(file):
+                    yield partial(dict, row)
+            for line in file:
+                yield partial(read_json, line)
 
 
-def read_file(path: str) -> Iterator[Line]:
-    """The rows of one file as they are; UserError where it cannot be read on, as one that is cut off."""
-    broken = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error)
-    with explaining(f"{path}: cannot be read to its end", broken, UserError):
-        for number, read in enumerate(file_rows(path), 1):
-            yield path, number, read
+def read_rows(path: str, convert=dict, pattern: str = "**/*", with_file=False) -> Iterator[Line]:
+    """Yield the rows of a file, of the files in a folder that match `pattern`, or of a glob.
 
-
-def read_rows(
-    path: str, convert: Callable = dict, pattern: str = "**/*", with_file: bool = False
-) -> Iterator[Line]:
-    """The rows of a published file, of all files that match `path`, or of those in the folder `path` that match
-    `pattern`, in the order of their names; `convert` makes a row a record in this project's JSON form, or raises
-    Unusable. `with_file`, it is also given the row's file, for what lies beside it, or its name."""
+    `convert` makes a row a record in the JSON form, or raises Unusable; `with_file`, it also gets
+    the row's file, for facts that stand in its path. Raises UserError for a file that ends early.
+    """
     files = [path]
     if not Path(path).is_file():
-        found = Path(path).glob(pattern) if Path(path).is_dir() else glob.glob(path)
-        files = sorted(file for file in map(str, found) if file.endswith(DATA_FILES))
+        matches = Path(path).glob(pattern) if Path(path).is_dir() else glob.glob(path)
+        files = sorted(str(match) for match in matches if str(match).endswith(DATA_FILES))
     if not files:
-        raise UserError(
-            f"--source {path}: no data files there{f' that match {pattern}' if pattern != '**/*' else ''}"
-        )
-    for name in files:
-        convert_one = partial(convert, file=Path(name)) if with_file else convert
-        for _, number, read in read_file(name):
-            yield name, number, partial(convert_row, read, convert_one)
+        raise UserError(f"--source {path}: no data files there that match {pattern}")
+    for file in files:
+        of_file = partial(convert, file=Path(file)) if with_file else convert
+        with explaining(f"{file}: cannot be read to its end", Exception):
+            for number, read in enumerate(file_rows(file), 1):
+                yield file, number, partial(convert_row, read, of_file)
 
 
 def convert_row(read: Callable[[], dict], convert: Callable[[dict], dict]) -> dict:
@@ -433,82 +1172,63 @@ def convert_row(read: Callable[[], dict], convert: Callable[[dict], dict]) -> di
         raise Unusable(f"not a row of this data set: {type(error).__name__}: {error}") from None
 
 
-# Where the embedded world is: it draws the pictures, asks the questions and knows the answers.
-WORLD = Path(__file__).parent / "tests" / "tiny" / "world.py"
-
-
-@lru_cache
-def embedded_world() -> ModuleType:
-    if not WORLD.is_file():
-        raise UserError(
-            f"{WORLD}: the embedded world is not there; give your own data with --source"
-        )
-    spec = importlib.util.spec_from_file_location("embedded_world", WORLD)
-    module = sys.modules["embedded_world"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def read_world(source: str, split: str, count: int, seed: str) -> Iterator[Line]:
-    for index in range(count):
-        yield (
-            f"world/{source}/{split}",
-            index + 1,
-            partial(embedded_world().record, source, split, seed, index),
-        )
-
-
-# What --source says: a file of one's own, or a name that is looked up in SOURCES (in the appendix, after main).
+# --source.
 
 
 def split_source(source: str) -> tuple[str, str, float]:
-    """`name:PATH@LIMIT` as (name, PATH, LIMIT). What has no name in SOURCES is a path in this project's JSON form, what
-    follows an @ and is no number belongs to the path. LIMIT is a number of rows, below 1 a share of them, inf: all."""
-    found = re.fullmatch(r"(.*)@(\d+|0?\.\d+)", source)
-    source, limit = (found[1], float(found[2])) if found else (source, math.inf)
+    """Split name:PATH@LIMIT into (name, PATH, LIMIT); a path without a name is "jsonl".
+
+    LIMIT is a number of rows, below 1 a share of them, inf: all.
+    """
+    limit = math.inf
+    if match := re.fullmatch(r"(.*)@(\d+|0?\.\d+)", source):  # any other @ belongs to the path
+        source, limit = match[1], float(match[2])
     name, colon, path = source.partition(":")
-    return (
-        (name, path, limit)
-        if name in SOURCES and (colon or not Path(source).exists())
-        else ("jsonl", source, limit)
-    )
+    if name in SOURCES and (colon or not Path(source).exists()):
+        return name, path, limit
+    return "jsonl", source, limit
 
 
 def open_source(source: str, seed: int = 0) -> Iterator[Line]:
-    """The lines of one --source, which is located at once. A share of them is chosen by a hash of the line's number, so
-    that all ranks choose the same. `seed` is for the embedded world's."""
+    """Find a --source, at once; return its lines, which are read later."""
     name, path, limit = split_source(source)
     if name == "world":
         parts = embedded_world().SOURCES
         if path not in parts or not 1 <= limit < math.inf:
-            raise UserError(
-                f"--source {source}: should be world:PART@COUNT, PART one of {', '.join(parts)}"
-            )
+            form = f"world:PART@COUNT, PART one of {', '.join(parts)}"
+            raise UserError(f"--source {source}: should be {form}")
         return read_world(path, "train", int(limit), str(seed))
-    lines = SOURCES[name].read(locate(name, path))
-    if limit < 1:
+    entry, path = SOURCES[name], locate(name, path)
+    if entry.read:
+        lines = entry.read(path)
+    else:
+        lines = read_rows(path, entry.convert, entry.files, entry.with_file)
+    if limit < 1:  # by hashes of the numbers, so that all ranks choose the same
         lines = (line for i, line in enumerate(lines) if share_of(b"%d" % i) < limit)
     elif limit < math.inf:
         lines = itertools.islice(lines, int(limit))
-    known = {} if name == "jsonl" else {"source": name}
-    return (
-        (file, number, partial(lambda read: known | read(), read)) for file, number, read in lines
-    )
+    if name == "jsonl":
+        return lines
+    return ((file, number, partial(add_source, name, read)) for file, number, read in lines)
+
+
+def add_source(name: str, read: Callable[[], dict]) -> dict:
+    return {"source": name} | read()
 
 
 def data_folder(source: str) -> Path:
-    """Where the pictures of a --source have to be: its folder, or that of its file; of a download, whose files are
-    links into the cache, the data set's part of that."""
+    """Return the folder that the pictures of a --source have to lie in."""
     name, path, _ = split_source(source)
     if name == "world":
         return Path()
-    folder = Path(locate(name, path)).resolve()
-    folder = folder if folder.is_dir() else folder.parent
+    path = Path(locate(name, path)).resolve()
+    folder = path if path.is_dir() else path.parent
+    # The files of a download are links out of snapshots/REVISION, into the hub's cache.
     return folder.parents[1] if folder.parent.name == "snapshots" else folder
 
 
 def default_name(source: str) -> str:
-    """What a data set made of this source is called: after its file or folder, or like the source itself."""
+    """Name a data set after its file or folder, or like its source."""
     name, path, _ = split_source(source)
     if Path(path).is_file():
         return Path(path.removesuffix(".gz")).stem
@@ -516,1218 +1236,664 @@ def default_name(source: str) -> str:
 
 
 def official_metric(sources: list[str]) -> str:
-    """The metric by which a data set made of these sources is scored; empty if they are no benchmark."""
+    """Return the metric (04, 06) that scores these sources; "": they are training data."""
     names = [split_source(source)[0] for source in sources]
-    metrics = {SOURCES[name].metric for name in names}
+    metrics = {SOURCES[name].metric for name in names} or {""}
     if len(metrics) > 1:
-        raise UserError(
-            f"--source: {' and '.join(names)} are not scored together; prepare each by itself"
-        )
-    return metrics.pop() if metrics else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbones: what of them decides how text and pictures become tokens. FAMILIES says all that differs between the
-# families that are supported; a new one is a line there, where it goes one of these ways.
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the backbones of one `model_type` have of their own; those for text alone have nothing."""
-
-    language: str = ""  # where in the transformers model the decoder is; empty: it is the model
-    vision: str = ""  # where the vision tower is (Qwen-VL's merger is in it, InternVL's projector is not); empty: none
-    blocks: str = ""  # where in the tower its layers are
-    mrope: bool = False  # the positions of an image's tokens are its rows and columns; else they count on as in text
-    tiles: bool = (
-        False  # an image is cut into square tiles of one size; else scaled to whole patches
-    )
-    around: tuple[str, str] = (
-        "",
-        "",
-    )  # the tokens before and after an image's that the chat template does not have
-    half: str = ""  # model_type of the decoder alone; empty: its text_config says, and that has to be supported too
-    planned: bool = False  # 03 --plan knows what it computes and needs
-
-
-QWEN_VL = {"language": "language_model", "vision": "visual", "blocks": "blocks", "mrope": True}
-INTERN_VL = {
-    "language": "language_model",
-    "vision": "vision_tower",
-    "blocks": "encoder.layer",
-    "tiles": True,
-}
-FAMILIES = {
-    "qwen2_5_vl": Family(**QWEN_VL, half="qwen2", planned=True),
-    "qwen2_vl": Family(**QWEN_VL, half="qwen2"),
-    "qwen3_vl": Family(**QWEN_VL, half="qwen3"),
-    "internvl": Family(**INTERN_VL, around=("<img>", "</img>")),  # as OpenGVLab/InternVL3-8B-hf
-    "qwen2": Family(planned=True),  # and Qwen2.5
-    "qwen3": Family(),
-    "llama": Family(),
-}
-
-
-def family_of(config: PreTrainedConfig, path: str) -> Family:
-    """The family of a backbone by its config; raises UserError with what is supported where it is none of them."""
-    text = config.get_text_config()
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UserError(f"{path}: a {config.model_type}; supported are {', '.join(FAMILIES)}")
-    if not family.half and text.model_type not in FAMILIES:
-        known = ", ".join(name for name, each in FAMILIES.items() if not each.vision)
-        raise UserError(
-            f"{path}: {config.model_type} with a decoder of type {text.model_type}; supported are {known}"
-        )
-    if "sliding_attention" in (getattr(text, "layer_types", None) or []):
-        raise UserError(
-            f"{path}: has layers with a sliding attention window, which are not supported"
-        )
-    if getattr(text, "attention_dropout", 0):
-        raise UserError(
-            f"{path}: has attention dropout, which is not supported; set it to 0 in config.json"
-        )
-    return family
-
-
-@dataclass(frozen=True)
-class VisionShape:
-    """What of a vision tower decides how its patches are laid out."""
-
-    patch: int  # side of a patch in pixels
-    merge: int  # merge x merge patches become one token
-    window: int = 0  # side of the attention windows in pixels; 0: attention over whole images
-    table: int = 0  # side of a learned table of positions that is stretched over each image; 0: none, or not stretched
-
-
-@dataclass
-class Processors:
-    """The tokenizer and image processor of a backbone; `image` is None for a text-only one."""
-
-    tokenizer: object
-    image: object | None
-    family: Family
-    image_token: (
-        int | None
-    )  # id of the token that stands for a piece of an image, <|image_pad|> or <IMG_CONTEXT>
-    end_token: int  # id of what ends the assistant's turn, <|im_end|> or <|eot_id|>
-    vision: VisionShape | None
-    fingerprint: str  # of the vocabulary, the merges and the chat template: shards of another tokenizer are noise
-
-    def save(self, folder: str) -> None:
-        self.tokenizer.save_pretrained(folder)
-        if self.image is not None:
-            self.image.save_pretrained(folder)
-
-    @property
-    def pixels(self) -> dict | None:
-        """The image processor's limits, from which the number of an image's tokens follows."""
-        if self.image is None:
-            return None
-        return {"tiles": self.image.max_patches} if self.family.tiles else dict(self.image.size)
-
-    @pixels.setter
-    def pixels(self, limits: dict) -> None:
-        if self.family.tiles:
-            self.image.max_patches = limits["tiles"]
-        else:
-            self.image.size = dict(limits)
-
-
-def load_processors(backbone: str, max_pixels: int = 0) -> Processors:
-    """Reads them from a checkpoint directory. The image processor is the one that needs only pillow. Images have the
-    pixel limits of the checkpoint, or at most `max_pixels`; of one that is cut into tiles these are those of all tiles
-    together, without the thumbnail that comes with several."""
-    with explaining(
-        f"{backbone}: no tokenizer and config in the Hugging Face layout",
-        (OSError, ValueError),
-        UserError,
-    ):
-        config = AutoConfig.from_pretrained(backbone)
-        tokenizer, family = AutoTokenizer.from_pretrained(backbone), family_of(config, backbone)
-        image = (
-            AutoImageProcessor.from_pretrained(backbone, backend="pil") if family.vision else None
-        )
-    if (
-        not tokenizer.chat_template
-    ):  # older checkpoints of vision-language models have it in a file of its own
-        found = cached_file(
-            backbone, "chat_template.json", _raise_exceptions_for_missing_entries=False
-        )
-        if not found:
-            raise UserError(
-                f"{backbone}: its tokenizer has no chat template; take a checkpoint made for chat"
-            )
-        tokenizer.chat_template = json.loads(Path(found).read_text())["chat_template"]
-    vision, shape = None, getattr(config, "vision_config", None)
-    if family.tiles:
-        image.crop_to_patches = InternVLProcessor.images_kwargs[
-            "crop_to_patches"
-        ]  # goes before preprocessor_config's
-        if max_pixels:
-            image.max_patches = max(
-                1, min(image.max_patches, max_pixels // image.size["height"] ** 2)
-            )
-        vision = VisionShape(shape.patch_size[0], round(1 / config.downsample_ratio))
-    elif family.vision:
-        if max_pixels:
-            image.size = {
-                "shortest_edge": min(image.size["shortest_edge"], max_pixels),
-                "longest_edge": max_pixels,
-            }
-        table = math.isqrt(getattr(shape, "num_position_embeddings", 0))
-        vision = VisionShape(
-            image.patch_size, image.merge_size, getattr(shape, "window_size", 0), table
-        )
-    made_of = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
-    fingerprint = f"{hash_of(made_of.encode()):016x}"
-    image_token = config.image_token_id if family.vision else None
-    return Processors(
-        tokenizer, image, family, image_token, end_of_turn(tokenizer), vision, fingerprint
-    )
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the first special token that the chat template sets after an assistant's turn. It need not be the
-    tokenizer's eos token, which is <|endoftext|> in Qwen's base models."""
-    turns = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
-    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("\ue001")[2]
-    special = set(tokenizer.get_added_vocab().values())
-    ends = (
-        token for token in tokenizer.encode(behind, add_special_tokens=False) if token in special
-    )
-    return next(ends, tokenizer.eos_token_id)
-
-
-def use_pixel_limits(processors: Processors, sets: list["Comparisons"]) -> None:
-    """Gives the image processor the pixel limits that the shards were prepared with, so that patches and tokens
-    agree."""
-    limits = [each.info["pixels"] for each in sets if each.info["pixels"]]
-    if any(other != limits[0] for other in limits):
-        raise UserError(
-            "the data sets were prepared with different --max_pixels; prepare them with the same"
-        )
-    if limits and processors.image is not None:
-        processors.pixels = limits[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a record to a comparison.
-
-
-@dataclass
-class Comparison:
-    """One prompt and N responses to it, ready for the model. Arrays are int32 token ids."""
-
-    prompt: np.ndarray  # [P], image tokens expanded
-    responses: list[np.ndarray]  # N x [R_i], each ending in the end-of-turn token
-    ranks: list[int]  # N; 1 is best, equal ranks tie
-    images: list[bytes] = field(default_factory=list)  # encoded files
-    # [images, 3] patches: time or tiles, height, width
-    grids: np.ndarray = field(default_factory=partial(np.zeros, (0, 3), np.int32))
-    record: dict = field(default_factory=dict)  # id, category, answer, ...: what is carried along
-    origin: str = ""  # where it was read
-
-    def __str__(self) -> str:
-        """What messages call it."""
-        return f"{self.origin} (id {self.record['id']})" if "id" in self.record else self.origin
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """(better, worse) for all pairs of responses that do not tie."""
-        return ordered_pairs(self.ranks)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the packed row [prompt | response 1 | ... | response N]."""
-        return len(self.prompt) + sum(map(len, self.responses))
-
-
-def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
-    """(better, worse) for all pairs of one comparison's responses that do not tie."""
-    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
-
-
-# From a record to a comparison, 1: its pictures.
-
-# Not all that pillow reads: for EPS it would start Ghostscript.
-PICTURES = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
-LARGEST_FILE = 2**28  # bytes of an encoded picture
-
-
-def read_image(image: object, folder: Path, within: list[Path] | None = None) -> bytes:
-    """An image as its encoded bytes: a path relative to `folder`, the bytes themselves, a PIL image, or either of the
-    first two as parquet files of the hub have it, {"bytes": ..., "path": ...}.
-
-    A path that comes from data could name any file of this machine, so it has to lead, links followed, into one of the
-    folders `within`; None: anywhere."""
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, Image.Image):
-        file = io.BytesIO()
-        image.convert("RGB").save(file, "PNG")
-        return file.getvalue()
-    require(isinstance(image, str), f"images: a {type(image).__name__} where a path should be")
-    with explaining(
-        f"unreadable image: {image}", (OSError, ValueError, RuntimeError)
-    ):  # the last: links in a circle
-        path = (folder / image).resolve()
-        inside = within is None or any(path.is_relative_to(each) for each in within)
-        require(inside, f"image outside the data's folder: {image}; --allow_outside reads it")
-        require(path.is_file() or not path.exists(), f"unreadable image: {image}: not a file")
-        large = f"unreadable image: {image}: a file of more than {LARGEST_FILE >> 20} MB"
-        require(path.stat().st_size <= LARGEST_FILE, large)
-        return path.read_bytes()
-
-
-def open_image(content: bytes, draft: tuple | None = None) -> Image.Image:
-    """A picture as a viewer shows it, in RGB: turned as EXIF says; the first frame of an animation; on white where it
-    is transparent, as Qwen's own utilities do; 16 bits scaled down to 8, where pillow's `convert` would clip. It is
-    here that 01 learns its size and the loader its pixels.
-
-    `draft` is for pillow's `Image.draft`. Raises Unusable for what cannot be read to its end, and, before memory is
-    taken for them, for more than Image.MAX_IMAGE_PIXELS pixels (89 million).
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF and palettes
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=PICTURES)
-            if draft:
-                image.draft(*draft)
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            require(
-                image.mode not in ("I", "F"),
-                f"its pixels are of mode {image.mode}, whose range is not known",
-            )
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        start = f"begins with {content[:16]!r}" if content else "is empty"
-        reason = f"none of {', '.join(PICTURES)}; the file {start}"
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-    except Exception as error:  # a damaged file trips pillow's decoders in many ways
-        reason = str(error) or type(error).__name__
-    raise Unusable(f"unreadable image: {reason}")
-
-
-def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int, int]:
-    """(time, height, width) in patches of an image of size (width, height) pixels, after Qwen-VL's resizing; or (tiles,
-    height, width of each) where it is cut into tiles."""
-    image, patch = processors.image, processors.vision.patch
-    if processors.family.tiles:
-        return image.get_number_of_image_patches(size[1], size[0]), *[
-            image.size["height"] // patch
-        ] * 2
-    unit, limits = patch * processors.vision.merge, image.size
-    with explaining(f"unusable image of {size[0]} x {size[1]} pixels", ValueError):
-        height, width = smart_resize(
-            size[1], size[0], unit, limits["shortest_edge"], limits["longest_edge"]
-        )
-    return 1, height // patch, width // patch
-
-
-# 2: its texts and its prompt.
-
-
-def text_in(value: object, what: str) -> str:
-    """A text that can be encoded: JSON's \\ud800 alone is half of a character."""
-    require(isinstance(value, str), f"{what}: {type(value).__name__} where a text should be")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise Unusable(f"{what}: half of a surrogate pair at character {error.start}") from None
-    return value
-
-
-def text_of(message: object, what: str) -> str:
-    """The text of a response: a string, one assistant message, or a list of exactly one."""
-    if isinstance(message, list) and len(message) == 1:
-        message = message[0]
-    if isinstance(message, dict):
-        role, message = message.get("role"), message.get("content")
-        require(role == "assistant", f"{what}: role is {role!r}, not 'assistant'")
-        if isinstance(message, list):
-            texts = all(
-                isinstance(part, dict) and part.get("type", "text") == "text" for part in message
-            )
-            require(texts, f"{what}: has a part that is no text")
-            message = "".join(text_in(part.get("text"), what) for part in message)
-    require(isinstance(message, str), f"{what}: not a text or a list of one assistant message")
-    require(message.strip(), f"{what}: empty response")
-    return text_in(message, what)
-
-
-def check_messages(prompt: object, without_images: bool = False) -> list[dict]:
-    """The prompt's turns, `content` a string where there is only text and a list of parts where there are images."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    require(isinstance(turns, list) and turns, "prompt: not a list of messages")
-    messages = []
-    for turn in turns:
-        known = isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
-        require(known, "prompt: a message without the role system, user or assistant")
-        content, parts = turn.get("content"), []
-        given = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        are_parts = isinstance(given, list) and all(isinstance(part, dict) for part in given)
-        require(are_parts, "prompt: content is neither a string nor a list of parts")
-        for part in given:
-            kind = part.get("type")
-            require(
-                kind in ("text", "image"),
-                f"prompt: a part of type {kind!r}; known are text and image",
-            )
-            if kind == "text":
-                text_in(part.get("text"), "prompt")
-            if kind == "text" or not without_images:
-                # without what else a part says, which the chat template might take for an image
-                parts.append({key: part[key] for key in ("type", kind) if key in part})
-        only_text = all(part["type"] == "text" for part in parts)
-        content = "".join(part["text"] for part in parts) if only_text else parts
-        messages.append({"role": turn["role"], "content": content})
-    last = messages[-1]["role"]
-    require(last == "user", f"prompt: ends with the role {last!r}, not 'user'")
-    return messages
-
-
-def with_images(text: str) -> list[dict]:
-    """The parts of a text in which <image> marks the place of each picture."""
-    pieces = re.split("(<image>)", text)
-    return [
-        {"type": "image"} if piece == "<image>" else {"type": "text", "text": piece}
-        for piece in pieces
-        if piece
-    ]
-
-
-def encode_prompt(
-    messages: list,
-    images: list,
-    processors: Processors,
-    folder: Path = Path(),
-    within: list[Path] | None = None,
-) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-    """Renders and tokenizes a prompt up to where the assistant's answer begins.
-
-    Returns its token ids [P] with every image placeholder expanded to as many tokens as the vision tower will give, the
-    images' encoded bytes, and their patch grids [images, 3]. Raises Unusable.
-    """
-    messages = check_messages(messages)
-    parts = [
-        part for turn in messages if isinstance(turn["content"], list) for part in turn["content"]
-    ]
-    slots = [part for part in parts if part["type"] == "image"]
-    images = [part["image"] for part in slots if part.get("image") is not None] or list(images)
-    if (
-        images and not slots
-    ):  # their places are marked in the text, as in LLaVA's data; else they come first, as in TRL
-        asked = [turn for turn in messages if turn["role"] == "user"]
-        if not any("<image>" in turn["content"] for turn in asked):
-            asked[0]["content"] = "<image>" * len(images) + asked[0]["content"]
-        for turn in asked:
-            turn["content"] = with_images(turn["content"])
-            slots += [part for part in turn["content"] if part["type"] == "image"]
-    require(
-        len(images) == len(slots),
-        f"images: {len(images)} given, but the prompt has {len(slots)} places for them",
-    )
-    require(not images or processors.image is not None, "images: the backbone is text-only")
-    asks = images or any(turn["content"].strip() for turn in messages if turn["role"] == "user")
-    require(asks, "prompt: empty")
-    files = [read_image(image, folder, within) for image in images]
-    grids = np.array(
-        [patch_grid(open_image(file).size, processors) for file in files], np.int32
-    ).reshape(-1, 3)
-    ids = tokenize_chat(messages, processors.tokenizer)
-    if files:
-        names = ([name] if name else [] for name in processors.family.around)
-        before, after = map(
-            processors.tokenizer.convert_tokens_to_ids, names
-        )  # one id each, or none
-        counts = grids.prod(1) // processors.vision.merge**2
-        expanded = iter([[*before, *[processors.image_token] * count, *after] for count in counts])
-        pieces = (next(expanded) if token == processors.image_token else [token] for token in ids)
-        ids = np.array([*itertools.chain.from_iterable(pieces)], np.int32)
-    return ids, files, grids
-
-
-def tokenize_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The chat template's rendering as token ids [P], ending where the assistant's answer begins.
-
-    The template's own special tokens become single ids; the same strings inside a user's text stay text. For that they
-    are taken out before rendering, put back afterwards, and tokenized as ordinary characters.
-    """
-    # \ue000 and \ue001, private to this function, mark where something was taken out; a user's own are taken out too.
-    special = re.compile(
-        "|".join(map(re.escape, [*tokenizer.get_added_vocab(), "\ue000", "\ue001"]))
-    )
-    taken = []
-
-    def safe(content: str | list[dict]) -> str | list[dict]:
-        if isinstance(content, str):
-            return special.sub(
-                lambda found: taken.append(found[0]) or f"\ue000{len(taken) - 1}\ue001", content
-            )
-        return [
-            part if part["type"] == "image" else {**part, "text": safe(part["text"])}
-            for part in content
-        ]
-
-    messages = [{**turn, "content": safe(turn["content"])} for turn in messages]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    template, *rest = re.split(
-        "\ue000(\\d+)\ue001", rendered
-    )  # then the number of what was taken, template, ...
-    ids = tokenizer.encode(template, add_special_tokens=False)
-    for number, template in zip(rest[::2], rest[1::2]):
-        ids += tokenize_text(taken[int(number)], tokenizer) + tokenizer.encode(
-            template, add_special_tokens=False
-        )
-    return np.array(ids, np.int32)
-
-
-def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-
-def encode_response(text: str, processors: Processors) -> np.ndarray:
-    """A response's token ids [R]: its text and the end-of-turn token, where its score will be read."""
-    return np.array(tokenize_text(text, processors.tokenizer) + [processors.end_token], np.int32)
-
-
-# 3: what is carried along with it, unchanged: {field: what it has to be}; null is like not saying it.
-CARRIED = {
-    "id": (str | int | float | None, "a text or a number"),
-    "category": (str, "a text"),
-    "subset": (str, "a text"),
-    "source": (str, "a text"),
-    "group": (str | int | float, "a text or a number"),
-    "answer": (str | int | float | None, "a text or a number"),
-    "rule": None,  # see check_rule, in the appendix
-    "truth": None,
-    "judged": None,
-    "critiques": (list | None, "a list"),
-}
-
-
-# Fields of a record that are read; others are counted.
-USED = {"prompt", "chosen", "rejected", "responses", "ranks", "images", *CARRIED}
-
-
-def check_carried(record: dict, responses: int) -> dict:
-    """What is carried along with a comparison; raises Unusable where later stages could not read it."""
-    carried = {key: record[key] for key in CARRIED if key in record}
-    for key, value in carried.items():
-        if CARRIED[key]:
-            types, name = CARRIED[key]
-            fits = isinstance(value, types) and not isinstance(value, bool)
-            require(fits, f"{key}: {type(value).__name__} where {name} should be")
-    critiques = carried.get("critiques")
-    if critiques is not None:
-        fit = len(critiques) == responses and all(isinstance(each, str) for each in critiques)
-        require(fit, f"critiques: not a list of {responses} texts, one for each response")
-    with explaining(
-        f"{', '.join(carried)}: cannot be written as JSON", (ValueError, TypeError, RecursionError)
-    ):
-        json.dumps(carried, ensure_ascii=False).encode()
-    return carried
-
-
-def ranked_texts(record: dict) -> tuple[list[str], list[int]]:
-    """The responses of a record in the JSON form and their ranks; none of either where it is a question to a policy."""
-    if "responses" in record:
-        answers, ranks = record["responses"], record.get("ranks")
-        lists = isinstance(answers, list) and isinstance(ranks, list) and len(answers) == len(ranks)
-        require(lists, "responses and ranks: not two lists of the same length")
-        numbers = len(answers) > 1 and all(type(rank) is int and 0 < rank < 2**31 for rank in ranks)
-        require(
-            numbers,
-            "responses and ranks: at least two responses, each with a rank of 1 (best) or more",
-        )
-        require(
-            len(set(ranks)) > 1, "ranks: all equal, so there is nothing to learn from or to score"
-        )
-        texts = [text_of(answer, f"responses[{i}]") for i, answer in enumerate(answers)]
-        require(len(set(texts)) > 1, "responses: all identical")
-        return texts, ranks
-    if "chosen" in record or "rejected" in record:
-        for key in ("chosen", "rejected"):
-            require(key in record, f"missing field: {key}")
-        texts = [text_of(record[key], key) for key in ("chosen", "rejected")]
-        require(texts[0] != texts[1], "chosen and rejected are identical")
-        return texts, [1, 2]
-    question = "answer" in record or "truth" in record or "judged" in record
-    require(
-        question,
-        "missing field: chosen and rejected, or responses and ranks, or answer (null: an open question)",
-    )
-    return [], []
-
-
-def images_in(record: dict) -> list:
-    """A record's images; raises Unusable where they are given otherwise than as a list, and would be lost."""
-    require(
-        record.get("image") is None,
-        "image: pictures are in `images`, a list; --source trl:FILE reads this, too",
-    )
-    images = record.get("images") or []
-    require(isinstance(images, list), "images: not a list")
-    return images
-
-
-def check_length(prompt: np.ndarray, responses: list[np.ndarray], max_length: int) -> None:
-    longest = len(prompt) + max(map(len, responses), default=0)
-    require(longest <= max_length, f"{longest} tokens, more than --max_length {max_length}")
-
-
-def encode_record(
-    record: dict,
-    processors: Processors,
-    max_length: int,
-    folder: Path = Path(),
-    without_images: bool = False,
-    within: list[Path] | None = None,
-) -> Comparison:
-    """Checks one record in the JSON form and makes it a Comparison; raises Unusable with the reason if it is none.
-
-    Args: the folder that image paths are relative to, and those that they have to stay in (`read_image`)."""
-    require("prompt" in record, "missing field: prompt")
-    texts, ranks = ranked_texts(record)
-    if "rule" in record:
-        check_rule(record["rule"], record.get("answer"))
-    carried = check_carried(record, len(texts)) | {"characters": [len(text) for text in texts]}
-    prompt, images = record["prompt"], images_in(record)
-    if without_images:
-        prompt, images = check_messages(prompt, without_images), []
-    prompt, files, grids = encode_prompt(prompt, images, processors, folder, within)
-    responses = [encode_response(text, processors) for text in texts]
-    check_length(prompt, responses, max_length)
-    return Comparison(prompt, responses, ranks, files, grids, carried)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards. A list of vectors lies flat, one after the other, with offsets: vector i is flat[offset[i] : offset[i + 1]].
-
-RAGGED = {  # one vector for each comparison, but for
-    "prompts": np.int32,
-    "responses": np.int32,  # one for each response; the offsets of the ranks say whose it is
-    "ranks": np.int32,
-    "images": np.uint8,  # one for each file
-    "image_index": np.int32,  # which of the files are this comparison's
-    "records": np.uint8,  # as JSON
-}
-SAFETENSORS = {
-    "U8": np.uint8,
-    "I32": np.int32,
-    "I64": np.int64,
-    "U64": np.uint64,
-}  # what we write, by its name there
-METADATA = {"comparisons": f"format {FORMAT}"}  # one key: the order of several is not fixed
-
-
-def flatten(items: list, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    flat = (
-        np.concatenate([np.asarray(item, dtype) for item in items]) if items else np.zeros(0, dtype)
-    )
-    return flat, np.cumsum([0, *map(len, items)], dtype=np.int64)
-
-
-def prompt_hash(prompt: np.ndarray, image_token: int | None) -> int:
-    """Of a prompt's text alone: the same for the same words about another picture."""
-    return hash_of(prompt[prompt != image_token].astype(np.int32).tobytes())
-
-
-def look_of(content: bytes) -> int:
-    """64 bits that scaled or recompressed copies of a picture share, or nearly: where on a grid of 8 x 8 it is darker
-    than to the right (dHash)."""
-    image = open_image(
-        content, draft=("L", (64, 64))
-    )  # of a JPEG, decodes no more than is needed for this size
-    small = np.asarray(image.convert("L").resize((9, 8)), int)
-    return int.from_bytes(np.packbits(small[:, :-1] < small[:, 1:]).tobytes(), "big")
-
-
-def write_shard(path: Path, comparisons: list[Comparison], image_token: int | None = None) -> None:
-    """Writes comparisons as one safetensors file; an image that several share is stored once. The hashes are for
-    finding what training data and a benchmark share."""
-    grids = {file: grid for each in comparisons for file, grid in zip(each.images, each.grids)}
-    places = {file: i for i, file in enumerate(grids)}
-    items = {
-        "prompts": [each.prompt for each in comparisons],
-        "responses": [response for each in comparisons for response in each.responses],
-        "ranks": [each.ranks for each in comparisons],
-        "images": [np.frombuffer(file, np.uint8) for file in grids],
-        "image_index": [[places[file] for file in each.images] for each in comparisons],
-        "records": [
-            np.frombuffer(json.dumps(each.record).encode(), np.uint8) for each in comparisons
-        ],
-    }
-    tensors = {
-        "grids": np.array([*grids.values()], np.int32).reshape(-1, 3),
-        "prompt_hashes": np.array(
-            [prompt_hash(each.prompt, image_token) for each in comparisons], np.uint64
-        ),
-        "image_hashes": np.array([hash_of(file) for file in grids], np.uint64),
-        "image_looks": np.array([look_of(file) for file in grids], np.uint64),
-    }
-    for name, dtype in RAGGED.items():
-        tensors[name], tensors[f"{name}_offsets"] = flatten(items[name], dtype)
-    write_tensors(path, tensors, METADATA)
-
-
-def vector(file, name: str, dtype: type) -> np.ndarray:
-    """A vector of an open safetensors file; raises Unusable before it is read if its dtype or shape is another."""
-    found = file.get_slice(name)
-    fits = SAFETENSORS.get(found.get_dtype()) == dtype and len(found.get_shape()) == 1
-    require(
-        fits, f"{name}: {found.get_dtype()} {found.get_shape()}, not a vector of {np.dtype(dtype)}"
-    )
-    return file.get_tensor(name)
-
-
-class Shard:
-    """One memory-mapped shard; nothing but offsets and grids is read before a comparison is asked for.
-
-    Raises UserError where they do not fit each other or the file: what is read later is within it."""
-
-    def __init__(self, path: Path):
-        with reading(path):
-            self.path, self.file = path, safe_open(path, framework="np")
-            self.offsets = {name: vector(self.file, f"{name}_offsets", np.int64) for name in RAGGED}
-            self.image_index = vector(self.file, "image_index", np.int32)
-            self.grids = self.file.get_tensor("grids")  # [images, 3]
-            self.check()
-
-    def check(self) -> None:
-        index, grids, images = self.image_index, self.grids, len(self.grids)
-        comparisons = len(self.offsets["prompts"]) - 1
-        items = {
-            "responses": int(self.offsets["ranks"][-1]),
-            "images": images,
-        }  # of the others, as many as comparisons
-        for name, dtype in RAGGED.items():
-            offsets, flat = self.offsets[name], self.file.get_slice(name)
-            fits = (
-                SAFETENSORS.get(flat.get_dtype()) == dtype
-                and 0 < len(offsets) == items.get(name, comparisons) + 1
-            )
-            require(fits, f"{name}: {flat.get_dtype()}, {len(offsets) - 1} items")
-            lengths = np.diff(offsets)
-            fits = (
-                offsets[0] == 0
-                and flat.get_shape() == [offsets[-1]]
-                and lengths.min(initial=0) >= 0
-            )
-            require(fits, f"{name}: offsets that do not fit its {flat.get_shape()} numbers")
-            filled = name not in ("prompts", "responses") or lengths.min(initial=1) > 0
-            require(filled, f"{name}: one of them is empty")
-        fits = (
-            grids.dtype == np.int32
-            and grids.shape == (images, 3)
-            and ((grids > 0) & (grids < 2**15)).all()
-        )
-        require(fits, f"grids: {grids.dtype} {list(grids.shape)}")
-        fits = index.min(initial=0) >= 0 and index.max(initial=-1) < images
-        require(fits, f"image_index: an image that is none of the {images} there are")
-
-    def item(self, name: str, i: int) -> np.ndarray:
-        start, end = map(int, self.offsets[name][i : i + 2])
-        return self.file.get_slice(name)[start:end] if start < end else np.zeros(0, RAGGED[name])
-
-    def __getitem__(self, i: int) -> Comparison:
-        first, last = self.offsets["ranks"][i : i + 2]
-        index = self.item("image_index", i)
-        with reading(self.path):
-            record = json.loads(self.item("records", i).tobytes())
-            check_carried(record, int(last - first))
-        return Comparison(
-            self.item("prompts", i),
-            [self.item("responses", int(j)) for j in range(first, last)],
-            self.item("ranks", i).tolist(),
-            [self.item("images", int(j)).tobytes() for j in index],
-            self.grids[index],
-            record,
-        )
-
-    def planning(self) -> dict[str, np.ndarray]:
-        """PLANNING of all its comparisons."""
-        summed = np.cumsum(
-            [0, *self.grids.astype(np.int64).prod(1)[self.image_index]]
-        )  # patches of all images
-        responses = np.diff(self.offsets["responses"][self.offsets["ranks"]])
-        found = {
-            "tokens": np.diff(self.offsets["prompts"]) + responses,
-            "patches": np.diff(summed[self.offsets["image_index"]]),
-            "responses": np.diff(self.offsets["ranks"]),
-        }
-        return {name: found[name].astype(dtype) for name, dtype in PLANNING.items()}
-
-
-# What index.safetensors holds of all shards: of every comparison the tokens of its packed row, its image patches and
-# responses, [n] each; and all hashes.
-PLANNING = {"tokens": np.int32, "patches": np.int32, "responses": np.int32}
-HASHES = {"prompt_hashes": np.uint64, "image_hashes": np.uint64, "image_looks": np.uint64}
-
-
-def write_index(folder: Path, shards: list[tuple[str, int]]) -> None:
-    """Writes index.safetensors, so that opening a data set takes no longer the more shards it has."""
-    columns = {name: [np.zeros(0, dtype)] for name, dtype in (PLANNING | HASHES).items()}
-    for file, _ in shards:
-        shard = Shard(folder / file)
-        found = shard.planning() | {
-            name: vector(shard.file, name, dtype) for name, dtype in HASHES.items()
-        }
-        for name, column in columns.items():
-            column.append(found[name])
-    index = {name: np.concatenate(column) for name, column in columns.items()}
-    write_tensors(folder / "index.safetensors", index, METADATA)
-
-
-def check_info(info: dict) -> None:
-    """Raises Unusable or KeyError unless dataset.json says all that later stages ask for, and names nothing outside of
-    its folder."""
-    is_count = lambda value: type(value) is int and 0 <= value < 2**40
-    for key in ("name", "backbone", "tokenizer", "metric"):
-        require(isinstance(info[key], str), f"{key}: not a text")
-    for name in (info["name"], *(name for name, _ in info["shards"])):
-        require(
-            re.fullmatch(r"[^/\0]+", name) and name not in (".", ".."),
-            f"{name!r} is no name of a file",
-        )
-    counts = [
-        info["read"],
-        info["rejected"],
-        info["comparisons"],
-        *(count for _, count in info["shards"]),
-    ]
-    require(all(map(is_count, counts)), "read, rejected, comparisons and shards: have to be counts")
-    known = {source.metric for source in SOURCES.values()}
-    require(info["metric"] in known, f"metric: {info['metric']!r} is not known")
-    limits = info["pixels"]
-    if limits is not None:
-        known = set(limits) in ({"tiles"}, {"shortest_edge", "longest_edge"})
-        require(
-            known and all(is_count(each) and each for each in limits.values()), f"pixels: {limits}"
-        )
-        require(
-            limits.get("shortest_edge", 0) <= limits.get("longest_edge", 0), f"pixels: {limits}"
-        )
-    info["without_images"] = bool(info["without_images"])
-
-
-class Comparisons(torch.utils.data.Dataset):
-    """A prepared data set: `data[i]` is a Comparison, read at random from memory-mapped shards.
-
-    `expect` is the fingerprint of the tokenizer that is going to read it; another one raises UserError. With
-    `text_only`, only its comparisons without images.
-    """
-
-    def __init__(self, folder: str, expect: str | None = None, text_only: bool = False):
-        self.folder, path = Path(folder), Path(folder, "dataset.json")
-        if not path.is_file():
-            raise UserError(
-                f"{folder}: no prepared data set there (dataset.json is missing); run 01_data.py first"
-            )
-        with reading(path):
-            self.info = json.loads(path.read_bytes())
-            if (found := self.info["format"]) != FORMAT:
-                raise UserError(
-                    f"{folder}: shards of format {found}, this code reads {FORMAT}; run 01_data.py again"
-                )
-            check_info(self.info)
-        if expect and self.info["tokenizer"] != expect:
-            raise UserError(
-                f"{folder}: prepared with another tokenizer or chat template ({self.info['backbone']}); "
-                "run 01_data.py again with --backbone set to this model"
-            )
-        self.starts = np.cumsum([0, *(count for _, count in self.info["shards"])])  # [shards + 1]
-        self.opened: dict[int, Shard] = {}
-        with reading(self.folder / "index.safetensors"):
-            self.index = self.columns(PLANNING)
-            for name, column in self.index.items():
-                fits = len(column) == self.starts[-1] and column.min(initial=0) >= 0
-                require(fits, f"{name}: {len(column)} numbers for {self.starts[-1]} comparisons")
-        everything = np.arange(self.starts[-1])
-        self.chosen = (
-            everything[self.index["patches"] == 0] if text_only else everything
-        )  # [n] places in the shards
-
-    def columns(self, dtypes: dict) -> dict[str, np.ndarray]:
-        """These of the index."""
-        with reading(self.folder / "index.safetensors"):
-            with safe_open(self.folder / "index.safetensors", framework="np") as index:
-                return {name: vector(index, name, dtype) for name, dtype in dtypes.items()}
-
-    def hashes(self, name: str) -> np.ndarray:
-        """Those of HASHES, of all prompts or images in the shards, in no order that matters."""
-        return self.columns({name: HASHES[name]})[name]
-
-    def response_counts(self) -> np.ndarray:
-        """N of every comparison, [n]."""
-        return self.index["responses"][self.chosen]
-
-    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """For planning: tokens of the packed row [n] and image patches [n]."""
-        return self.index["tokens"][self.chosen], self.index["patches"][self.chosen]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, i: int) -> Comparison:
-        at = int(self.chosen[i])
-        k = int(np.searchsorted(self.starts, at, side="right")) - 1
-        comparison = self.open(k)[at - int(self.starts[k])]
-        comparison.origin = f"{self.folder}[{at}]"
-        characters = comparison.record.get("characters")
-        if not isinstance(characters, list) or list(map(type, characters)) != [int] * len(
-            comparison.ranks
-        ):
-            raise UserError(
-                f"{comparison.origin}: damaged: its record does not say how long its responses are"
-            )
-        return comparison
-
-    def open(self, k: int) -> Shard:
-        """The k-th shard; up to 512 stay open."""
-        if k not in self.opened:
-            if len(self.opened) == 512:
-                del self.opened[next(iter(self.opened))]
-            shard = self.opened[k] = Shard(self.folder / self.info["shards"][k][0])
-            for name, column in shard.planning().items():
-                if not np.array_equal(
-                    column, self.index[name][self.starts[k] : self.starts[k + 1]]
-                ):
-                    raise UserError(
-                        f"{shard.path}: not the shard that index.safetensors is of; run 01_data.py again"
-                    )
-        return self.opened[k]
-
-    def __getstate__(self) -> dict:
-        """For loader processes, which open the files themselves."""
-        return vars(self) | {"opened": {}}
-
-
-def open_images(comparison: Comparison, processors: Processors) -> list[Image.Image]:
-    """The decoded images of a comparison that goes to a model; UserError where its tokens are none of the model's or
-    do not fit its images, as in shards that were damaged or made to harm."""
-    if comparison.origin:
-        ids = np.concatenate([comparison.prompt, *comparison.responses])
-        wrong = ids[(ids < 0) | (ids >= len(processors.tokenizer))]
-        if len(wrong):
-            raise UserError(
-                f"{comparison}: damaged: token {wrong[0]} of {len(processors.tokenizer)}"
-            )
-        patches, tokens = comparison.grids.prod(1).sum(), (ids == processors.image_token).sum()
-        if processors.image is not None and patches != tokens * processors.vision.merge**2:
-            raise UserError(f"{comparison}: damaged: {tokens} image tokens for {patches} patches")
-    with explaining(str(comparison), Unusable, UserError):
-        return [open_image(file) for file in comparison.images]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All that this stage does: every rank makes shards of its own chunks of lines, then rank 0 says what became of them.
-
-RECORD_NAME, SHARD_NAME = (
-    ".chunk-{:05d}.json".format,
-    "shard-{:05d}.safetensors".format,
-)  # of a chunk's number
-
-
-def prepare(
-    name: str,
-    lines: Iterator[Line],
-    processors: Processors,
-    settings: Settings,
-    holdout: float,
-    within: list[Path] | None = None,
-) -> None:
-    """Prepares one data set: every rank its own chunks of lines, then rank 0 the index and the list of rejected lines.
-    Pictures are read from the folders `within`; None: from anywhere.
-
-    What was interrupted continues: a chunk whose record, .chunk-<number>.json, says that it was made of the same lines
-    of the same files (by size and time) with the same settings, tokenizer and code, is not made again. Pictures beside
-    the data files are not compared. What was finished is prepared anew.
-
-    Memory does not grow with the number of lines, but for the index: 20 bytes a comparison and 16 an image, twice while
-    it is written.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    names = [name, f"{name}_holdout"] if holdout > 0 else [name]
-    folders = {each: Path(settings.out, each) for each in names}
-    if rank == 0:
-        finished = (folders[name] / "dataset.json").is_file()
-        for folder in folders.values():
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            for pattern in (
-                ("dataset.json", ".chunk-*", "shard-*") if finished else ("dataset.json",)
-            ):
-                for old in folder.glob(pattern):
-                    old.unlink()
-    dist.barrier()
-
-    progress = tqdm(desc=name, unit=" lines", disable=rank > 0, mininterval=1)
-    for number in itertools.count():
-        chunk = list(itertools.islice(lines, settings.shard_size))
-        if not chunk:
-            break
-        progress.update(len(chunk))
-        if number % world != rank:
-            continue
-        record = folders[name] / RECORD_NAME(number)
-        shards = {each: folder / SHARD_NAME(number) for each, folder in folders.items()}
-        made_of = fingerprint(chunk, processors, settings, holdout)
-        made = json.loads(record.read_text()) if record.is_file() else {}
-        if made.get("made_of") == made_of and all(
-            shards[each].is_file() for each, n in made["kept"].items() if n
-        ):
-            continue
-        kept, rejected, unused = {each: [] for each in folders}, [], Counter()
-        for file, line, read in chunk:
-            try:
-                fields = read()
-                comparison = encode_record(
-                    fields,
-                    processors,
-                    settings.max_length,
-                    Path(file).parent,
-                    settings.without_images,
-                    within,
-                )
-                unused.update(fields.keys() - USED)
-            except Unusable as error:
-                rejected.append({"file": file, "line": line, "reason": str(error)})
-                continue
-            held_out = share_of(comparison.prompt.tobytes() + b"".join(comparison.images)) < holdout
-            kept[f"{name}_holdout" if held_out else name].append(
-                comparison
-            )  # the same prompt is never on both sides
-        for each, comparisons in kept.items():
-            if comparisons:
-                write_shard(shards[each], comparisons, processors.image_token)
-        counts = {each: len(comparisons) for each, comparisons in kept.items()}
-        with_images = sum(
-            bool(comparison.images) for comparisons in kept.values() for comparison in comparisons
-        )
-        told = {
-            "made_of": made_of,
-            "kept": counts,
-            "with_images": with_images,
-            "rejected": rejected,
-            "unused": unused,
-        }
-        write_file(record, json.dumps(told))
-    progress.close()
-    dist.barrier()
-    if rank == 0:
-        finish(name, folders, number, processors, settings)
-
-
-def fingerprint(
-    chunk: list[Line], processors: Processors, settings: Settings, holdout: float
-) -> str:
-    """Of all that a chunk's shard is made of. Files count by their size and time, the code among them."""
-    lines = [(file, line) for file, line, _ in chunk]
-    files = sorted({file for file, _ in lines} | {__file__, str(WORLD)})
-    stats = [
-        (file, os.stat(file).st_size, os.stat(file).st_mtime_ns)
-        for file in files
-        if os.path.exists(file)
-    ]
-    made_of = [FORMAT, lines, stats, vars(settings), holdout, processors.fingerprint]
-    return f"{hash_of(json.dumps(made_of).encode()):016x}"
-
-
-def finish(
-    name: str, folders: dict[str, Path], chunks: int, processors: Processors, settings: Settings
-) -> None:
-    """Says what became of so many chunks: rejected.jsonl, the index, dataset.json, and a line for the user."""
-    shards, rejected, with_images, unused = {each: [] for each in folders}, 0, 0, Counter()
-    with in_place_of(folders[name] / "rejected.jsonl") as temporary, open(temporary, "w") as file:
-        for number in range(chunks):
-            chunk = json.loads((folders[name] / RECORD_NAME(number)).read_text())
-            file.writelines(json.dumps(line) + "\n" for line in chunk["rejected"])
-            rejected += len(chunk["rejected"])
-            with_images += chunk["with_images"]
-            unused.update(chunk["unused"])
-            for each, count in chunk["kept"].items():
-                shards[each] += [(SHARD_NAME(number), count)] if count else []
-    kept = {each: sum(count for _, count in shards[each]) for each in folders}
-    read = sum(kept.values()) + rejected
-    for each, folder in reversed(
-        folders.items()
-    ):  # the data set's own dataset.json last: it says that all is there
-        for stray in {file.name for file in folder.glob("shard-*")} - {
-            shard for shard, _ in shards[each]
-        }:
-            (folder / stray).unlink()  # of an interrupted run with other settings
-        write_index(folder, shards[each])
-        info = {
-            "format": FORMAT,
-            "name": each,
-            "comparisons": kept[each],
-            "read": read,
-            "rejected": rejected,
-            "sources": settings.source or embedded_world().SETS[name][0],
-            "metric": official_metric(settings.source),
-            "without_images": settings.without_images,
-            "unused_fields": unused,
-            "seed": settings.seed,
-            "backbone": settings.backbone,
-            "tokenizer": processors.fingerprint,
-            "max_length": settings.max_length,
-            "pixels": processors.pixels,
-            "shards": shards[each],
-        }
-        write_file(folder / "dataset.json", json.dumps(info, indent=1))
-    for folder in folders.values():
-        for hidden in folder.glob(
-            ".*"
-        ):  # the records, and what a run that was killed had not renamed yet
-            hidden.unlink()
-    held_out = (
-        f" ({kept[f'{name}_holdout']} of them held out in {name}_holdout)"
-        if len(folders) > 1
-        else ""
-    )
-    reasons = f"; reasons in {folders[name] / 'rejected.jsonl'}" if rejected else ""
-    reasons += "; WITHOUT IMAGES, the text alone" if settings.without_images else ""
-    kept = f"kept {sum(kept.values())}{held_out} + rejected {rejected}"
-    print(
-        f"{folders[name]}: read {read} = {kept}{reasons}; {with_images} with pictures", flush=True
-    )
-    if unused:
-        print(
-            f"  not used: {', '.join(f'{field} ({count} lines)' for field, count in sorted(unused.items()))}"
-        )
-
-
-def say_what_is_next(settings: Settings, name: str) -> None:
-    """A published benchmark is scored, questions are for a policy, and all else is to train on."""
-    folder, backbone = (
-        f"{settings.out}/{name if settings.source else 'train'}",
-        unless_default(settings, "backbone"),
-    )
-    counts, benchmark = Comparisons(folder).response_counts(), official_metric(settings.source)
-    if not len(counts):
-        print(
-            f"{folder} is empty: nothing to go on with; its lines are held out, or in rejected.jsonl with the reason"
-        )
-    elif not counts.any():  # questions
-        held_out = (
-            f"{folder}_holdout" if Path(f"{folder}_holdout", "dataset.json").is_file() else ""
-        )
-        given = {"benchmark": folder} if benchmark else {"data": folder, "benchmark": held_out}
-        say_next("06_grpo.py", backbone=backbone, **given)
-    elif benchmark:
-        say_next("04_eval.py", benchmark=folder)
-    else:
-        default = not settings.source and settings.out == Settings.out
-        say_next("02_model.py", backbone=backbone, data=None if default else folder)
-
-
-def main(settings: Settings) -> None:
-    processors = load_processors(settings.backbone, settings.max_pixels)
-    if settings.mix:
-        settings.source += mix_sources(settings.mix, settings.mix_folder)
-    if settings.source:
-        name = settings.name or settings.mix or default_name(settings.source[0])
-        lines = itertools.chain.from_iterable(
-            [open_source(source, settings.seed) for source in settings.source]
-        )
-        holdout = (
-            0 if official_metric(settings.source) else settings.holdout
-        )  # a benchmark is kept whole
-        within = (
-            None if settings.allow_outside else [data_folder(source) for source in settings.source]
-        )
-        prepare(name, lines, processors, settings, holdout, within)
-    else:
-        for name, (parts, holdout) in embedded_world().SETS.items():
-            sized = [
-                (source, split, int(count * settings.world_size)) for source, split, count in parts
-            ]
-            lines = (
-                line for part in sized for line in read_world(*part, f"{settings.seed}/{name}")
-            )
-            prepare(name, lines, processors, settings, holdout)
-    if dist.get_rank() == 0:
-        say_what_is_next(settings, name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Appendix: published data sets. First how they are found,
+        together = f"{' and '.join(names)} are not scored together"
+        raise UserError(f"--source: {together}; prepare each by itself")
+    return metrics.pop()
+
+
+# The embedded world: it draws pictures, asks about them, and knows the answers.
+
+WORLD = Path(__file__).parent / "tests" / "tiny" / "world.py"
+
+
+@lru_cache
+def embedded_world():
+    if not WORLD.is_file():
+        raise UserError(f"{WORLD}: the embedded world is not there; give your own data by --source")
+    spec = importlib.util.spec_from_file_location("embedded_world", WORLD)
+    module = sys.modules["embedded_world"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_world(source: str, split: str, count: int, seed: str) -> Iterator[Line]:
+    for i in range(count):
+        read = partial(embedded_world().record, source, split, seed, i)
+        yield f"world/{source}/{split}", i + 1, read
+
+
+def world_sets(settings: Settings) -> Iterator[tuple[str, Iterator[Line], float]]:
+    """Yield name, lines and holdout of each data set of the embedded world."""
+    for name, (parts, holdout) in embedded_world().SETS.items():
+        lines = []
+        for source, split, count in parts:
+            count = int(count * settings.world_size)
+            lines.append(read_world(source, split, count, f"{settings.seed}/{name}"))
+        yield name, itertools.chain(*lines), holdout
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: published data sets, as data. SOURCES, after the functions, has one entry for each set:
+# a converter, which makes a published row a record of the JSON form or raises Unusable with the
+# reason; the set's name on the Hugging Face hub; a pattern of the files to read; for a benchmark
+# its metric, by its name in 04 (for questions to a policy: in 06). To add a set, add one entry.
+# Comments give facts from the set's card or its authors' loader; "unconfirmed" marks a guess.
+# An example:
+#
+#     # 83,132 pairs, each with one picture inside the parquet file
+#     "rlaif-v": Source(
+#         partial(pair, prompt="question", images="image", id="idx", category="origin_dataset"),
+#         "openbmb/RLAIF-V-Dataset", PARQUET),
+#
+# `pair` takes `chosen` and `rejected` from columns of these names; a keyword fills a field of the
+# record from another column. If no converter fits, write a function row -> record.
 
 
 @dataclass
 class Source:
-    """Where published data comes from: how its files are read, what they are called on the hub, how it is scored."""
+    """Say where the files of a published set are and how its rows become records."""
 
-    read: Callable[[str], Iterator[Line]]  # of a downloaded file or folder
-    hub: str = ""  # "owner/name" of the data set, for the download
-    metric: str = (
-        ""  # of a benchmark: its official one, a name in 04 (of questions for a policy: in 06)
-    )
-
-
-# By the names that --source takes; all published ones enter themselves below.
-SOURCES = {"jsonl": Source(read_rows), "world": Source(read_world)}
+    convert: Callable = dict  # row -> record; dict: the row already has the JSON form
+    hub: str = ""  # owner/name; empty: not on the hub
+    files: str = "**/*"  # pattern inside the set's folder
+    metric: str = ""  # empty: training data
+    with_file: bool = False  # call convert(row, file): the path tells something about the row
+    read: Callable | None = None  # PATH -> lines, instead of `convert`: rows depend on one another
 
 
-def published(
-    name: str,
-    hub: str = "",
-    pattern: str = "**/*",
-    metric: str = "",
-    with_file: bool = False,
-    reader: bool = False,
-) -> Callable:
-    """Enters the decorated function into SOURCES: what converts the rows of such files (see read_rows), or a `reader`
-    that is given PATH."""
+# Converters: row (dict) -> record (dict). A keyword says what fills a field of the record.
 
-    def enter(function: Callable) -> Callable:
-        of_rows = partial(read_rows, convert=function, pattern=pattern, with_file=with_file)
-        SOURCES[name] = Source(function if reader else of_rows, hub, metric)
-        return function
 
-    return enter
+def pick(row, columns):
+    """Fill each field of a record from a column, a list of columns, or by a function of the row."""
+    record = {}
+    for key, source in columns.items():
+        if callable(source):
+            record[key] = source(row)
+        elif isinstance(source, list):
+            record[key] = [row[column] for column in source]
+        else:
+            record[key] = row[source]
+    if not isinstance(record.get("images", []), list):
+        record["images"] = [record["images"]]
+    return record
+
+
+def pair(row, prompt="prompt", **columns):
+    """Convert a row with one chosen and one rejected response."""
+    return pick(row, {"prompt": prompt, "chosen": "chosen", "rejected": "rejected", **columns})
+
+
+def several(row, **columns):
+    """Convert a row with a list of chosen and a list of rejected responses."""
+    record = pick(row, {"prompt": "prompt", "id": "id", **columns})
+    record["responses"] = [*row["chosen"], *row["rejected"]]
+    record["ranks"] = [1] * len(row["chosen"]) + [2] * len(row["rejected"])
+    return record
+
+
+def choice(row, label, first, second, **columns):
+    """Convert two `responses` and a label, `first` if the first one is better, else `second`."""
+    record = pick(row, columns)
+    count = len(record["responses"])
+    reason = f"{row[label]!r} does not say which of two is better; there are {count} responses"
+    require(row[label] in (first, second) and count == 2, reason)
+    record["ranks"] = [1, 2] if row[label] == first else [2, 1]
+    return record
+
+
+def message(speaker, content):
+    """Make one turn of a conversation, whatever the set calls its speakers."""
+    roles = {"human": "user", "gpt": "assistant"}
+    return {"role": roles.get(speaker.lower(), speaker.lower()), "content": content}
+
+
+def conversations(row):
+    """Convert two whole conversations. All turns but the last must agree; they are the prompt."""
+    chosen = [message(turn["role"], turn["content"]) for turn in row["chosen"]]
+    rejected = [message(turn["role"], turn["content"]) for turn in row["rejected"]]
+    same = chosen[:-1] == rejected[:-1]
+    require(same, "chosen and rejected do not share everything up to the last assistant turn")
+    record = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    if row.get("id") is not None:
+        record["id"] = row["id"]
+    return record
+
+
+def first_match(text, /, **patterns):
+    """Return the name of the first pattern that matches somewhere in the text."""
+    for name, pattern in patterns.items():
+        if re.search(pattern, text):
+            return name
+    raise Unusable(f"{text!r} names no category, one of {', '.join(patterns)}")
+
+
+def pictures(row, file, frames):
+    """List a row's picture, or `frames` evenly spread frames of its video, which is a folder."""
+    if row.get("image"):
+        return [row["image"]]
+    video = row["video"]
+    names = [path.name for path in (file.parent / video).glob("*")]
+    names.sort(key=lambda name: (len(name), name))  # 9.png before 10.png
+    spread = np.linspace(0, len(names) - 1, min(frames, len(names))).astype(int)
+    return [f"{video}/{names[i]}" for i in spread] or [video]  # no frames: an unreadable image
+
+
+# Training sets that need a function.
+
+
+def trl(row):
+    """Convert rows with a prompt, or without one: then it is what both responses begin with."""
+    record = dict(row)
+    image = record.pop("image", None)
+    record["images"] = row.get("images") or ([image] if image else [])
+    if row.get("prompt"):
+        return record
+    if isinstance(row["chosen"], list):
+        return record | conversations(row)
+    start = os.path.commonprefix([row["chosen"], row["rejected"]])
+    prompt = re.match(r"(.*\s)?", start, re.DOTALL)[0]  # whole words; TRL cuts them
+    require(prompt, "no prompt, and chosen and rejected begin with different words")
+    record["prompt"] = prompt.rstrip()
+    record["chosen"] = row["chosen"].removeprefix(prompt)
+    record["rejected"] = row["rejected"].removeprefix(prompt)
+    return record
+
+
+def llama_factory(row):
+    """Convert rows with `conversations`, or with `instruction`, `input` and `history`."""
+    for key in ("tools", "videos", "audios"):
+        require(not row.get(key), f"{key}: not supported")
+    record = {"chosen": row["chosen"], "rejected": row["rejected"]}
+    turns = [("system", row["system"])] if row.get("system") else []
+    if row.get("conversations"):
+        turns += [(turn["from"], turn["value"]) for turn in row["conversations"]]
+        record = {key: response["value"] for key, response in record.items()}
+    else:
+        for instruction, response in row.get("history") or []:
+            turns += [("human", instruction), ("gpt", response)]
+        texts = filter(None, [row["instruction"], row.get("input")])
+        turns.append(("human", "\n".join(texts)))
+    record["prompt"] = [message(speaker, with_images(text)) for speaker, text in turns]
+    record["images"] = row.get("images") or []
+    return record
+
+
+def mmif(row, file):
+    """Find the pictures below one of the folders above the file."""
+    record = llama_factory(row)
+    for folder in file.absolute().parents:
+        images = [str(folder / image) for image in record["images"]]
+        if all(map(os.path.isfile, images)):
+            return record | {"images": images}
+    return record
+
+
+def read_mmpr(path):
+    """Read the annotations that meta.json names, {name: {root of the pictures, annotation}}."""
+
+    def convert(row, root):
+        record = pair(row, prompt="question", images="image")
+        record["prompt"] = [message("user", with_images(record["prompt"]))]
+        record["images"] = [str(root / image) for image in record["images"] if image]
+        return record
+
+    folder = Path(path).resolve()
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"--source mmpr:{path}: no meta.json there; PATH is the set's folder")
+    for part in json.loads((folder / "meta.json").read_bytes()).values():
+        root = folder / part["root"].removeprefix("MMPR-v1.2/")
+        annotation = folder / part["annotation"].removeprefix("MMPR-v1.2/")
+        yield from read_rows(str(annotation), partial(convert, root=root))
+
+
+def mm_rlhf(row, file):
+    record = pair(row)
+    record["prompt"] = [message("user", with_images(row["prompt"]))]
+    record["images"] = pictures(row, file, frames=8)
+    record["category"] = record["images"][0].split("/")[0]
+    critiques = [row.get("chosen_reason"), row.get("rejected_reason")]
+    if all(critiques):
+        record["critiques"] = critiques
+    return record
+
+
+def r1_reward(row):
+    """Take both responses from `message`, a judge's prompt in JSON."""
+    parts = [part for turn in json.loads(row["message"]) for part in turn["content"]]
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    both = r"\[Response 1\]:(.*?)#+ *\[Response 2\]:(.*?)(?:#+ *\*\*Output Format|$)"
+    responses = re.search(both, "".join(texts), re.DOTALL)
+    better = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", row["answer"][0])
+    require(better, f"answer: {row['answer'][0]!r}")
+    require(responses, "message without [Response 1] and [Response 2]")
+    image = row["image"]
+    require(image or len(texts) == len(parts), "image: empty, though the message shows one")
+    if isinstance(image, str) and len(image) > 1000:  # base64, not a path (unconfirmed)
+        image = base64.b64decode(image.rpartition(",")[2], validate=True)
+    return {
+        "prompt": row["question"],
+        "responses": [responses[1].strip(), responses[2].strip()],
+        "ranks": [1, 2] if better[1] == "1" else [2, 1],
+        "images": [image] if image else [],
+    }
+
+
+def ultrafeedback(row, hard=False):
+    """Rank up to four responses by score, equal ones tie; `hard` keeps the best and the worst."""
+    answers = row["completions"]
+    scores = [float(answer["overall_score"]) for answer in answers]
+    require(all(map(math.isfinite, scores)), "overall_score: not a number")
+    order = sorted(scores, reverse=True)
+    ranks = [order.index(score) + 1 for score in scores]
+    record = {"prompt": row["instruction"], "ranks": ranks, "category": row["source"]}
+    record["responses"] = [answer["response"] for answer in answers]
+    record["critiques"] = [answer["critique"] for answer in answers]
+    if hard:
+        extremes = [ranks.index(min(ranks)), ranks.index(max(ranks))]
+        for key in ("responses", "ranks", "critiques"):
+            record[key] = [record[key][i] for i in extremes]
+    return record
+
+
+def shp(row):
+    require(row["score_ratio"] >= 2, "score_ratio below 2")
+    columns = {"prompt": "history", "responses": ["human_ref_A", "human_ref_B"]}
+    return choice(row, "labels", first=1, second=0, id="post_id", category="domain", **columns)
+
+
+def read_shp(path):
+    """Keep the first 5 usable pairs of a post. Every rank counts all rows, so all ranks agree."""
+    pairs = Counter()
+    for file, line, read in read_rows(path, shp, "**/train*.json*"):
+        try:
+            post = read()["id"]
+        except Unusable:
+            yield file, line, read  # raises again for the rank that owns the line
+            continue
+        pairs[post] += 1
+        if pairs[post] > 5:
+            read = partial(require, False, "more than 5 pairs of this post")
+        yield file, line, read
+
+
+def swe_arena(row):
+    vote = row["feedback"]["vote_type"]
+    require(vote in ("vote_model_A", "vote_model_B"), f"no better response: {vote}")
+    chosen = [message(*turn) for turn in row["states"]["model_A"]["messages"]]
+    rejected = [message(*turn) for turn in row["states"]["model_B"]["messages"]]
+    if vote == "vote_model_B":
+        chosen, rejected = rejected, chosen
+    return conversations({"chosen": chosen, "rejected": rejected, "id": row["chat_session_id"]})
+
+
+def hh_rlhf(row):
+    """Cut two transcripts, "\\n\\nHuman: ... \\n\\nAssistant: ...", into turns."""
+
+    def turns(transcript):
+        start, *pieces = re.split("\n\n(Human|Assistant):", transcript)
+        require(pieces and not start.strip(), "no transcript that begins with Human: or Assistant:")
+        return [message(who, text.strip()) for who, text in zip(pieces[::2], pieces[1::2])]
+
+    return conversations({"chosen": turns(row["chosen"]), "rejected": turns(row["rejected"])})
+
+
+# Benchmarks. The right response gets rank 1. Responses stay in the published order, so that another
+# system's scores fit; the order decides nothing. `category` is the benchmark's own grouping.
+
+
+def mm_rlhf_rewardbench(row, file):
+    record = pair(row, id="id", group="id")
+    media = row.get("image") or row["video"]
+    kinds = {"mcq": "mcq", "long": "long", "short": "short", "safety": "safety", "video": "video"}
+    record["category"] = first_match(media, **kinds)
+    record["images"] = pictures(row, file, frames=32)  # as in the benchmark's own code
+    return record
+
+
+def multimodal_rewardbench_category(row):
+    """Split two categories by the id, as the official script does."""
+    id = row["ID"].lower()
+    if row["Category"] == "safety":
+        return "safety/bias" if id.startswith("pairs") else "safety/toxicity"
+    if row["Category"] == "reasoning":
+        return "reasoning/math" if id.startswith("math") else "reasoning/coding"
+    return row["Category"]
+
+
+def rewardbench_prior_set(row, file):
+    record = conversations(row) if isinstance(row["chosen"], list) else pair(row)
+    record["category"] = re.split(r"[-.]", file.name)[0]  # of shp-00000.parquet
+    return record
+
+
+def rm_bench(row, file):
+    counts = (len(row["chosen"]), len(row["rejected"]))
+    require(counts == (3, 3), f"{counts[0]} chosen and {counts[1]} rejected, not 3 styles of each")
+    record = several(row)
+    domain = row.get("domain") or file.name  # chat_filtered.json has no column for it
+    record["category"] = first_match(domain, chat="chat", code="code", math="math", safety="safety")
+    return record
+
+
+def llmbar(row, file):
+    columns = {"prompt": "input", "responses": ["output_1", "output_2"]}
+    record = choice(row, "label", first=1, second=2, **columns)
+    record["category"] = file.parent.name if file.stem == "dataset" else file.stem
+    return record
+
+
+# Questions to a policy: a prompt in the benchmark's words, `answer`, and the `rule` by which 06
+# checks it. A question without an answer, as in most test splits, is unusable.
+
+RULES = {  # kind: (form of the answers that it can check, types of the rule's further fields)
+    "text": (r"(?s).*\w.*", {}),
+    "letter": (r"[A-Z]", {"options": list}),
+    "yes_no": (r"(?i)yes|no", {}),
+    "number": (r".*\d.*", {"type": str, "precision": int, "unit": str}),
+}
+LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA's words
+
+
+def check_rule(rule: object, answer: object) -> None:
+    """Raise Unusable unless the rule, a kind or {"kind": ..., fields}, can check the answer."""
+    fields = dict(rule) if isinstance(rule, dict) else {"kind": rule}
+    kind = fields.pop("kind", None)
+    require(kind in list(RULES), f"rule: {kind!r}; known are {', '.join(RULES)}")
+    form, types = RULES[kind]
+    for key, value in fields.items():
+        require(isinstance(value, types.get(key, ())), f"rule: {kind} with {key} = {value!r}")
+    text = str(answer).strip()
+    require(re.fullmatch(form, text), f"answer: {answer!r} is none that the rule {kind} can check")
+    if fields.get("options"):
+        count = len(fields["options"])
+        require(ord(text) - ord("A") < count, f"answer: {answer!r} of {count} options")
+
+
+def ask(text, image, **fields):
+    """Make a record that asks about one picture, which stands before the text."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return {"prompt": [message("user", content)], "images": [image], **fields}
+
+
+def question(row, text="question", rule="", **columns):
+    """Convert a question on one picture; the rule "letter" also asks for the letter.
+
+    Without a rule a judge model compares answers; `judged` has what else its file needs.
+    """
+    prompt = row[text].strip()
+    if rule == "letter" and LETTER not in prompt:
+        prompt += f"\n{LETTER}"
+    record = ask(prompt, row["image"])
+    record |= pick(row, {"id": "question_id", "category": "category", **columns})
+    if rule:
+        record |= {"rule": rule, "answer": record["answer"].strip()}
+    return record
+
+
+def lettered(options):
+    """Write options one a line, each after its letter: "A. red", "B. blue"."""
+    letters = string.ascii_uppercase
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
+
+
+def vstar(row):
+    """Cut off the list of objects before the question, as DeepEyes does (arXiv 2505.14362).
+
+    Check the Yes or No that begins an answer. Few policies match other answers, whole sentences,
+    so there the reward model has to tell right from wrong.
+    """
+    require(row["target_instances"], "no target_instances: not a question about objects")
+    text = row["conversations"][0]["value"].split("<object>.\n")[-1]
+    text = text.replace("<image>", "").strip()
+    answer = row["conversations"][1]["value"]
+    verdict = re.match(r"(Yes|No)([,.]|$)", answer)
+    if verdict:
+        return ask(text, row["image"], answer=verdict[1], rule="yes_no", category="vstar")
+    return ask(text, row["image"], answer=answer, rule="text", category="vstar")
+
+
+def arxivqa(row):
+    """Clean options ("red" or "A) red", some are separators) and labels ("B", "B)", "[B] blue")."""
+    options = [option.strip() for option in row["options"]]
+    odd = any(option in ("", "-") or option.startswith("#") for option in options)
+    require(not odd, "options: one of them is empty, a separator or a heading")
+    own = r"[(\[]?%s[.):\]]+\s*(.+)"  # an option with its letter
+    bare = [re.match(own % chr(ord("A") + i), option) for i, option in enumerate(options)]
+    if all(bare):  # else "B. cereus" would lose its genus
+        options = [match[1] for match in bare]
+    label = re.match(r"[(\[]?([A-Z])(?![A-Za-z])", row["label"].strip())
+    require(label, f"label: {row['label']!r} does not begin with a letter")
+    text = f"{row['question']}\n{lettered(options)}\n{LETTER}"
+    rule = {"kind": "letter", "options": options}
+    return ask(text, row["image"], id=row["id"], answer=label[1], rule=rule, category="arxivqa")
+
+
+def thinklite_vl(row):
+    """Choose the rule by the answer's form."""
+    text = row["problem"].replace("<image>", "").strip()
+    answer = str(row["answer"]).strip()
+    forms = {"letter": "^[A-Z]$", "yes_no": "(?i)^(yes|no)$", "number": r"^-?[\d,]*\.?\d+$"}
+    rule = first_match(answer, **forms, text="")
+    return ask(text, row["image"], id=row["id"], answer=answer, rule=rule, category="thinklite-vl")
+
+
+def read_mmbench(path):
+    """Give rotations of a question the picture of the row whose index they have in its place."""
+    images = {}  # index: picture in base64
+    for file, line, read in read_rows(path, dict, "**/*.tsv"):
+        row = read()
+        image = row.get("image") or ""
+        if len(image) > 64:  # VLMEvalKit's test for a picture
+            images[row.get("index")] = image
+        row["image"] = images.get(image, image)
+        yield file, line, partial(convert_row, partial(dict, row), mmbench)
+
+
+def mmbench(row):
+    """Ask as VLMEvalKit's ImageMCQDataset does; a question and its rotations are one group."""
+    row = {key: value for key, value in row.items() if value not in (None, "", "nan")}
+    require("answer" in row, "no answer: the answers of the test split are not published")
+    options = list(itertools.takewhile(bool, map(row.get, "ABCDEFGH")))
+    text = f"Hint: {row['hint']}\n" if "hint" in row else ""
+    text += f"Question: {row['question']}\nOptions:\n{lettered(options)}\n"
+    text += "Please select the correct answer from the options above. \n"
+    record = ask(text, base64.b64decode(row["image"], validate=True), answer=row["answer"])
+    record["rule"] = {"kind": "letter", "options": options}
+    record["id"] = row["index"]
+    record["group"] = int(row["index"]) % 1_000_000  # index = rotation * 1,000,000 + question
+    record["category"] = row.get("l2-category") or row.get("L2-category") or row["category"]
+    return record
+
+
+def mathvista(row):
+    """Check a multiple choice, whose answer is an option's text, by its letter."""
+    answer = row["answer"]
+    require(answer not in (None, ""), "no answer: only the split testmini has them")
+    if row["question_type"] == "multi_choice":
+        choices = list(row["choices"])
+        require(answer in choices, f"answer: {answer!r} is none of the choices")
+        answer = string.ascii_uppercase[choices.index(answer)]
+        rule = {"kind": "letter", "options": choices}
+    else:
+        rule = {"kind": "number", "type": row["answer_type"]}
+        if row["precision"] is not None:
+            rule["precision"] = int(row["precision"])
+        if row["unit"]:
+            rule["unit"] = row["unit"]
+    record = ask(row["query"], row["decoded_image"], id=row["pid"], answer=answer, rule=rule)
+    record["category"] = row["metadata"]["task"]
+    return record
+
+
+PARQUET = "**/*.parquet"
+# fmt: off
+SOURCES = {
+    "jsonl": Source(),  # rows in the JSON form
+    "world": Source(),  # the embedded world, which open_source draws
+
+    # --- Training sets ---
+    # Forms that many sets have: TRL's docs, Dataset formats; LLaMA-Factory's data/README.md
+    "trl": Source(trl),
+    "llama-factory": Source(llama_factory),
+    # 83,132 pairs, each with one picture inside the parquet file
+    "rlaif-v": Source(
+        partial(pair, prompt="question", images="image", id="idx", category="origin_dataset"),
+        "openbmb/RLAIF-V-Dataset", PARQUET),
+    # About 2 M pairs. cat images.zip_* > images.zip && unzip images.zip && unzip annotations.zip
+    "mmpr": Source(read=read_mmpr, hub="OpenGVLab/MMPR-v1.2"),
+    # About 80,000 pairs; unzip long.zip, mcq.zip, safety.zip, short.zip and video.zip
+    "mm-rlhf": Source(mm_rlhf, "yifanzhang114/MM-RLHF", "dpo_pairs.jsonl", with_file=True),
+    # 17,261 pairs
+    "r1-reward": Source(r1_reward, "yifanzhang114/R1-Reward-RL", "**/train-*.parquet"),
+    # 23,000 pairs in LLaMA-Factory's form; the folder of the pictures is unconfirmed
+    "mmif": Source(mmif, "ChrisDing1105/MMIF-23k", "**/dpo/*.json", with_file=True),
+    # About 133,000 pairs; unpack images.tar. As in the authors' train_dpo.py the picture comes
+    # before the prompt, wherever <image> stands
+    "omnialign-v-dpo": Source(
+        partial(pair, prompt=lambda row: row["prompt"].replace("<image>", "").strip(),
+                images="image"),
+        "PhoenixZ/OmniAlign-V-DPO", "*.jsonl"),
+    # 63,967 prompts. The paper's Ultra-Hard keeps the pair with the largest score difference; the
+    # copy called "binarized" pairs the best response with a random other
+    "ultrafeedback-all": Source(ultrafeedback, "openbmb/UltraFeedback"),
+    "ultrafeedback-hard": Source(partial(ultrafeedback, hard=True), "openbmb/UltraFeedback"),
+    # 348,718 pairs; as is common, score ratios of at least 2 and at most 5 pairs of a post
+    "shp": Source(read=read_shp, hub="stanfordnlp/SHP"),
+    # 378,000, 65,551 and 41,600 pairs, and WildChat in five named splits
+    "olmo-2": Source(conversations, "allenai/olmo-2-0425-1b-preference-mix", PARQUET),
+    "tulu-3-if": Source(conversations, "allenai/tulu-3-IF-augmented-on-policy-70b", PARQUET),
+    "tulu-3-ultrafeedback": Source(
+        conversations, "allenai/tulu-3-ultrafeedback-cleaned-on-policy-70b", PARQUET),
+    "wildchat": Source(conversations, "allenai/tulu-3-wildchat-ultrafeedback", PARQUET),
+    # About 5,000 votes, now BigCodeArena; that messages are [role, text] is unconfirmed
+    "swe-arena": Source(swe_arena, "bigcode/bigcodearena-preference-5k", PARQUET),
+    "hh-rlhf": Source(hh_rlhf, "Anthropic/hh-rlhf", "**/train.jsonl.gz"),
+
+    # --- Benchmarks ---
+    # arXiv 2411.17451, 1250 pairs; ids are not unique
+    "vl-rewardbench": Source(
+        partial(choice, prompt="query", images="image", responses="response", id="id",
+                label="human_ranking", first=[0, 1], second=[1, 0],  # places, 0 is better
+                category=lambda row: first_match(  # the grouping of the official repository
+                    row["id"], hallucination="^(hallucination|RLAIF|RLHF)",
+                    reasoning="^(mathverse|mmmu)", general="")),
+        "MMInstruction/VL-RewardBench", metric="vl-rewardbench"),
+    # arXiv 2502.10391, 170 pairs of 46 ids; 32 frames of a video need a large --max_length
+    "mm-rlhf-rewardbench": Source(
+        mm_rlhf_rewardbench,
+        "yifanzhang114/MM-RLHF-RewardBench", "**/*.jsonl", "mm-rlhf-rewardbench", with_file=True),
+    # arXiv 2502.14191; github.com/facebookresearch/multimodal_rewardbench
+    "multimodal-rewardbench": Source(
+        partial(choice, prompt="Text", images="Image", responses=["Output1", "Output2"], id="ID",
+                label="Better", first="Output1", second="Output2",
+                category=multimodal_rewardbench_category),
+        "", "**/all_data.json", "multimodal-rewardbench"),
+    # arXiv 2403.13787, the split `filtered`, 2985 pairs
+    "rewardbench": Source(
+        partial(pair, id="id", category="subset"),
+        "allenai/reward-bench", "**/filtered*", "rewardbench"),
+    # Older sets, which count half in RewardBench's score
+    "rewardbench-prior-sets": Source(
+        rewardbench_prior_set,
+        "allenai/preference-test-sets", metric="rewardbench", with_file=True),
+    # arXiv 2506.01937, 1865 prompts; one right of four, of Ties several
+    "rewardbench-2": Source(
+        partial(several, category="subset"),
+        "allenai/reward-bench-2", metric="rewardbench-2"),
+    # arXiv 2410.16184, 1327 prompts with 3 styles: concise, detailed plain, detailed markdown
+    "rm-bench": Source(
+        rm_bench, "THU-KEG/RM-Bench", "**/total_dataset.json", "rm-bench", with_file=True),
+    # arXiv 2410.12784, 350 pairs of GPT-4o's and 270 of Claude 3.5 Sonnet's
+    "judgebench": Source(
+        partial(choice, prompt="question", responses=["response_A", "response_B"], id="pair_id",
+                label="label", first="A>B", second="B>A", subset="response_model",
+                category=lambda row: first_match(
+                    row["source"], knowledge="^mmlu-pro", reasoning="^livebench-reasoning",
+                    math="^livebench-math", coding="^livecodebench")),
+        "ScalerLab/JudgeBench", metric="judgebench"),
+    # arXiv 2310.07641, 419 pairs; github.com/princeton-nlp/LLMBar, its folder Dataset/LLMBar
+    "llmbar": Source(llmbar, "", "**/dataset.json", "llmbar", with_file=True),
+
+    # --- Questions to train a policy on; of the first two we have not seen files (unconfirmed) ---
+    # SEAL's training data with gqa/images/, coco2014/train2014/ and coco2017/train2017/ beside it
+    "vstar": Source(vstar, "craigwu/seal_vqa_data", "**/*_data.json"),
+    # Written by GPT-4V and not cleaned; unpack images.tgz
+    "arxivqa": Source(arxivqa, "MMInstruction/ArxivQA", "**/*.jsonl"),
+    # 11,000 questions; that the answer to a multiple choice is its letter is unconfirmed
+    "thinklite-vl": Source(thinklite_vl, "russwang/ThinkLite-VL-hard-11k", PARQUET),
+
+    # --- Questions to judge a policy by ---
+    # VLMEvalKit's MMBench_DEV_EN.tsv
+    "mmbench": Source(read=read_mmbench, metric="circular"),
+    # Two questions on each picture, one answered Yes and one No
+    "mme": Source(
+        partial(question, rule="yes_no", answer="answer", group="question_id"),
+        "lmms-lab/MME", PARQUET, "mme"),
+    # The question has its options in it; 6 categories
+    "mmstar": Source(
+        partial(question, rule="letter", answer="answer", id="index"),
+        "Lin-Chen/MMStar", PARQUET, "accuracy"),
+    # `query` is the benchmark's own zero-shot prompt
+    "mathvista": Source(mathvista, "AI4Math/MathVista", "**/testmini*.parquet", "accuracy"),
+    # Or lmms-lab/vstar-bench. SEAL's own evaluation compares the options' likelihoods instead
+    "vstar-bench": Source(
+        partial(question, text="text", rule="letter", answer="label"),
+        "craigwu/vstar_bench", "**/test_questions.jsonl", "accuracy"),
+    # The categories are conv, detail and complex
+    "llava-in-the-wild": Source(
+        partial(question, text="text", images=lambda row: f"images/{row['image']}",
+                judged=lambda row: {"question_id": row["question_id"], "prompt": row["text"]}),
+        "liuhaotian/llava-bench-in-the-wild", "**/questions.jsonl", "llava-in-the-wild"),
+    # The version of 0617
+    "wildvision": Source(
+        partial(question, text="instruction", category=lambda row: "wildvision",
+                judged=lambda row: {"question_id": row["question_id"], "language": row["language"],
+                                    "instruction": row["instruction"]}),
+        "WildVision/wildvision-bench", "**/vision_bench_0617/*.parquet", "wildvision"),
+}
+
+# The paper's training data: seven sets, each whole, 2.85 M pairs by its count. We infer which sets
+# it calls R1-Reward (200 k) and Others (63 k: 5 k chat, 41 k UltraFeedback, 17 k WildChat).
+MIXES = {
+    "basereward": [
+        "rlaif-v", "mmpr", "tulu-3-if", "olmo-2",  # 83 k, 2 M, 65 k, 378 k
+        "ultrafeedback-hard",  # 63 k
+        "mm-rlhf", "r1-reward",  # R1-Reward
+        "swe-arena", "tulu-3-ultrafeedback",  # Others
+        "wildchat:data/wildchat_reused_on_policy_70b-*",
+    ]
+}
+# fmt: on
 
 
 @lru_cache
 def locate(name: str, path: str) -> str:
-    """PATH where something is there; otherwise the data set of that name on the hub, or the source's own, downloaded
-    into the hub's cache. Rank 0 goes first, so that what other ranks ask for is there already."""
+    """Return PATH if something is there, else download the set and return its folder in the cache.
+
+    Rank 0 downloads first; the others then find the files.
+    """
     if path and (Path(path).exists() or glob.glob(path)):
         return path
-    repo = path or SOURCES[name].hub
+    hub, problem = SOURCES[name].hub, f"--source {path or name}: nothing there"
+    repo = path or hub
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.endswith(DATA_FILES):
-        what = f"A source is a file or name:PATH, name one of {', '.join(SOURCES)}"
-        if SOURCES[name].hub:
-            folder = (
-                str(Path(path).parent)
-                if path.endswith(DATA_FILES) or glob.has_magic(path)
-                else path
-            )
-            what = f"{download_command(SOURCES[name].hub, folder)} fetches it"
-        raise UserError(f"--source {path or name}: nothing there. {what}")
+        hint = f"A source is a file or name:PATH, name one of {', '.join(SOURCES)}"
+        raise UserError(f"{problem}. {download_command(hub, 'DIR') if hub else hint}")
     from huggingface_hub import snapshot_download  # comes with transformers
 
     if dist.get_rank() > 0:
         dist.barrier()
     try:
         return snapshot_download(repo, repo_type="dataset")
-    except Exception as error:  # offline, no such set, not logged in, disk full: the hub's client raises many kinds
+    except Exception as error:  # the hub's client raises many kinds
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise UserError(
-            f"--source {path or name}: nothing there, nor could it be downloaded ({reason}). Where the hub can be "
-            f"reached: {download_command(repo, repo)}, then --source {name}:{repo}"
-        ) from None
+        command = f"{download_command(repo, repo)}, then --source {name}:{repo}"
+        raise UserError(f"{problem}; download failed ({reason}). Fetch it: {command}") from None
     finally:
         if dist.get_rank() == 0:
             dist.barrier()
@@ -1737,703 +1903,24 @@ def download_command(repo: str, folder: str) -> str:
     return f"hf download {repo} --repo-type dataset --local-dir {folder}"
 
 
-# The paper's training data, 2.85 M pairs by its count: the seven sets that it keeps, whole, so none has a limit.
-MIXES = {
-    "basereward": [
-        "rlaif-v",  # 83 k
-        "mmpr",  # 2 M
-        # R1-Reward, 200 k, is not published as one set: the paper links MM-RLHF, its authors released R1-Reward-RL.
-        "mm-rlhf",
-        "r1-reward",
-        "tulu-3-if",  # 65 k
-        "olmo-2",  # 378 k
-        "ultrafeedback-hard",  # 63 k
-        # Others, 63 k: 5 k of chat, 41 k of UltraFeedback and 17 k of WildChat; which sets and splits is inferred from
-        # these numbers.
-        "swe-arena",
-        "tulu-3-ultrafeedback",
-        "wildchat:data/wildchat_reused_on_policy_70b-*",
-    ]
-}
-
-
 def mix_sources(mix: str, folder: str) -> list[str]:
-    """The sources of a mixture, in `folder` by their names on the hub; UserError says how to get what is missing."""
+    """List a mixture's sources, each in `folder` under its name on the hub.
+
+    Raises: UserError with the commands that download what is missing.
+    """
     if mix not in MIXES:
         raise UserError(f"--mix {mix}: not one of {', '.join(MIXES)}")
-    parts = [split_source(part)[:2] for part in MIXES[mix]]
-    repos = [(SOURCES[name].hub, f"{folder or '.'}/{SOURCES[name].hub}") for name, _ in parts]
-    missing = [download_command(*repo) for repo in repos if not Path(repo[1]).is_dir()]
+    sources, missing = [], []
+    for part in MIXES[mix]:
+        name, pattern, _ = split_source(part)
+        place = f"{folder or '.'}/{SOURCES[name].hub}"
+        sources.append(f"{name}:{place}/{pattern}")
+        if not Path(place).is_dir():
+            missing.append(download_command(SOURCES[name].hub, place))
     if missing:
-        said = f"--mix {mix}: {len(missing)} of its sets are missing in --mix_folder:"
-        raise UserError("\n    ".join([said, *missing]))
-    return [f"{name}:{place}/{path}" for (name, path), (_, place) in zip(parts, repos)]
-
-
-# then a catalogue to look things up in and add to rather than read through. An entry is a function that makes a row as
-# published a record in this project's JSON form, or raises Unusable with the reason; above it stand its name for
-# --source, the set's name on the hub, which of its files are read, and how a benchmark is scored. Fields are those of
-# the sets' cards on the hub or of their authors' loaders; "unconfirmed" marks what neither says.
-
-
-def message(who: str, text: str | list) -> dict:
-    """One turn of a conversation, whatever its set calls the two sides."""
-    return {
-        "role": {"human": "user", "gpt": "assistant"}.get(who.lower(), who.lower()),
-        "content": text,
-    }
-
-
-def question(text: str) -> list[dict]:
-    return [message("user", with_images(text))]
-
-
-def pair(row: dict, prompt: object, **more) -> dict:
-    """A record of a row that calls its two responses chosen and rejected."""
-    return {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"], **more}
-
-
-def last_turns(chosen: list[dict], rejected: list[dict], **more) -> dict:
-    """Two whole conversations as one prompt and two responses: everything up to the last turn has to be the same."""
-    keys = ("role", "content")
-    chosen, rejected = (
-        [{key: turn[key] for key in keys} for turn in each] for each in (chosen, rejected)
-    )
-    require(
-        chosen[:-1] == rejected[:-1],
-        "chosen and rejected do not share everything up to the last assistant turn",
-    )
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:], **more}
-
-
-def list_of(image: object) -> list:
-    return image if isinstance(image, list) else [image]
-
-
-def video_frames(video: str, folder: Path, count: int) -> list[str]:
-    """At most `count` pictures, evenly spread, of a video that is published as a folder of frames. Without frames it is
-    the video's own path, which will be an unreadable image."""
-    names = [path.name for path in (folder / video).glob("*") if path.is_file()]
-    names.sort(key=lambda name: (len(name), name))  # frame 9 before frame 10
-    spread = np.linspace(0, len(names) - 1, min(count, len(names))).astype(int)
-    return [f"{video}/{names[i]}" for i in spread] or [video]
-
-
-# Training sets; first two forms that many sets have.
-
-
-@published("trl")
-def trl(row: dict) -> dict:
-    """TRL's forms of preference data (its docs, Dataset formats): conversations or strings, with `prompt` or with an
-    implicit one. Of two strings the prompt is what both begin with, up to a whole word, where TRL would cut words."""
-    images = row.get("images") or ([row["image"]] if row.get("image") else [])
-    if row.get("prompt"):
-        return {key: value for key, value in row.items() if key != "image"} | {"images": images}
-    chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, list):
-        return last_turns(chosen, rejected, images=images)
-    same = re.match(r"(.*\s)?", os.path.commonprefix([chosen, rejected]), re.DOTALL).end()
-    require(same, "no prompt, and chosen and rejected begin with different words")
-    return {
-        "prompt": chosen[:same].rstrip(),
-        "chosen": chosen[same:],
-        "rejected": rejected[same:],
-        "images": images,
-    }
-
-
-@published("llama-factory")
-def llama_factory(row: dict) -> dict:
-    """LLaMA-Factory's preference data (its data/README.md): `conversations` of {from, value} with chosen and rejected
-    {from, value}, or `instruction` and `input` with chosen and rejected strings; `system`, `history` and `images` where
-    there are any."""
-    for key in ("tools", "videos", "audios"):
-        require(not row.get(key), f"{key}: not supported")
-    if row.get("conversations"):
-        turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
-        row = row | {key: row[key]["value"] for key in ("chosen", "rejected")}
-    else:
-        turns = [
-            turn
-            for asked, said in row.get("history") or []
-            for turn in (("human", asked), ("gpt", said))
-        ]
-        turns.append(("human", "\n".join(filter(None, (row["instruction"], row.get("input"))))))
-    if row.get("system"):
-        turns.insert(0, ("system", row["system"]))
-    return pair(
-        row,
-        [message(who, with_images(text)) for who, text in turns],
-        images=row.get("images") or [],
-    )
-
-
-@published("rlaif-v", "openbmb/RLAIF-V-Dataset", "**/*.parquet")
-def rlaif_v(row: dict) -> dict:
-    """83,132 pairs with one picture, inside the parquet file. origin_split is a JSON string, not a split."""
-    return pair(
-        row, row["question"], images=[row["image"]], id=row["idx"], category=row["origin_dataset"]
-    )
-
-
-@published("mmpr", "OpenGVLab/MMPR-v1.2", reader=True)
-def read_mmpr(path: str) -> Iterator[Line]:
-    """About 2 M pairs: meta.json is {name: {root, annotation}}, both below "MMPR-v1.2/"; image is one path or several,
-    below root, and the question may have <image> marks. It comes packed:
-
-    cat images.zip_* > images.zip && unzip images.zip && unzip annotations.zip
-    """
-
-    def convert(row: dict, root: Path) -> dict:
-        images = [str(root / image) for image in list_of(row["image"]) if image]
-        return pair(row, question(row["question"]), images=images)
-
-    folder = Path(path).resolve()
-    if not (folder / "meta.json").is_file():
-        raise UserError(f"--source mmpr:{path}: no meta.json there; PATH is the set's folder")
-    for entry in json.loads((folder / "meta.json").read_bytes()).values():
-        root, annotation = (
-            folder / entry[key].removeprefix("MMPR-v1.2/") for key in ("root", "annotation")
-        )
-        yield from read_rows(str(annotation), partial(convert, root=root))
-
-
-@published("mm-rlhf", "yifanzhang114/MM-RLHF", "dpo_pairs.jsonl", with_file=True)
-def mm_rlhf(row: dict, file: Path) -> dict:
-    """About 80,000 pairs, beside the unpacked long.zip, mcq.zip, safety.zip, short.zip and video.zip: the path of a
-    picture or of the folder of a video's frames, of which 8 are taken. The reasons for the ranking, where both are
-    there, are critiques."""
-    path, reasons = (
-        row.get("image") or row["video"],
-        [row.get("chosen_reason"), row.get("rejected_reason")],
-    )
-    images = [path] if row.get("image") else video_frames(path, file.parent, 8)
-    more = {"critiques": reasons} if all(reasons) else {}
-    return pair(row, question(row["prompt"]), images=images, category=path.split("/")[0], **more)
-
-
-@published("r1-reward", "yifanzhang114/R1-Reward-RL", "**/train-*.parquet")
-def r1_reward(row: dict) -> dict:
-    """17,261 rows. `message` is the JSON of a judge's prompt that holds both responses, `answer` is
-    ["<answer>2</answer>"]; `image` is a string, by its size the picture itself in base64 (unconfirmed), else a path."""
-    parts = [part for turn in json.loads(row["message"]) for part in turn["content"]]
-    text = "".join(part["text"] for part in parts if part["type"] == "text")
-    found = re.search(
-        r"\[Response 1\]:(.*?)#+ *\[Response 2\]:(.*?)(?:#+ *\*\*Output Format|$)", text, re.DOTALL
-    )
-    better = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", row["answer"][0])
-    require(better, f"answer: {row['answer'][0]!r}")
-    require(found, "message without [Response 1] and [Response 2]")
-    image = row["image"]
-    require(
-        image or all(part["type"] == "text" for part in parts),
-        "image: empty, though the message shows one",
-    )
-    if isinstance(image, str) and len(image) > 1000:  # no path
-        image = base64.b64decode(
-            image.rpartition(",")[2], validate=True
-        )  # without "data:image/jpeg;base64,"
-    responses = [found[1].strip(), found[2].strip()]
-    return one_of_two(
-        row["question"], responses, ("1", "2"), better[1], images=[image] if image else []
-    )
-
-
-@published("mmif", "ChrisDing1105/MMIF-23k", reader=True)
-def read_mmif(path: str) -> Iterator[Line]:
-    """MMIF-23k: LLaMA-Factory's form, in a .json below dpo/ (beside one for fine-tuning); that picture paths are
-    relative to the set's folder is unconfirmed."""
-    folder = (Path(path) if Path(path).is_dir() else Path(path).parent).resolve()
-
-    def convert(row: dict) -> dict:
-        record = llama_factory(row)
-        return record | {"images": [str(folder / image) for image in record["images"]]}
-
-    return read_rows(path, convert, "**/dpo/*.json")
-
-
-@published("omnialign-v-dpo", "PhoenixZ/OmniAlign-V-DPO", "*.jsonl")
-def omnialign_v_dpo(row: dict) -> dict:
-    """About 133,000 pairs in one .jsonl for each kind, beside the unpacked images.tar; keys as in the authors'
-    train_dpo.py, which sets the picture before the prompt whatever place <image> has."""
-    return pair(row, row["prompt"].replace("<image>", "").strip(), images=list_of(row["image"]))
-
-
-@published("ultrafeedback-all", "openbmb/UltraFeedback")
-def ultrafeedback_all(row: dict) -> dict:
-    """63,967 prompts, each with up to four responses ranked by overall_score, as one comparison; equal scores tie."""
-    answers = row["completions"]
-    scores = [float(answer["overall_score"]) for answer in answers]
-    require(all(map(math.isfinite, scores)), "overall_score: not a number")
-    return {
-        "prompt": row["instruction"],
-        "responses": [answer["response"] for answer in answers],
-        "ranks": [1 + sum(other > score for other in scores) for score in scores],
-        "critiques": [answer["critique"] for answer in answers],
-        "category": row["source"],
-    }
-
-
-@published("ultrafeedback-hard", "openbmb/UltraFeedback")
-def ultrafeedback_hard(row: dict) -> dict:
-    """The same, of each prompt only the pair with the largest score difference: the paper's Ultra-Hard. (The copy
-    called "binarized" pairs the best with a random other.)"""
-    record = ultrafeedback_all(row)
-    extremes = [record["ranks"].index(extreme(record["ranks"])) for extreme in (min, max)]
-    return record | {
-        key: [record[key][i] for i in extremes] for key in ("responses", "ranks", "critiques")
-    }
-
-
-def shp(row: dict) -> dict:
-    """SHP: 348,718 pairs of comments on a post; labels is 1 where A is the better one, 0 where B is. As is common, only
-    pairs whose scores are in a ratio of 2 or more are taken, and of a post the first 5 (read_shp)."""
-    require(row["score_ratio"] >= 2, "score_ratio below 2")
-    require(row["labels"] in (0, 1), f"labels: {row['labels']!r}, neither 1 nor 0")
-    chosen, rejected = (row[f"human_ref_{letter}"] for letter in ("AB" if row["labels"] else "BA"))
-    more = {"id": row["post_id"], "category": row["domain"]}
-    return {"prompt": row["history"], "chosen": chosen, "rejected": rejected, **more}
-
-
-@published("shp", "stanfordnlp/SHP", reader=True)
-def read_shp(path: str) -> Iterator[Line]:
-    """A folder for each of 18 subjects, JSON lines in train.json. Every rank reads all, to count a post's pairs."""
-    pairs = Counter()
-    for file, number, read in read_rows(path, shp, "**/train*.json*"):
-        try:
-            post = read()["id"]
-        except Unusable:
-            pass  # said again by whoever the row belongs to
-        else:
-            pairs[post] += 1
-            read = (
-                partial(require, False, "more than 5 pairs of this post")
-                if pairs[post] > 5
-                else read
-            )
-        yield file, number, read
-
-
-@published("olmo-2", "allenai/olmo-2-0425-1b-preference-mix", "**/*.parquet")  # 378,000
-@published(
-    "wildchat", "allenai/tulu-3-wildchat-ultrafeedback", "**/*.parquet"
-)  # five named splits, no "train"
-@published(
-    "tulu-3-ultrafeedback", "allenai/tulu-3-ultrafeedback-cleaned-on-policy-70b", "**/*.parquet"
-)  # 41,600
-@published("tulu-3-if", "allenai/tulu-3-IF-augmented-on-policy-70b", "**/*.parquet")  # 65,551
-def conversations(row: dict) -> dict:
-    """chosen and rejected are whole conversations, user turns included; `prompt` is a string or missing."""
-    return last_turns(row["chosen"], row["rejected"], id=row.get("id"))
-
-
-@published("swe-arena", "bigcode/bigcodearena-preference-5k", "**/*.parquet")
-def swe_arena(row: dict) -> dict:
-    """SWE-arena, now BigCodeArena: about 5,000 votes on two conversations with the same user; messages are [role, text]
-    (what the two are is unconfirmed). Ties and votes for neither are dropped, and so are conversations of several turns
-    in which the two models' earlier answers differ."""
-    vote = row["feedback"]["vote_type"]
-    require(vote in ("vote_model_A", "vote_model_B"), f"no better response: {vote}")
-    ranked = ("model_A", "model_B") if vote == "vote_model_A" else ("model_B", "model_A")
-    chosen, rejected = (
-        [message(*turn) for turn in row["states"][model]["messages"]] for model in ranked
-    )
-    return last_turns(chosen, rejected, id=row["chat_session_id"])
-
-
-@published("hh-rlhf", "Anthropic/hh-rlhf", "**/train.jsonl.gz")
-def hh_rlhf(row: dict) -> dict:
-    """Two transcripts, "\\n\\nHuman: ... \\n\\nAssistant: ...", that should differ in the last answer only."""
-
-    def turns(transcript: str) -> list[dict]:
-        start, *pieces = re.split("\n\n(Human|Assistant):", transcript)
-        require(pieces and not start.strip(), "no transcript that begins with Human: or Assistant:")
-        return [message(who, text.strip()) for who, text in zip(pieces[::2], pieces[1::2])]
-
-    return last_turns(turns(row["chosen"]), turns(row["rejected"]))
-
-
-# Benchmarks. What a benchmark calls right gets rank 1; the responses stay in the published order, so that another
-# system's scores fit, and that order decides nothing. A row that does not say clearly which response is right is
-# Unusable. "category" is the benchmark's own grouping. The metrics are in 04, by the same names.
-
-
-def several_of_each(row: dict, **more) -> dict:
-    """A record of a row that has lists of responses under chosen and rejected, all of them right, or wrong."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    ranks = [1] * len(chosen) + [2] * len(rejected)
-    return {
-        "prompt": row["prompt"],
-        "responses": [*chosen, *rejected],
-        "ranks": ranks,
-        "id": row["id"],
-        **more,
-    }
-
-
-def one_of_two(prompt: object, responses: list, labels: tuple, label: object, **more) -> dict:
-    """`label` is the one of the two `labels` that says that the first, or the second, response is right."""
-    if label not in labels or len(responses) != 2:
-        raise Unusable(
-            f"{label!r} does not say which of two is better; there are {len(responses)} responses"
-        )
-    return {
-        "prompt": prompt,
-        "responses": responses,
-        "ranks": [1, 2] if label == labels[0] else [2, 1],
-        **more,
-    }
-
-
-@published("vl-rewardbench", "MMInstruction/VL-RewardBench", metric="vl-rewardbench")
-def vl_rewardbench(row: dict) -> dict:
-    """arXiv 2411.17451, 1250 pairs; human_ranking holds the places of the two responses, 0 is better. The grouping is
-    that of the official repository, by where an item comes from. Ids are not unique."""
-    if row["id"].startswith(("hallucination", "RLAIF", "RLHF")):
-        category = "hallucination"
-    else:
-        category = "reasoning" if row["id"].startswith(("mathverse", "mmmu")) else "general"
-    more = {"id": row["id"], "category": category, "images": [row["image"]]}
-    return one_of_two(
-        row["query"], list(row["response"]), ([0, 1], [1, 0]), list(row["human_ranking"]), **more
-    )
-
-
-@published(
-    "mm-rlhf-rewardbench",
-    "yifanzhang114/MM-RLHF-RewardBench",
-    "**/*.jsonl",
-    "mm-rlhf-rewardbench",
-    with_file=True,
-)
-def mm_rlhf_rewardbench(row: dict, file: Path) -> dict:
-    """arXiv 2502.10391, 170 pairs over 46 ids; the category is the first of the keywords that is in the path. A video's
-    frames are given as pictures, 32 as the benchmark's own code takes, not as Qwen-VL's video input; so many want a
-    large --max_length."""
-    media = row.get("image") or row.get("video") or ""
-    category = next(
-        (word for word in ("mcq", "long", "short", "safety", "video") if word in media), None
-    )
-    require(category, f"image or video: {media!r} names no category")
-    images = [media] if row.get("image") else video_frames(media, file.parent, 32)
-    return pair(row, row["prompt"], id=row["id"], group=row["id"], category=category, images=images)
-
-
-# Not on the hub: github.com/facebookresearch/multimodal_rewardbench
-@published("multimodal-rewardbench", "", "**/all_data.json", "multimodal-rewardbench")
-def multimodal_rewardbench(row: dict) -> dict:
-    """arXiv 2502.14191; the official script splits two categories by the id."""
-    category, id = row["Category"], row["ID"].lower()
-    if category == "safety":
-        category = "safety/bias" if id.startswith("pairs") else "safety/toxicity"
-    elif category == "reasoning":
-        category = "reasoning/math" if id.startswith("math") else "reasoning/coding"
-    more = {"id": row["ID"], "category": category, "images": [row["Image"]]}
-    return one_of_two(
-        row["Text"], [row["Output1"], row["Output2"]], ("Output1", "Output2"), row["Better"], **more
-    )
-
-
-@published("rewardbench", "allenai/reward-bench", "**/filtered*", "rewardbench")
-def rewardbench(row: dict) -> dict:
-    """arXiv 2403.13787, the split `filtered`, 2985 pairs; the category is the subset."""
-    return pair(row, row["prompt"], id=row["id"], category=row["subset"])
-
-
-@published(
-    "rewardbench-prior-sets", "allenai/preference-test-sets", metric="rewardbench", with_file=True
-)
-def rewardbench_prior_set(row: dict, file: Path) -> dict:
-    """The older test sets that count half in RewardBench's score; a file's name begins with the set, shp-00000.parquet.
-    `chosen` and `rejected` are texts after the turns in `prompt`, or whole conversations."""
-    category = re.split(r"[-.]", file.name)[0]
-    if isinstance(row["chosen"], list):
-        return last_turns(row["chosen"], row["rejected"], category=category)
-    return pair(row, row["prompt"], category=category)
-
-
-@published("rewardbench-2", "allenai/reward-bench-2", metric="rewardbench-2")
-def rewardbench_2(row: dict) -> dict:
-    """arXiv 2506.01937, 1865 prompts: one right response of four; of Ties several right, many wrong."""
-    right, wrong, correct, total = (
-        row[key] for key in ("chosen", "rejected", "num_correct", "total_completions")
-    )
-    counts = f"{len(right)} chosen and {len(wrong)} rejected, but {correct} correct of {total}"
-    require(len(right) == correct and len(right) + len(wrong) == total, counts)
-    return several_of_each(row, category=row["subset"])
-
-
-@published("rm-bench", "THU-KEG/RM-Bench", "**/total_dataset.json", "rm-bench", with_file=True)
-def rm_bench(row: dict, file: Path) -> dict:
-    """arXiv 2410.16184, 1327 prompts, 3 chosen and 3 rejected: concise, detailed plain, detailed markdown.
-    total_dataset.json has the domain in each row; chat_filtered.json and the like only in their names."""
-    right, wrong = len(row["chosen"]), len(row["rejected"])
-    require(right == wrong == 3, f"{right} chosen and {wrong} rejected, not 3 styles of each")
-    place = row.get("domain") or file.name
-    domain = next(
-        (domain for domain in ("chat", "code", "math", "safety") if domain in place), None
-    )
-    require(domain, f"domain: {place!r} is none of chat, code, math and safety")
-    return several_of_each(row, category=domain)
-
-
-@published("judgebench", "ScalerLab/JudgeBench", metric="judgebench")
-def judgebench(row: dict) -> dict:
-    """arXiv 2410.12784: 350 pairs of GPT-4o's responses and 270 of Claude 3.5 Sonnet's, one file each. The category is
-    the first part of `source`, "mmlu-pro-law"."""
-    categories = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning"}
-    categories |= {"livebench-math": "math", "livecodebench": "coding"}
-    category = next(
-        (name for start, name in categories.items() if row["source"].startswith(start)), None
-    )
-    require(category, f"source: {row['source']!r} begins with none of {', '.join(categories)}")
-    more = {"id": row["pair_id"], "category": category, "subset": row["response_model"]}
-    return one_of_two(
-        row["question"],
-        [row["response_A"], row["response_B"]],
-        ("A>B", "B>A"),
-        row["label"],
-        **more,
-    )
-
-
-# Not on the hub: github.com/princeton-nlp/LLMBar, its folder Dataset/LLMBar
-@published("llmbar", "", "**/dataset.json", "llmbar", with_file=True)
-def llmbar(row: dict, file: Path) -> dict:
-    """arXiv 2310.07641, 419 pairs in files dataset.json, each in a folder named after its subset."""
-    subset = file.parent.name if file.stem == "dataset" else file.stem
-    return one_of_two(
-        row["input"], [row["output_1"], row["output_2"]], (1, 2), row["label"], category=subset
-    )
-
-
-# Questions for a policy: the prompt in the words of the benchmark, `answer`, and the `rule` by which 06 checks it. One
-# without an answer, as in most test splits, is rejected. First three sets to train on.
-
-RULES = {  # how 06 can check an answer: what the answer looks like, and what a rule may say beside its kind
-    "text": (r"(?s).*\w.*", {}),
-    "letter": (r"[A-Z]", {"options": list}),
-    "yes_no": (r"(?i)yes|no", {}),
-    "number": (r".*\d.*", {"type": str, "precision": int, "unit": str}),
-}
-LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA's words, since then everyone's
-
-
-def check_rule(rule: object, answer: object) -> None:
-    """Raises Unusable unless `rule`, a kind of RULES or {"kind": ..., and what it may say}, can check `answer`."""
-    said = rule if isinstance(rule, dict) else {"kind": rule}
-    kind, text = said.get("kind"), str(answer).strip()
-    require(
-        isinstance(kind, str) and kind in RULES, f"rule: {kind!r}; known are {', '.join(RULES)}"
-    )
-    form, may_say = RULES[kind]
-    for key, value in said.items():
-        if key != "kind" and not isinstance(value, may_say.get(key, ())):
-            raise Unusable(f"rule: {kind} with {key} = {value!r}")
-    require(re.fullmatch(form, text), f"answer: {answer!r} is none that the rule {kind} can check")
-    if said.get("options"):
-        count = len(said["options"])
-        require(ord(text) - ord("A") < count, f"answer: {answer!r} of {count} options")
-
-
-def ask(text: str, image: str | bytes | dict, **more) -> dict:
-    """A record that asks about one picture, which stands before the text."""
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    return {"prompt": [message("user", content)], "images": [image], **more}
-
-
-def lettered(options: list[str]) -> str:
-    """Options one a line, each after its letter: "A. red", "B. blue"."""
-    return "\n".join(
-        f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)
-    )
-
-
-@published("vstar", "craigwu/seal_vqa_data", "**/*_data.json")
-def vstar(row: dict) -> dict:
-    """The training data of SEAL: GQA_data, vaw_attribute_data, spatial_relation_data and llava_focus_data.json, with
-    the pictures in gqa/images/, coco2014/train2014/ and coco2017/train2017/ beside them. The first turn names the
-    objects to look at before the question, in front of which "<object>." ends the line; it is cut off there, and rows
-    without objects (negative_data and llava_instruct_data.json) are left out, both as DeepEyes did (arXiv 2505.14362),
-    whose three sets of prompts are the paper's. The answers are sentences. Of those that begin with Yes or No that word
-    is checked; the others have to be matched whole, which few policies will do, so it is the reward model that tells
-    their answers apart. (DeepEyes had a language model compare them.) Fields as in SEAL's train.py and in readers of
-    others; the files themselves we have not seen."""
-    require(row["target_instances"], "no target_instances: not a question about objects")
-    asked, answered = (turn["value"] for turn in row["conversations"][:2])
-    text = asked.split("<object>.\n")[-1].replace("<image>", "").strip()
-    said = re.match(r"(Yes|No)([,.]|$)", answered)
-    answer, rule = (said[1], "yes_no") if said else (answered, "text")
-    return ask(text, row["image"], answer=answer, rule=rule, category="vstar")
-
-
-@published("arxivqa", "MMInstruction/ArxivQA", "**/*.jsonl")
-def arxivqa(row: dict) -> dict:
-    """arxivqa.jsonl and images.tgz, written by GPT-4V and not cleaned: options with and without letters ("A) red");
-    labels like "B", "B)", "[B]" or the whole option; separators and headings among the options, rows with which are
-    left out. The set has no prompt of its own. Fields and flaws as in readers of others; the file we have not seen."""
-    options = [option.strip() for option in row["options"]]
-    odd = any(option in ("", "-") or option.startswith("#") for option in options)
-    require(not odd, "options: one of them is empty, a separator or a heading")
-    own = [
-        re.match(rf"[(\[]?{a}[.):\]]+\s*(.+)", option)
-        for a, option in zip(string.ascii_uppercase, options)
-    ]
-    if all(own):  # else "B. cereus" would lose the genus
-        options = [found[1] for found in own]
-    label = re.match(r"[(\[]?([A-Z])(?![A-Za-z])", row["label"].strip())
-    require(label, f"label: {row['label']!r} does not begin with a letter")
-    text, rule = (
-        f"{row['question']}\n{lettered(options)}\n{LETTER}",
-        {"kind": "letter", "options": options},
-    )
-    return ask(text, row["image"], id=row["id"], answer=label[1], rule=rule, category="arxivqa")
-
-
-@published("thinklite-vl", "russwang/ThinkLite-VL-hard-11k", "**/*.parquet")
-def thinklite_vl(row: dict) -> dict:
-    """The problem is "<image>", then the question with its options and instruction. There are also ground_truth and
-    choices; `answer` is what the authors' own search is given (mcts.py). What it looks like decides its rule. Fields as
-    in the authors' code; that a multiple choice's answer is its letter is unconfirmed."""
-    answer = str(row["answer"]).strip()
-    kinds = {"letter": r"[A-Z]", "yes_no": r"(?i)yes|no", "number": r"-?[\d,]*\.?\d+"}
-    rule = next((kind for kind, form in kinds.items() if re.fullmatch(form, answer)), "text")
-    text = row["problem"].replace("<image>", "").strip()
-    return ask(text, row["image"], id=row["id"], answer=answer, rule=rule, category="thinklite-vl")
-
-
-# Questions to judge a policy by; the metrics are in 06.
-
-
-@published("mmbench", metric="circular", reader=True)
-def read_mmbench(path: str) -> Iterator[Line]:
-    """MMBench (MMBench_DEV_EN.tsv and its like from VLMEvalKit). To save space the rotations of a question have the
-    index of another row where the picture should be; that row stands before them."""
-    images: dict[str, str] = {}
-    for file, number, read in read_rows(path, pattern="**/*.tsv"):
-        row = read()
-        image = row.get("image") or ""
-        if len(image) > 64:  # VLMEvalKit's test of which it is
-            images[row.get("index")] = image
-        yield (
-            file,
-            number,
-            partial(convert_row, partial(dict, row, image=images.get(image, image)), mmbench),
-        )
-
-
-def mmbench(row: dict) -> dict:
-    """index, question, hint, A, B, C, D, answer, category, image (base64), l2-category (also L2-category), split.
-    What is missing is empty or "nan"; the test split has no answers. The prompt is VLMEvalKit's, ImageMCQDataset.
-
-    index = rotation * 1,000,000 + question: each question is asked again with its options rotated, and those rows are
-    one group, for CircularEval."""
-    given = {key: value for key, value in row.items() if value not in (None, "", "nan")}
-    require("answer" in given, "no answer: the answers of the test split are not published")
-    options = list(itertools.takewhile(bool, (given.get(letter) for letter in "ABCDEFGH")))
-    text = f"Hint: {given['hint']}\n" if "hint" in given else ""
-    text += f"Question: {given['question']}\nOptions:\n{lettered(options)}\n"
-    text += "Please select the correct answer from the options above. \n"
-    category = given.get("l2-category") or given.get("L2-category") or given["category"]
-    more = {"id": given["index"], "group": int(given["index"]) % 1_000_000, "category": category}
-    more |= {"answer": given["answer"], "rule": {"kind": "letter", "options": options}}
-    return ask(text, base64.b64decode(given["image"], validate=True), **more)
-
-
-@published("mme", "lmms-lab/MME", "**/*.parquet", "mme")
-def mme(row: dict) -> dict:
-    """Two questions with the same question_id for each picture, one answered Yes and one No. "Please answer yes or no."
-    is part of the question."""
-    more = {"id": row["question_id"], "group": row["question_id"], "category": row["category"]}
-    return ask(row["question"], row["image"], answer=row["answer"].strip(), rule="yes_no", **more)
-
-
-@published("mmstar", "Lin-Chen/MMStar", "**/*.parquet", "accuracy")
-def mmstar(row: dict) -> dict:
-    """The question has its options in it, "Options: A: ..., B: ..."; there are 6 categories, and 18 l2_category."""
-    more = {
-        "id": row["index"],
-        "category": row["category"],
-        "answer": row["answer"].strip(),
-        "rule": "letter",
-    }
-    return ask(f"{row['question'].strip()}\n{LETTER}", row["image"], **more)
-
-
-@published("mathvista", "AI4Math/MathVista", "**/testmini*.parquet", "accuracy")
-def mathvista(row: dict) -> dict:
-    """`query` is the benchmark's zero-shot prompt: a hint about the form, the question with its unit, the choices.
-    `image` is a path, precision a float. The answer to a multiple choice is the choice's text; the test split has no
-    answers."""
-    answer = row["answer"]
-    require(
-        answer not in (None, ""),
-        "no answer: the answers of the test split are not published; testmini has them",
-    )
-    if row["question_type"] == "multi_choice":
-        choices = list(row["choices"])
-        require(answer in choices, f"answer: {answer!r} is none of the choices")
-        answer, rule = (
-            string.ascii_uppercase[choices.index(answer)],
-            {"kind": "letter", "options": choices},
-        )
-    else:
-        rule = {"kind": "number", "type": row["answer_type"]}
-        if row["precision"] is not None:
-            rule["precision"] = int(row["precision"])
-        if row["unit"]:
-            rule["unit"] = row["unit"]
-    more = {"id": row["pid"], "category": row["metadata"]["task"]}
-    return ask(row["query"], row["decoded_image"], answer=answer, rule=rule, **more)
-
-
-@published("vstar-bench", "craigwu/vstar_bench", "**/test_questions.jsonl", "accuracy")
-def vstar_bench(row: dict) -> dict:
-    """test_questions.jsonl, its pictures beside it; or lmms-lab/vstar-bench's parquet. The text has the options in it,
-    "(A) rubber". SEAL's own evaluation compares the options' likelihoods instead of asking for a letter."""
-    text = row["text"].strip()
-    text = (
-        text if text.endswith(LETTER) else f"{text}\n{LETTER}"
-    )  # there are copies with and without it
-    more = {
-        "id": row["question_id"],
-        "category": row["category"],
-        "answer": row["label"].strip(),
-        "rule": "letter",
-    }
-    return ask(text, row["image"], **more)
-
-
-# Two benchmarks need a judge model. Their questions have no answer but `judged`: what, beside the policy's answer, is
-# in a line of the file that their judge reads. 06 writes it.
-
-
-@published(
-    "llava-in-the-wild",
-    "liuhaotian/llava-bench-in-the-wild",
-    "**/questions.jsonl",
-    "llava-in-the-wild",
-)
-def llava_in_the_wild(row: dict) -> dict:
-    """The image is a name in images/; the categories are conv, detail and complex."""
-    judged = {"question_id": row["question_id"], "prompt": row["text"]}
-    more = {"id": row["question_id"], "category": row["category"]}
-    return ask(row["text"], f"images/{row['image']}", judged=judged, **more)
-
-
-@published(
-    "wildvision", "WildVision/wildvision-bench", "**/vision_bench_0617/*.parquet", "wildvision"
-)
-def wildvision(row: dict) -> dict:
-    """The version of 0617."""
-    judged = {key: row[key] for key in ("question_id", "instruction", "language")}
-    return ask(
-        row["instruction"],
-        row["image"],
-        judged=judged,
-        id=row["question_id"],
-        category="wildvision",
-    )
+        problem = f"--mix {mix}: {len(missing)} of its sets are missing in --mix_folder:"
+        raise UserError("\n    ".join([problem, *missing]))
+    return sources
 
 
 if __name__ == "__main__":

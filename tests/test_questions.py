@@ -405,10 +405,10 @@ def test_questions_for_a_judge_have_no_answer_and_carry_what_its_file_needs(read
 
 
 def test_a_row_without_a_published_field_names_it():
-    for name, convert in (
-        ("image", data.mme),
-        ("conversations", data.vstar),
-        ("question_type", data.mathvista),
+    for source, name in (
+        ("mme", "image"),
+        ("vstar", "conversations"),
+        ("mathvista", "question_type"),
     ):
         row = {
             "question_id": "1",
@@ -418,7 +418,7 @@ def test_a_row_without_a_published_field_names_it():
             "answer": "1",
         }
         with pytest.raises(data.Unusable, match=f"missing field: {name}"):
-            data.convert_row(lambda: row, convert)
+            data.convert_row(lambda: row, data.SOURCES[source].convert)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
