@@ -193,7 +193,7 @@ def test_the_layout_for_variable_length_attention_gives_the_same_scores(
     with torch.no_grad():
         expected = reward(model.pack(comparisons, processors))
         monkeypatch.setattr(model, "has_varlen", lambda query: True)
-        monkeypatch.setattr(model, "varlen_attn", lower_right_attention)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lower_right_attention)
         torch.testing.assert_close(
             reward(model.pack(comparisons, processors)), expected, atol=1e-5, rtol=0
         )
@@ -209,7 +209,7 @@ def test_image_features_are_those_of_transformers_with_whole_and_ragged_windows(
     plain = AutoModel.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa").eval()
     with torch.no_grad():
         expected = plain.get_image_features(
-            row.images.pixel_values, row.images.grid_thw
+            row.images.pixel_values, torch.from_numpy(row.images.grids)
         ).pooler_output
         ours = reward.backbone.get_image_features(**row.images.arguments()).pooler_output
     torch.testing.assert_close(torch.cat(ours), torch.cat(expected), atol=1e-5, rtol=0)
