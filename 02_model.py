@@ -22,9 +22,6 @@ The paper (arXiv 2509.16127) replaces the LM head by an MLP of 2 layers with SiL
 compares depths 1 to 5 and no activation, tanh and SiLU. It does not state the MLP's width (we use
 the hidden size, as its predecessor MM-RLHF does), nor the token at which the score is read (we use
 the last, as in the authors' public command for a text-only reward model).
-
-The lesson: mask, attention, positions, head, score, load and save. The appendix: vision layout,
-export, sampling, critics and judges, a router of two models, TRL, and the script's own `main`.
 """
 
 import dataclasses
@@ -63,16 +60,17 @@ Comparison = data.Comparison
 Processors = data.Processors
 UserError = data.UserError
 HEAD_FILE = "reward_head.safetensors"
+Lengths = list[tuple[int, list[int]]]  # for each comparison P, [R_1, ..., R_N], in tokens
 
 # --------------------------------------------------------------------------------------------------
 # The packed row: which token attends to which.
 
 
-def dense_mask(lengths: list[tuple[int, list[int]]]) -> Tensor:
+def dense_mask(lengths: Lengths) -> Tensor:
     """Return the mask of a packed row, [T, T] bool: rows are queries, columns are keys.
 
-    `lengths` has P and [R_1, ..., R_N] of each comparison. Here are two, the first with a prompt of
-    2 tokens and responses of 2 and 1, the second with a prompt of 1 and a response of 1:
+    Two comparisons, one with a prompt of 2 tokens and responses of 2 and 1, the other with a prompt
+    of 1 and a response of 1:
 
     >>> dense_mask([(2, [2, 1]), (1, [1])]).int()
     tensor([[1, 0, 0, 0, 0, 0, 0],      prompt
@@ -83,49 +81,46 @@ def dense_mask(lengths: list[tuple[int, list[int]]]) -> Tensor:
             [0, 0, 0, 0, 0, 1, 0],      the next comparison sees nothing of the first
             [0, 0, 0, 0, 0, 1, 1]])
     """
-    comparisons, segments = (
-        [],
-        [],
-    )  # per token: which comparison; 0 for its prompt, i for response i
+    comparison_ids, segment_ids = [], []  # of each token; segment 0 is the prompt
     for comparison, (P, Rs) in enumerate(lengths):
         for segment, length in enumerate([P, *Rs]):
-            comparisons += [comparison] * length
-            segments += [segment] * length
-    comparison, segment = torch.tensor(comparisons), torch.tensor(segments)  # [T] each
+            comparison_ids += [comparison] * length
+            segment_ids += [segment] * length
+    comparison, segment = torch.tensor(comparison_ids), torch.tensor(segment_ids)  # [T] each
 
     causal = torch.ones(len(segment), len(segment), dtype=torch.bool).tril()
     same_comparison = comparison[:, None] == comparison
     same_segment = segment[:, None] == segment
-    return same_comparison & causal & ((segment == 0) | same_segment)
+    key_in_prompt = segment == 0
+    return same_comparison & causal & (key_in_prompt | same_segment)
 
 
 @dataclass
 class PackedRow:
     """Comparisons one after the other: T tokens and N responses in all, no padding."""
 
-    lengths: list[tuple[int, list[int]]]  # per comparison: P, [R_1, ..., R_N]
+    lengths: Lengths
     input_ids: Tensor  # [1, T]
     position_ids: Tensor  # [3, 1, T] time, height and width of M-RoPE; all the same for text
     last: Tensor  # [N] index of each response's last token, where its score is read
     segments: "Segments"  # the mask, in the form that the attention below needs
-    images: "Images | None" = None  # see the appendix
+    images: "Images | None" = None
 
     def to(self, device: torch.device) -> "PackedRow":
         return change_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedRow":
-        """Pin the tensors in memory, so that they travel to a GPU while it computes."""
-        return change_tensors(self, Tensor.pin_memory)
+        return change_tensors(self, Tensor.pin_memory)  # so that copies to a GPU overlap
 
     def attend(self, layer, query, key, value, scale) -> Tensor:
-        return self.segments.attend(query, key, value, scale)  # the same in every layer
+        return self.segments.attend(query, key, value, scale)  # in every `layer` the same
 
     def response_tokens(self) -> tuple[Tensor, Tensor]:
         return response_tokens(self)  # for a policy, see the appendix
 
 
 # --------------------------------------------------------------------------------------------------
-# The attention, without the mask: most of its T x T cells are empty.
+# The same attention without building the mask, most of whose T x T cells are empty.
 
 
 @dataclass
@@ -141,7 +136,7 @@ class Segments:
     masks: dict[int, Tensor] = field(default_factory=dict)  # of responses, for the CPU
 
     @classmethod
-    def of_comparisons(cls, lengths: list[tuple[int, list[int]]]) -> "Segments":
+    def of_comparisons(cls, lengths: Lengths) -> "Segments":
         """Lay out a row's segments, once, in the loader; all layers use this."""
         sizes, prompts, keys = [], [], []
         start = 0
@@ -157,7 +152,7 @@ class Segments:
         indices = torch.from_numpy(np.concatenate(keys))
         return cls(sizes, prompts, bounds(sizes), indices, bounds(key_sizes), max(key_sizes))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, query, key, value, scale: float) -> Tensor:
         """Attend as `dense_mask` says.
 
         query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d]
@@ -181,7 +176,8 @@ class Segments:
                 continue
             if i not in self.masks:  # built in the first layer, for all layers
                 P, R = self.lengths[prompt], self.lengths[i]
-                self.masks[i] = torch.ones(R, P + R, dtype=torch.bool, device=query.device).tril(P)
+                everything = torch.ones(R, P + R, dtype=torch.bool, device=query.device)
+                self.masks[i] = everything.tril(P)  # all of the prompt, then causal
             k = torch.cat([keys[prompt], keys[i]], dim=2)  # [1, kv heads, P + R, d]
             v = torch.cat([values[prompt], values[i]], dim=2)
             outputs.append(attention(queries[i], k, v, attn_mask=self.masks[i]))
@@ -219,9 +215,10 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
         raise ValueError("over a row: no dropout, no sliding window, no softcap, no sinks")
     if len(query) != 1:
         raise ValueError(f"input_ids has {len(query)} rows: pack all comparisons into one")
-    # Under autocast, rotary embeddings leave queries and keys in float32.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    return row.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
+    query = query.to(value.dtype)  # under autocast, rotary embeddings leave it in float32
+    key = key.to(value.dtype)
+    output = row.attend(module.layer_idx, query, key, value, scaling)
+    return output.transpose(1, 2), None
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -230,37 +227,43 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)
 # From comparisons to a row. This runs on the CPU, in the loader's processes.
 
 
-def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | None) -> np.ndarray:
+def prompt_positions(prompt, grids, image_token: int | None) -> np.ndarray:
     """Return the M-RoPE position ids [3, P] of a prompt [P] (Qwen2-VL, arXiv 2409.12191).
 
     Text counts up on all three axes: time, height, width. The tokens of an image share one time,
-    and their rows and columns count from there. The text after it continues at max(h, w), the first
-    position that no token of the image has on any axis: nothing repeats, and a picture of 20 x 30
-    tokens moves the text on by 30 positions instead of 600.
+    and their rows and columns count up from there. The text after it continues max(h, w) further:
+    at the first position that no token of the image has on any axis. So nothing repeats, and yet a
+    picture of 20 x 30 tokens moves the text on by 30 positions instead of 600.
 
     `grids` [images, 3] counts tokens: a processor's grid_thw // [1, merge, merge].
     """
-    if len(grids) and np.prod(grids, axis=1).sum() != (prompt == image_token).sum():
+    sizes = [t * h * w for t, h, w in grids]
+    if sizes and sum(sizes) != np.sum(prompt == image_token):
         raise ValueError("grids: not the prompt's image tokens; count in tokens, not in patches")
     parts = []
     start, position = 0, 0  # in the prompt; the next free one
-    for t, h, w in grids:
+    for grid, size in zip(grids, sizes):
         text = int(np.argmax(prompt[start:] == image_token))  # tokens before the image
-        parts.append(np.tile(np.arange(text) + position, (3, 1)))
+        parts.append(count_up(position, text))
         position += text
-        parts.append(np.indices((t, h, w)).reshape(3, -1) + position)
-        position += max(h, w)
-        start += text + t * h * w
-    parts.append(np.tile(np.arange(len(prompt) - start) + position, (3, 1)))
+        parts.append(position + np.indices(grid).reshape(3, -1))
+        position += max(grid[1:])
+        start += text + size
+    parts.append(count_up(position, len(prompt) - start))
     return np.concatenate(parts, axis=1)
 
 
-def pack_tokens(prompts: list, responses: list, positions: list | None = None) -> PackedRow:
+def count_up(start: int, length: int) -> np.ndarray:
+    """Return the positions of text, [3, length]."""
+    return np.tile(np.arange(start, start + length), (3, 1))
+
+
+def pack_tokens(prompts: list, responses: list, positions: list = ()) -> PackedRow:
     """Pack token ids into one row: prompts [P], and for each of them a list of responses [R].
 
     `positions` are the prompts' position ids [3, P]; without them they count up.
     """
-    positions = positions or [np.tile(np.arange(len(prompt)), (3, 1)) for prompt in prompts]
+    positions = positions or [count_up(0, len(prompt)) for prompt in prompts]
     lengths, ids, position_ids, last = [], [], [], []
     T = 0
     for prompt, answers, prompt_position in zip(prompts, responses, positions, strict=True):
@@ -268,15 +271,15 @@ def pack_tokens(prompts: list, responses: list, positions: list | None = None) -
         ids += [prompt, *answers]
         position_ids.append(prompt_position)
         T += len(prompt)
-        for answer in answers:  # every response continues where the prompt ends
-            position = prompt_position.max() + 1 + np.arange(len(answer))
-            position_ids.append(np.tile(position, (3, 1)))
+        for answer in answers:  # each continues where the prompt ends
+            position_ids.append(count_up(prompt_position.max() + 1, len(answer)))
             T += len(answer)
             last.append(T - 1)
-    input_ids = torch.tensor(np.concatenate(ids), dtype=torch.long)[None]
-    position_ids = torch.tensor(np.concatenate(position_ids, axis=1), dtype=torch.long)[:, None]
+    ids = torch.from_numpy(np.concatenate(ids)).long()  # [T]
+    position_ids = torch.from_numpy(np.concatenate(position_ids, axis=1)).long()  # [3, T]
     last = torch.tensor(last, dtype=torch.long)
-    return PackedRow(lengths, input_ids, position_ids, last, Segments.of_comparisons(lengths))
+    segments = Segments.of_comparisons(lengths)
+    return PackedRow(lengths, ids[None], position_ids[:, None], last, segments)
 
 
 def pack(comparisons: list, processors: Processors, dummy_image: bool = False) -> PackedRow:
@@ -345,10 +348,7 @@ class RewardHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         scores = self.mlp(hidden.to(self.mlp[0].weight.dtype))  # [N, 1]
         if scores.dtype != torch.float32:
-            raise UserError(
-                "the reward head must compute in float32: convert a model with "
-                "`place(model, device, dtype)`, and call its head outside autocast"
-            )
+            raise UserError("the reward head must stay float32 (use `place`), outside autocast")
         return scores.sum(-1)  # [N]; a squeezed view would trip FSDP's backward hooks
 
 
@@ -376,7 +376,7 @@ class RewardModel(nn.Module):
     def forward(self, row: PackedRow) -> Tensor:
         return self.head(self.hidden_states(row)[row.last])  # [T, hidden] -> [N, hidden] -> [N]
 
-    def score(self, messages: list[dict], responses: list[str], images: list = ()) -> Tensor:
+    def score(self, messages, responses: list[str], images=()) -> Tensor:
         """Score N responses to one prompt: [N] float32 on the CPU.
 
         `messages` are the prompt's turns. An image is {"type": "image", "image": path, bytes or PIL
@@ -387,14 +387,15 @@ class RewardModel(nn.Module):
         texts = [data.text_of(text, f"responses[{i}]") for i, text in enumerate(responses)]
         return self.score_encoded([self.encode(messages, texts, images)]).cpu()
 
-    def encode(self, messages, texts, images=(), folder: Path = Path()) -> Comparison:
+    def encode(self, messages, texts, images=(), folder=Path()) -> Comparison:
         """Encode a prompt and its responses for `score_encoded`; image paths start at `folder`."""
         prompt, files, grids = data.encode_prompt(messages, images, self.processors, folder)
         responses = [data.encode_response(text, self.processors) for text in texts]
-        return Comparison(prompt, responses, [1] * len(responses), files, grids)
+        ranks = [1] * len(responses)
+        return Comparison(prompt, responses, ranks, files, grids)
 
     @torch.inference_mode()
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
+    def score_encoded(self, comparisons: list, micro_tokens=8192) -> Tensor:
         """Score all responses of all comparisons, [N] float32 on the model's device, in forwards
         of at most `micro_tokens` tokens."""
         scores = [torch.zeros(0, device=self.device)]
@@ -402,7 +403,7 @@ class RewardModel(nn.Module):
             scores.append(self(self.row_of(part)))
         return torch.cat(scores)
 
-    def row_of(self, comparisons: list[Comparison]) -> PackedRow:
+    def row_of(self, comparisons: list) -> PackedRow:
         """Pack a row for scoring and count what it costs."""
         row = pack(comparisons, self.processors)
         patches = sum(int(comparison.grids.prod(1).sum()) for comparison in comparisons)
@@ -421,27 +422,25 @@ class RewardModel(nn.Module):
         return next(self.parameters()).device
 
     @classmethod
-    def from_backbone(cls, path: str, settings, max_pixels: int = 0) -> "RewardModel":
-        """Put a new head on a Hugging Face checkpoint; `settings` are HeadSettings."""
+    def from_backbone(cls, path: str, settings: "HeadSettings", max_pixels: int = 0):
+        """Put a new head on a Hugging Face checkpoint."""
         if settings.kind != cls.kind:
             return KINDS[settings.kind].from_backbone(path, settings, max_pixels)
         backbone = load_backbone(path)
-        return cls(backbone, new_head(backbone, settings), data.load_processors(path, max_pixels))
+        head = new_head(backbone, settings)
+        return cls(backbone, head, data.load_processors(path, max_pixels))
 
     @classmethod
-    def from_pretrained(cls, folder: str, empty: bool = False) -> "RewardModel":
+    def from_pretrained(cls, folder: str, empty: bool = False):
         """Load a model that `save_pretrained` wrote; `empty` is as in `load_backbone`."""
         kind, head, description = load_head(folder)
-        if kind is not cls:
+        if kind.kind != cls.kind:
             return kind.from_pretrained(folder, empty)
         backbone = load_backbone(folder, empty=empty)
         return cls(backbone, head, data.load_processors(folder), description["trained_with"])
 
     def save_pretrained(self, folder, dtype=torch.float32, file_size="5GB", **description) -> None:
-        """Write the backbone as transformers reads it, in `dtype`, and the head in float32.
-
-        If the model is sharded, all ranks call this.
-        """
+        """Write the backbone in `dtype`, the head in float32. All ranks call this if sharded."""
         description |= {"kind": self.kind, "trained_with": self.trained_with}
         description["head"] = self.head.settings if self.head else None
         weights = full_weights(self.head) if self.head else {}
@@ -449,20 +448,15 @@ class RewardModel(nn.Module):
         export(self.backbone, self.processors, folder, dtype, file_size, head_file)  # appendix
 
 
-def new_head(backbone: nn.Module, settings) -> RewardHead:
-    hidden = backbone.config.get_text_config().hidden_size
-    return RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
-
-
 def load_head(folder: str) -> tuple[type, RewardHead | None, dict]:
     """Read a head file: the class of its model, the head, and the description in its metadata."""
     path = Path(folder, HEAD_FILE)
-    hint = "run 02_model.py or 03_train.py"
     if not path.is_file():
-        raise UserError(f"{folder}: no reward model there (no {HEAD_FILE}); {hint} first")
-    with data.reading(path, f"{hint} again"), safe_open(path, framework="pt") as file:
+        raise UserError(f"{folder}: no reward model there; run 02_model.py or 03_train.py first")
+    with data.reading(path, "write it again"), safe_open(path, framework="pt") as file:
         description = {"kind": "naive"} | json.loads(file.metadata()["reward_head"])
-        kind, head = KINDS[description["kind"]], None
+        kind = KINDS[description["kind"]]
+        head = None
         if description["head"] is not None:
             with torch.device("meta"):  # takes neither memory nor random numbers
                 head = RewardHead(**description["head"])
@@ -521,11 +515,16 @@ def change_tensors(value: Any, change: Callable) -> Any:
     return value
 
 
+def new_head(backbone: nn.Module, settings: "HeadSettings") -> RewardHead:
+    hidden = backbone.config.get_text_config().hidden_size
+    return RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
+
+
 def bounds(sizes: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
 
 
-def call_varlen(segments: Segments, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+def call_varlen(segments: Segments, q, k, v, **options) -> Tensor:
     """Call `varlen_attn` of PyTorch, whose options differ between versions."""
     from torch.nn.attention.varlen import varlen_attn  # here, since old versions have none
 
@@ -535,8 +534,9 @@ def call_varlen(segments: Segments, q: Tensor, k: Tensor, v: Tensor, **options) 
     if "enable_gqa" in known:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:  # torch 2.11: repeat the keys for the query heads that share them
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        shared = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(shared, dim=1)
+        v = v.repeat_interleave(shared, dim=1)
     longest = (max(segments.lengths), segments.longest_keys)
     out = varlen_attn(q, k, v, segments.starts, segments.key_starts, *longest, **options)
     return out.transpose(0, 1)[None]  # [1, heads, T, d]
@@ -555,20 +555,20 @@ class ImageSegments(Segments):
 
     def one_by_one(self, query, key, value, scale):
         """On a CPU, neighbours of equal length are one batch."""
-        runs = [(length, len(list(run))) for length, run in itertools.groupby(self.lengths)]
-        parts = torch.cat([query, key, value]).split([length * count for length, count in runs], 2)
+        runs = [list(run) for _, run in itertools.groupby(self.lengths)]
+        qkv = torch.cat([query, key, value])  # [3, heads, patches, d]
         outputs = []
-        for (length, count), part in zip(runs, parts):
-            q, k, v = part.unflatten(2, (count, length)).transpose(
-                1, 2
-            )  # [count, heads, length, d]
+        for run, part in zip(runs, qkv.split(list(map(sum, runs)), dim=2)):
+            part = part.unflatten(2, (len(run), run[0]))
+            q, k, v = part.transpose(1, 2)  # [windows, heads, length, d] each
             output = F.scaled_dot_product_attention(q, k, v, scale=scale)
-            outputs.append(output.transpose(0, 1).flatten(1, 2))  # [heads, count * length, d]
+            outputs.append(output.transpose(0, 1).flatten(1, 2))  # [heads, windows * length, d]
         return torch.cat(outputs, dim=1)[None]
 
 
 def image_segments(sizes: list[int]) -> ImageSegments:
-    return ImageSegments(sizes, [], bounds(sizes), None, bounds(sizes), max(sizes))
+    starts = bounds(sizes)
+    return ImageSegments(sizes, [], starts, None, starts, max(sizes))
 
 
 @dataclass
@@ -593,14 +593,16 @@ class Images:
         return arguments
 
 
-def pack_images_of(comparisons: list[Comparison], processors: Processors) -> Images | None:
+def pack_images_of(comparisons: list, processors: Processors) -> Images | None:
     """Decode the images of comparisons."""
     files = [data.open_images(comparison, processors) for comparison in comparisons]
     images = list(itertools.chain(*files))
     if not images:
         return None
-    grids = np.concatenate([comparison.grids for comparison in comparisons]).astype(np.int64)
-    if not np.array_equal(grids, [data.patch_grid(image.size, processors) for image in images]):
+    grids = np.concatenate([comparison.grids for comparison in comparisons])
+    grids = grids.astype(np.int64)
+    expected = [data.patch_grid(image.size, processors) for image in images]
+    if not np.array_equal(grids, expected):
         raise UserError(
             "the images' patch grids differ from the prepared ones: this model has other pixel "
             "limits; run 01_data.py again with it as --backbone"
@@ -635,8 +637,10 @@ def pack_images(pixel_values: Tensor, grids: np.ndarray, shape: "data.VisionShap
                 spatial_merge_size=shape.merge,
             )
         )
-    whole = image_segments(sizes)
-    return Images(pixel_values, grids, layout, whole, image_segments(windows) if windows else None)
+    images = Images(pixel_values, grids, layout, image_segments(sizes))
+    if windows:
+        images.windows = image_segments(windows)
+    return images
 
 
 @lru_cache(4096)
@@ -644,21 +648,24 @@ def image_layout(height: int, width: int, shape: "data.VisionShape") -> tuple:
     """Lay out one image: row and column of each patch; an order of merged patches that makes
     windows contiguous, large ones first; the windows' sizes in patches."""
     grid = torch.tensor([[1, height, width]])
-    positions = vision_utils.get_vision_position_ids(grid, shape.merge)
+    merge, merged = shape.merge, shape.merge**2
+    positions = vision_utils.get_vision_position_ids(grid, merge)
     if not shape.window:
-        return positions, torch.arange(height * width // shape.merge**2), []
-    order, ends = vision_utils.get_vision_window_index(grid, shape.merge, shape.window, shape.patch)
-    windows = order.split((ends.diff() // shape.merge**2).tolist())
-    windows = sorted(windows, key=len, reverse=True)
-    return positions, torch.cat(windows), [len(window) * shape.merge**2 for window in windows]
+        return positions, torch.arange(height * width // merged), []
+    order, ends = vision_utils.get_vision_window_index(grid, merge, shape.window, shape.patch)
+    sizes = ends.diff() // merged
+    windows = sorted(order.split(sizes.tolist()), key=len, reverse=True)
+    return positions, torch.cat(windows), [len(window) * merged for window in windows]
 
 
 @torch.compiler.disable
 def image_attention(module, query, key, value, attention_mask, scaling, images=None, **options):
     """Attend within images or windows: [1, heads, patches, d] -> [1, patches, heads, d]."""
     segments = images.whole if module.attends_to_whole_images else images.windows
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    return segments.attend(query, key, value, scaling).transpose(1, 2), None
+    query = query.to(value.dtype)
+    key = key.to(value.dtype)
+    output = segments.attend(query, key, value, scaling)
+    return output.transpose(1, 2), None
 
 
 AttentionInterface.register("packed_images", image_attention)
@@ -668,7 +675,8 @@ class PatchProjection(nn.Conv3d):
     """A convolution whose kernel is one whole patch: a matrix product is several times faster."""
 
     def forward(self, patches: Tensor) -> Tensor:  # [patches, channels, time, height, width]
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)  # [patches, hidden]
+        kernel = self.weight.flatten(1)
+        return F.linear(patches.flatten(1), kernel, self.bias)  # [patches, hidden]
 
 
 def prepare_vision(backbone: nn.Module) -> None:
@@ -686,11 +694,12 @@ def blank_comparison(processors: Processors) -> Comparison:
     """Return a prompt of the smallest possible image; for a text-only backbone, of one token."""
     if processors.image is None:
         return Comparison(np.array([processors.end_token], np.int32), [], [])
-    side = processors.vision.patch * processors.vision.merge
-    image = data.read_image(Image.new("RGB", (side, side)), Path())
-    grids = np.array([data.patch_grid((side, side), processors)], np.int32)
-    tokens = grids.prod() // processors.vision.merge**2
-    return Comparison(np.full(tokens, processors.image_token, np.int32), [], [], [image], grids)
+    shape = processors.vision
+    image = Image.new("RGB", [shape.patch * shape.merge] * 2)
+    grids = np.array([data.patch_grid(image.size, processors)], np.int32)
+    tokens = grids.prod() // shape.merge**2
+    prompt = np.full(tokens, processors.image_token, np.int32)
+    return Comparison(prompt, [], [], [data.read_image(image, Path())], grids)
 
 
 Parts = namedtuple("Parts", "language, vision, blocks")
@@ -782,7 +791,7 @@ def export(model, processors, folder, dtype=torch.float32, file_size="5GB", head
     temporary.rmdir()
 
 
-def place(model: nn.Module, device, dtype: torch.dtype | None = None) -> nn.Module:
+def place(model: nn.Module, device, dtype=None) -> nn.Module:
     """Ready a model for inference on a device, in place, and return it.
 
     `dtype` is by default bfloat16 on a GPU, else float32. As in training only parameters change: a
@@ -792,22 +801,25 @@ def place(model: nn.Module, device, dtype: torch.dtype | None = None) -> nn.Modu
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.eval().requires_grad_(False).to(device)
-    heads = nn.ModuleList(part for part in model.modules() if isinstance(part, RewardHead))
-    exact = set(heads.parameters())
+    exact = set()
+    for module in model.modules():
+        if isinstance(module, RewardHead):
+            exact.update(module.parameters())
     for parameter in model.parameters():
         if parameter not in exact:
             parameter.data = parameter.to(dtype)
     return model
 
 
-def split_into_rows(comparisons: list[Comparison], micro_tokens: int) -> Iterator[list[Comparison]]:
+def split_into_rows(comparisons: list, micro_tokens: int) -> Iterator[list]:
     """Deal comparisons in order into rows of at most `micro_tokens`; 4 image patches count as one.
 
     A longer comparison is cut between responses and its prompt repeated; a response is never cut.
     """
     row, size = [], 0
     for comparison in comparisons:
-        prompt_size = len(comparison.prompt) + int(comparison.grids.prod(1).sum()) // 4
+        patches = int(comparison.grids.prod(1).sum())
+        prompt_size = len(comparison.prompt) + patches // 4
         part = None
         for response in comparison.responses:
             needed = len(response)
@@ -843,21 +855,25 @@ def response_tokens(row: PackedRow) -> tuple[Tensor, Tensor]:
             targets += range(end, end + R)
             predictors += [prompt_last, *range(end, end + R - 1)]
             end += R
-    indices = torch.tensor([targets, predictors], dtype=torch.long, device=row.input_ids.device)
-    return indices[0], indices[1]
+    device = row.input_ids.device
+    targets = torch.tensor(targets, dtype=torch.long, device=device)
+    predictors = torch.tensor(predictors, dtype=torch.long, device=device)
+    return targets, predictors
 
 
 class Writer(nn.Module):
     """A transformers model with its LM head, `lm`, that samples at a temperature."""
 
-    def __init__(self, lm: nn.Module, processors: Processors, temperature: float = 1.0):
+    def __init__(self, lm: nn.Module, processors: Processors, temperature=1.0):
         super().__init__()
         self.lm, self.processors, self.temperature = lm, processors, temperature
         # Not special tokens: a policy that writes <|image_pad|> crashes some hundred steps later.
-        tokenizer, size = processors.tokenizer, lm.config.get_text_config().vocab_size
-        forbidden = {*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)}
-        forbidden = sorted((forbidden - {processors.end_token}) & set(range(size)))
-        self.register_buffer("forbidden", torch.tensor(forbidden), persistent=False)
+        size = lm.config.get_text_config().vocab_size
+        special = set(processors.tokenizer.get_added_vocab().values())
+        special.update(range(len(processors.tokenizer), size))  # ids without a token
+        special.remove(processors.end_token)
+        forbidden = torch.tensor(sorted(token for token in special if token < size))
+        self.register_buffer("forbidden", forbidden, persistent=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> float32 [n, vocabulary] at the temperature, forbidden tokens at -inf."""
@@ -885,10 +901,10 @@ class DecodeRow:
 
     images = None
 
-    def __init__(self, row: CachedRow, texts: list[Tensor], group: int, max_new_tokens: int):
+    def __init__(self, row: CachedRow, texts: list, group: int, max_new_tokens: int):
         """`texts` has the indices in `row` of the tokens that a new token attends to, [l] each."""
-        lengths = torch.tensor([len(indices) for indices in texts])[:, None]
-        padding = torch.arange(int(lengths.max())) >= lengths  # pl
+        lengths = [len(indices) for indices in texts]
+        padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # pl
         self.padding = padding[:, None, None, None].to(row.input_ids.device)
         self.texts, self.samples = {}, {}
         for layer, keys_values in row.cache.items():
@@ -896,56 +912,57 @@ class DecodeRow:
             parts = [packed[:, indices].transpose(0, 1) for indices in texts]  # [l, 2, k, d]
             padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)  # [p, l, 2, k, d]
             self.texts[layer] = padded.permute(2, 0, 3, 1, 4).contiguous()  # [2, p, k, l, d]
-            K, D = packed.shape[2:]
-            self.samples[layer] = packed.new_empty(2, len(texts), group, K, max_new_tokens, D)
+            _, _, K, D = packed.shape
+            shape = (2, len(texts), group, K, max_new_tokens, D)
+            self.samples[layer] = packed.new_empty(shape)
 
-    def advance(self, tokens: Tensor, positions: Tensor, t: int) -> "DecodeRow":
+    def advance(self, tokens, positions, t: int) -> None:
         """Hold the t-th tokens of all samples, at `positions`, [p * g] each."""
         self.t = t
-        self.input_ids, self.position_ids = tokens[None], positions.expand(3, 1, -1)
-        return self
+        self.input_ids = tokens[None]
+        self.position_ids = positions.expand(3, 1, -1)
 
     def attend(self, layer, query, key, value, scale):
         text_k, text_v = self.texts[layer]  # pkld
-        own_k, own_v = self.samples[layer][:, :, :, :, : self.t + 1]  # pgktd
-        P, G, K, _, D = own_k.shape
-        own_k[:, :, :, self.t] = key[0].transpose(0, 1).view(P, G, K, D)
-        own_v[:, :, :, self.t] = value[0].transpose(0, 1).view(P, G, K, D)
-        q = query[0].transpose(0, 1).reshape(P, G, K, -1, D) * scale  # pgksd
-        to_text = einsum("pgksd,pkld->pgksl", q, text_k).masked_fill(self.padding, -math.inf)
+        own_k, own_v = self.samples[layer][..., : self.t + 1, :]  # pgktd
+        P, G, K, T, D = own_k.shape
+        own_k[..., self.t, :] = key.transpose(1, 2).view(P, G, K, D)
+        own_v[..., self.t, :] = value.transpose(1, 2).view(P, G, K, D)
+        q = query.transpose(1, 2).reshape(P, G, K, -1, D) * scale  # pgksd
+        to_text = einsum("pgksd,pkld->pgksl", q, text_k)
+        to_text = to_text.masked_fill(self.padding, -math.inf)
         to_own = einsum("pgksd,pgktd->pgkst", q, own_k)
         weights = torch.cat([to_text, to_own], dim=-1).softmax(-1)
-        on_text, on_own = weights.split([to_text.shape[-1], to_own.shape[-1]], dim=-1)
+        on_text, on_own = weights.split([text_k.shape[2], T], dim=-1)
         out = einsum("pgksl,pkld->pgksd", on_text, text_v)
         out = out + einsum("pgkst,pgktd->pgksd", on_own, own_v)
         return out.reshape(1, P * G, -1, D).transpose(1, 2)  # [1, heads, p * g, d]
 
 
 @torch.inference_mode()
-def write(
-    writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise: np.ndarray | None = None
-) -> Tensor:
+def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None) -> Tensor:
     """Sample `group` continuations of each response of a row, or of the prompt if it has none.
 
     Returns token ids [texts, group, max_new_tokens], -1 after the end-of-turn token. `noise`, of
     that shape and uniform in [0, 1), picks each token by inverting the cumulative distribution, so
     a sample does not depend on what else is in the batch; None is greedy decoding.
     """
-    row, segments = CachedRow(**vars(row)), row.segments
+    row = CachedRow(**vars(row))
     hidden = run_backbone(writer.lm, row)  # [T, hidden]
-    keys = segments.key_indices.split(segments.key_starts.diff().tolist())
-    texts = [
-        keys[i] for i in range(len(keys)) if i not in segments.prompts
-    ]  # nothing follows these
-    last = torch.stack([indices[-1] for indices in texts]).repeat_interleave(group)
-    start = torch.stack([row.position_ids[:, 0, indices].max() + 1 for indices in texts])
-    start = start.repeat_interleave(group)  # [samples] position of the first new token
+    key_sizes = row.segments.key_starts.diff().tolist()
+    texts = []  # the segments that nothing follows, each with all that it attends to
+    for i, indices in enumerate(row.segments.key_indices.split(key_sizes)):
+        if i not in row.segments.prompts:
+            texts.append(indices)
+    last = torch.stack([indices[-1] for indices in texts])
+    last = last.repeat_interleave(group)  # [samples]
+    start = row.position_ids[0, 0, last] + 1  # position of the first new token
     decode = DecodeRow(row, texts, group, max_new_tokens)
     hidden = hidden[last]  # [samples, hidden]
-    tokens = torch.full((len(hidden), max_new_tokens), -1, device=hidden.device)
+    tokens = last.new_full((len(last), max_new_tokens), -1)
     if noise is not None:
-        noise = torch.from_numpy(noise).to(hidden.device).view(len(hidden), max_new_tokens)
-    ended = torch.zeros_like(last, dtype=torch.bool)  # [samples]
+        noise = torch.from_numpy(noise).to(tokens.device).view_as(tokens)
+    ended = torch.zeros_like(last, dtype=torch.bool)
     for t in range(max_new_tokens):
         logits = writer.logits(hidden)  # [samples, vocabulary]
         if noise is None:
@@ -958,15 +975,19 @@ def write(
         ended |= chosen == writer.processors.end_token
         if ended.all() or t + 1 == max_new_tokens:
             break
-        hidden = run_backbone(writer.lm, decode.advance(chosen, start + t, t))
+        decode.advance(chosen, start + t, t)
+        hidden = run_backbone(writer.lm, decode)
     return tokens.view(len(texts), group, max_new_tokens)
 
 
 def texts_of(tokens: Tensor, processors: Processors) -> list[str]:
     """Decode samples [samples, max_new_tokens] without their end-of-turn tokens."""
     no_text = (-1, processors.end_token)
-    samples = [[token for token in sample if token not in no_text] for sample in tokens.tolist()]
-    return [processors.tokenizer.decode(sample) for sample in samples]
+    texts = []
+    for sample in tokens.tolist():
+        sample = [token for token in sample if token not in no_text]
+        texts.append(processors.tokenizer.decode(sample))
+    return texts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1003,8 +1024,10 @@ class Written:
 
     def log_probabilities(self, lm: nn.Module, hidden: Tensor) -> Tensor:
         """Return the tokens' log-probabilities, from the row's hidden states [T, hidden]."""
-        log_p = lm.lm_head(hidden[self.predictors]).float().log_softmax(-1)  # [tokens, vocabulary]
-        return log_p.gather(-1, self.tokens[:, None]).sum(-1)  # a view would trip FSDP's hooks
+        logits = lm.lm_head(hidden[self.predictors])  # [tokens, vocabulary]
+        log_p = logits.float().log_softmax(-1)
+        log_p = log_p.gather(-1, self.tokens[:, None])  # [tokens, 1]
+        return log_p.sum(-1)  # a squeezed view would trip FSDP's backward hooks
 
 
 @dataclass
@@ -1035,7 +1058,8 @@ def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
     tokens = data.tokenize_chat(messages, processors.tokenizer)[len(question) :]
     if processors.end_token not in tokens:
         raise UserError("the chat template has no end-of-turn token for a request to follow")
-    return tokens[np.flatnonzero(tokens == processors.end_token)[0] + 1 :]
+    end = np.flatnonzero(tokens == processors.end_token)[0]
+    return tokens[end + 1 :]
 
 
 def with_critiques(comparison: Comparison, critiques: list, request: np.ndarray) -> Rewrite:
@@ -1044,9 +1068,11 @@ def with_critiques(comparison: Comparison, critiques: list, request: np.ndarray)
     total = sum(map(len, critiques))
     for response, critique in zip(comparison.responses, critiques):
         responses.append(np.concatenate([response, request, critique]))
-        read = np.zeros(len(response) + len(request))
-        learned.append(np.concatenate([read, np.full(len(critique), 1 / total)]))
-    return Rewrite(**vars(comparison) | {"responses": responses}, learned=learned)
+        weight = np.zeros(len(responses[-1]))
+        weight[-len(critique) :] = 1 / total
+        learned.append(weight)
+    fields = vars(comparison) | {"responses": responses, "learned": learned}
+    return Rewrite(**fields)
 
 
 def with_data_critiques(comparison: Comparison, request, processors: Processors) -> Rewrite:
@@ -1061,18 +1087,20 @@ def in_ordered_pairs(comparison: Comparison, request, processors: Processors) ->
     encode = partial(data.tokenize_text, tokenizer=processors.tokenizer)
     ranks = comparison.ranks or [1] * len(comparison.responses)
     pairs = list(itertools.permutations(range(len(ranks)), 2))  # (response A, response B)
-    judged = [(k, pairs.index((j, i))) for k, (i, j) in enumerate(pairs) if ranks[i] < ranks[j]]
-    responses, learned = [], []
+    responses, learned, judged = [], [], []
     for i, j in pairs:
         first = comparison.responses[i][:-1]  # no end-of-turn token: the turn goes on
-        parts = [encode("A:\n"), first, encode("\nB:\n"), comparison.responses[j], request]
-        parts.append(encode("A" if ranks[i] < ranks[j] else "B"))
+        second = comparison.responses[j]
+        letter = "A" if ranks[i] < ranks[j] else "B"
+        parts = [encode("A:\n"), first, encode("\nB:\n"), second, request, encode(letter)]
         responses.append(np.concatenate(parts).astype(np.int32))
-        weight = np.zeros(len(responses[-1]))
-        if ranks[i] != ranks[j]:
-            weight[-1] = 0.5 / len(judged)
-        learned.append(weight)
-    return Rewrite(**vars(comparison) | {"responses": responses}, learned=learned, judged=judged)
+        learned.append(np.zeros(len(responses[-1])))
+        if ranks[i] < ranks[j]:
+            judged.append((pairs.index((i, j)), pairs.index((j, i))))
+    for k in itertools.chain.from_iterable(judged):  # a tie teaches nothing
+        learned[k][-1] = 0.5 / len(judged)
+    fields = vars(comparison) | {"responses": responses, "learned": learned, "judged": judged}
+    return Rewrite(**fields)
 
 
 class RequestModel(RewardModel):
@@ -1125,7 +1153,7 @@ class Critic(RequestModel):
         return self.head(hidden[row.last])  # [N]
 
     @torch.inference_mode()
-    def write_critiques(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> list:
+    def write_critiques(self, comparisons, micro_tokens=8192) -> list:
         """Write a critique of each response by greedy decoding: token ids, cut at the limit."""
         end = self.processors.end_token
         writer = Writer(self.backbone, self.processors).to(self.device)
@@ -1134,9 +1162,10 @@ class Critic(RequestModel):
             responses = [np.concatenate([r, self.request]) for r in comparison.responses]
             requests.append(replace(comparison, responses=responses))
         for part in split_into_rows(requests, micro_tokens):
-            tokens = write(writer, self.row_of(part), 1, self.asks["critique_tokens"])[:, 0]
-            self.cost.update(written=int((tokens >= 0).sum()))
-            for sample in tokens.tolist():
+            tokens = write(writer, self.row_of(part), 1, self.asks["critique_tokens"])
+            written = int((tokens >= 0).sum())
+            self.cost.update(written=written)
+            for sample in tokens[:, 0].tolist():
                 text = [token for token in sample if token not in (-1, end)]
                 critiques.append(np.array([*text, end], np.int32))
         return critiques
@@ -1165,7 +1194,8 @@ class Judge(RequestModel):
         """Return the log-odds of A over B, [ordered pairs], in float32 like a head's scores."""
         letters = data.tokenize_text("AB", self.processors.tokenizer)
         a, b = self.backbone.lm_head.weight[letters].float()  # [hidden]
-        return hidden[row.last - 1].float() @ (a - b)
+        at_request = hidden[row.last - 1].float()  # the last token is the letter
+        return at_request @ (a - b)
 
     def score_encoded(self, comparisons, micro_tokens=8192):
         """As in RewardModel. A policy repeats itself, so equal responses are read once."""
@@ -1182,7 +1212,8 @@ class Judge(RequestModel):
             M = max(place, default=-1) + 1
             table = odds.new_zeros(M, M)
             table[~torch.eye(M, dtype=torch.bool)] = pairs
-            scores.append(((table - table.T) / 2)[place][:, place].sum(1))  # [N]
+            S = (table - table.T) / 2
+            scores.append(S[place][:, place].sum(1))  # [N]
         return torch.cat([odds[:0], *scores])
 
 
@@ -1205,26 +1236,35 @@ class RewardRouter(nn.Module):
             raise UserError("the multimodal reward model of the two is text-only")
         self.multimodal, self.text = multimodal, text
         self.processors = multimodal.processors
-        sets = multimodal.trained_with.get("data", []) + text.trained_with.get("data", [])
+        sets = []
+        for model in (multimodal, text):
+            sets += model.trained_with.get("data", [])
         self.trained_with = {"data": list(dict.fromkeys(sets))}
+
+    @classmethod
+    def from_pretrained(cls, multimodal: str, text: str):
+        return cls(RewardModel.from_pretrained(multimodal), RewardModel.from_pretrained(text))
 
     def model_for(self, has_image: bool) -> RewardModel:
         return self.multimodal if has_image else self.text
 
-    def encode(self, messages, texts, images=(), folder: Path = Path()) -> Comparison:
+    def encode(self, messages, texts, images=(), folder=Path()):
         turns = data.check_messages(messages)
         in_turns = any(isinstance(turn["content"], list) for turn in turns)  # a list has images
-        return self.model_for(in_turns or bool(images)).encode(messages, texts, images, folder)
+        model = self.model_for(in_turns or bool(images))
+        return model.encode(messages, texts, images, folder)
 
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
+    def score_encoded(self, comparisons, micro_tokens=8192):
         scores = {}
         for has_image in (True, False):
             indices = [i for i, c in enumerate(comparisons) if bool(c.images) == has_image]
             part = [comparisons[i] for i in indices]
             flat = self.model_for(has_image).score_encoded(part, micro_tokens)
-            scores |= zip(indices, flat.split([len(c.responses) for c in part]))
+            counts = [len(comparison.responses) for comparison in part]
+            scores |= zip(indices, flat.split(counts))
         device = next(self.parameters()).device
-        return torch.cat([torch.zeros(0, device=device), *(scores[i] for i in sorted(scores))])
+        in_order = [scores[i] for i in range(len(comparisons))]
+        return torch.cat([torch.zeros(0, device=device), *in_order])
 
     @property
     def fingerprint(self) -> str:
@@ -1241,8 +1281,9 @@ Reward = RewardModel | RewardRouter
 
 def load_reward(model: str, text_model: str = "") -> Reward:
     """Load the reward model of --model, or the router of --model and --text_model."""
-    reward = RewardModel.from_pretrained(model)
-    return RewardRouter(reward, RewardModel.from_pretrained(text_model)) if text_model else reward
+    if text_model:
+        return RewardRouter.from_pretrained(model, text_model)
+    return RewardModel.from_pretrained(model)
 
 
 def trl_reward(
@@ -1255,7 +1296,9 @@ def trl_reward(
     list for each prompt, `image` [n] one or None for each. Returns raw scores [n]. ValueError for
     an unusable prompt, or a completion that is not one text.
     """
-    images = images or [[picture] if picture else [] for picture in image or [None] * len(prompts)]
+    if not images:
+        image = image or [None] * len(prompts)
+        images = [[] if picture is None else [picture] for picture in image]
     groups = {}
     for i, prompt in enumerate(zip(prompts, images, strict=True)):
         groups.setdefault(hashable(prompt), []).append(i)
@@ -1281,7 +1324,7 @@ def text_of_completion(completion: str | list[dict]) -> str:
 def hashable(value: Any) -> Hashable:
     """Return a key that is equal for equal prompts."""
     if isinstance(value, dict):
-        return tuple((key, hashable(item)) for key, item in sorted(value.items()))
+        return hashable(sorted(value.items()))
     if isinstance(value, list | tuple):
         return tuple(map(hashable, value))
     if isinstance(value, Image.Image):
@@ -1318,8 +1361,10 @@ class Settings(HeadSettings):
 def main(settings: Settings) -> None:
     if dist.get_rank() > 0:
         return
-    if Path(settings.out, HEAD_FILE).is_file() and load_head(settings.out)[2]["trained_with"]:
-        raise UserError(f"--out {settings.out}: has a trained reward model; give another --out")
+    if Path(settings.out, HEAD_FILE).is_file():
+        _, _, description = load_head(settings.out)
+        if description["trained_with"]:
+            raise UserError(f"--out {settings.out}: has a trained reward model; give another --out")
     prepared = Path(settings.data, "dataset.json").is_file()
     if settings.data not in ("", Settings.data) and not prepared:
         raise UserError(f"--data {settings.data}: no prepared data set there; run 01_data.py first")
@@ -1332,7 +1377,8 @@ def main(settings: Settings) -> None:
         print(f"The trained head there is not used; {command} continues with it")
     parts = parts_of(model.backbone)
     modules = {"vision tower": parts.vision, "language model": parts.language}
-    for name, module in (modules | {"reward head": model.head, "all": model}).items():
+    modules |= {"reward head": model.head, "all": model}
+    for name, module in modules.items():
         if module is not None:
             print(f"  {name:<15}{sum(p.numel() for p in module.parameters()):>14,} parameters")
     if prepared:
@@ -1345,7 +1391,9 @@ def show_comparison(model: RewardModel, folder: str) -> None:
     comparisons = data.Comparisons(folder, model.fingerprint)
     data.use_pixel_limits(model.processors, [comparisons])
     comparison = comparisons[0]
-    row = pack([model.rewrite(comparison) if model.rewrite else comparison], model.processors)
+    if model.rewrite:
+        comparison = model.rewrite(comparison)
+    row = pack([comparison], model.processors)
     hidden = model.hidden_states(row)
     shapes = {"input_ids": row.input_ids, "position_ids": row.position_ids}
     if row.images is not None:
