@@ -1,42 +1,32 @@
-"""Stage 2 · the reward model: a Qwen-VL backbone and a 2-layer SiLU head, and the one forward of this codebase
+"""Stage 2: the reward model, a vision-language backbone with a 2-layer SiLU head.
 
-    torchrun --standalone --nproc_per_node=2 02_model.py                            # tests/tiny + a new head
+    torchrun --standalone --nproc_per_node=2 02_model.py
     torchrun --standalone --nproc_per_node=8 02_model.py --backbone Qwen/Qwen2.5-VL-7B-Instruct
 
-In    A backbone in the Hugging Face layout: Qwen2-VL, Qwen2.5-VL, Qwen3-VL or InternVL3, or Qwen2, Qwen2.5, Qwen3 or
-      Llama for text alone (FAMILIES in 01_data.py).
-Out   artifacts/model/: the same layout without the LM head, plus reward_head.safetensors; printed: what it is made of,
-      and the shapes on one comparison's way through it.
+In    a backbone in the Hugging Face layout: Qwen2-VL, Qwen2.5-VL, Qwen3-VL or InternVL3, or for
+      text alone Qwen2, Qwen2.5, Qwen3 or Llama (FAMILIES in 01_data.py)
+Out   artifacts/model/: the backbone without its LM head, and reward_head.safetensors
 
-A comparison is encoded ONCE. The row is [prompt | response 1 | ... | response N]. Every response attends to the prompt
-and to itself, never to a sibling; each one's positions continue where the prompt's end; its score is read at its own
-last token, the <|im_end|> (or whatever the chat template has) that closes it. Comparisons stand one after the other in
-one row with no padding. The scores are those of one forward per response, for about N(P + R) / (P + NR) times less work
-and N times fewer images:
+One idea carries this project: a comparison, a prompt with N responses, is encoded ONCE, in one row:
 
-                     keys   prompt      response 1   response 2
-      queries  prompt       causal
-               response 1   all         causal
-               response 2   all                      causal
+    [prompt | response 1 | ... | response N]
 
-The paper: the LM head is replaced by an MLP of 2 layers with SiLU between, chosen from depths 1-5 and no activation,
-tanh, SiLU. It does not give the width (we take the hidden size, as its predecessor MM-RLHF does) nor the token at which
-the score is read (we take the last, as the authors' public command).
+Each response attends to the prompt and to itself, never to another response, and its positions
+continue where the prompt's end. So it cannot know that it has siblings: its score, read at its own
+last token (the <|im_end|> that closes the turn), is the score that a forward over
+[prompt | response] alone would give, to 1e-5 in float32. With P tokens of prompt and R of response
+that takes N (P + R) / (P + N R) times less work and N times fewer images. Comparisons follow one
+another in the same row, so nothing is ever padded.
 
-It chose this naive kind of reward model over two others, which keep their LM head and are here too (--kind; the last
-section has all that they need more):
-  - critic: it first writes a critique of each response, then the head scores what stands at the critique's end. In the
-    row a response is followed by the request for a critique, a turn of the user, and the critique.
-  - generative: it is shown two responses and answers A or B. A response of the row is such a pair, with the question
-    which is better after it, so the prompt is still read once for all N(N - 1) ordered pairs. A pair's score is the
-    difference of the two letters' log-odds, averaged over both orders; a response's the sum over its pairs. It writes
-    no rationale first: one token is the cheapest such judge there is, and its score is exact.
-Deviation: the head computes in float32 even where the backbone computes in bfloat16, whose spacing near 4 is 0.03.
+The paper (arXiv 2509.16127) replaces the LM head by an MLP of 2 layers with SiLU between them; it
+compares depths 1 to 5 and no activation, tanh and SiLU. It does not state the MLP's width (we use
+the hidden size, as its predecessor MM-RLHF does), nor the token at which the score is read (we use
+the last, as in the authors' public command for a text-only reward model).
 """
 
-import copy
 import dataclasses
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -45,7 +35,7 @@ import shutil
 from collections import Counter, namedtuple
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -55,522 +45,311 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import split_torch_state_dict_into_shards  # comes with transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.attention.varlen import varlen_attn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PreTrainedConfig,
-    vision_utils,
-)
-from transformers.core_model_loading import revert_weight_conversion
+import transformers
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, einsum
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig, AutoModel, vision_utils
 from transformers.modeling_utils import AttentionInterface
-from transformers.utils import logging as transformers_logging
 
-data = importlib.import_module(
-    "01_data"
-)  # a module name that starts with a digit cannot be written after `import`
-option, Comparison, Processors, UserError = (
-    data.option,
-    data.Comparison,
-    data.Processors,
-    data.UserError,
-)
+data = importlib.import_module("01_data")  # `import 01_data` would be a syntax error
+option = data.option
+Comparison = data.Comparison
+Processors = data.Processors
+UserError = data.UserError
+HEAD_FILE = "reward_head.safetensors"
+Lengths = list[tuple[int, list[int]]]  # for each comparison P, [R_1, ..., R_N], in tokens
 
-INDEX_FILE, HEAD_FILE = "model.safetensors.index.json", "reward_head.safetensors"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of an exported backbone or policy
-ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
+# --------------------------------------------------------------------------------------------------
+# The packed row: which token attends to which.
 
 
-@dataclass
-class HeadSettings:
-    head_layers: int = option(2, "linear layers of the reward head, 1 to 5 (paper: 2)")
-    head_activation: Literal["none", "tanh", "relu", "silu"] = option(
-        "silu", "between the head's layers (paper: silu)"
-    )
-    head_width: int = option(
-        0, "width of the head's inner layers; 0: the backbone's hidden size (the paper gives none)"
-    )
-    kind: Literal["naive", "critic", "generative"] = option(
-        "naive",
-        "the head on the response (paper's choice), or on the response and its critique; or which of two, A or B",
-    )
-    request: str = option(
-        "",
-        "critic, generative: the user's turn that asks for it; '': as the embedded backbone knows",
-    )
-    critique_tokens: int = option(96, "critic: longest critique that it writes, in tokens")
+def dense_mask(lengths: Lengths) -> Tensor:
+    """Return the mask of a packed row, [T, T] bool: rows are queries, columns are keys.
 
+    Two comparisons, one with a prompt of 2 tokens and responses of 2 and 1, the other with a prompt
+    of 1 and a response of 1:
 
-@dataclass
-class Settings(HeadSettings):
-    backbone: str = option(
-        "tests/tiny", "checkpoint in the Hugging Face layout: a directory or a hub name"
-    )
-    out: str = option("artifacts/model", "folder for the initial reward model")
-    data: str = option(
-        "artifacts/data/train",
-        "prepared shards; their first comparison is shown on its way through",
-    )
-    seed: int = option(0, "seed of the head's initial weights")
+    >>> dense_mask([(2, [2, 1]), (1, [1])]).int()
+    tensor([[1, 0, 0, 0, 0, 0, 0],      prompt
+            [1, 1, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0],      response 1 sees the prompt and itself
+            [1, 1, 1, 1, 0, 0, 0],
+            [1, 1, 0, 0, 1, 0, 0],      response 2 sees the prompt and itself, not response 1
+            [0, 0, 0, 0, 0, 1, 0],      the next comparison sees nothing of the first
+            [0, 0, 0, 0, 0, 1, 1]])
+    """
+    comparison_ids, segment_ids = [], []  # of each token; segment 0 is the prompt
+    for comparison, (P, Rs) in enumerate(lengths):
+        for segment, length in enumerate([P, *Rs]):
+            comparison_ids += [comparison] * length
+            segment_ids += [segment] * length
+    comparison, segment = torch.tensor(comparison_ids), torch.tensor(segment_ids)  # [T] each
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The packed row: what a batch of comparisons looks like to the model.
+    causal = torch.ones(len(segment), len(segment), dtype=torch.bool).tril()
+    same_comparison = comparison[:, None] == comparison
+    same_segment = segment[:, None] == segment
+    key_in_prompt = segment == 0
+    return same_comparison & causal & (key_in_prompt | same_segment)
 
 
 @dataclass
 class PackedRow:
-    """Comparisons one after the other: T tokens in all, N responses in all, no padding."""
+    """Comparisons one after the other: T tokens and N responses in all, no padding."""
 
-    lengths: list[tuple[int, list[int]]]  # per comparison: P, [R_1, ..., R_N]
+    lengths: Lengths
     input_ids: Tensor  # [1, T]
-    position_ids: (
-        Tensor  # [3, 1, T]: time, height, width of M-RoPE; equal for text, and where there is none
-    )
-    last: Tensor  # [N] where each response's last token stands in the row
-    segments: "Segments"  # which of its tokens attend to which
+    position_ids: Tensor  # [3, 1, T] time, height and width of M-RoPE; all the same for text
+    last: Tensor  # [N] index of each response's last token, where its score is read
+    segments: "Segments"  # the mask, in the form that the attention below needs
     images: "Images | None" = None
 
     def to(self, device: torch.device) -> "PackedRow":
         return change_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedRow":
-        """For the loader: only from pinned memory is a copy to the GPU made while it computes."""
-        return change_tensors(self, Tensor.pin_memory)
+        return change_tensors(self, Tensor.pin_memory)  # so that copies to a GPU overlap
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """What the attention of decoder layer `layer` computes over the row, as `Segments.attend`."""
-        return self.segments.attend(query, key, value, scale)
+    def attend(self, layer, query, key, value, scale) -> Tensor:
+        return self.segments.attend(query, key, value, scale)  # in every `layer` the same
 
     def response_tokens(self) -> tuple[Tensor, Tensor]:
-        """For language modelling, where each response token stands in the row, and where the one stands that predicts
-        it: the token before it, for a response's first the prompt's last. Both [all response tokens]."""
-        places, predictors, end = [], [], 0
-        for P, Rs in self.lengths:
-            end += P
-            prompt_last = end - 1
-            for R in Rs:
-                places += range(end, end + R)
-                predictors += [prompt_last, *range(end, end + R - 1)]
-                end += R
-        as_index = partial(torch.tensor, dtype=torch.long, device=self.input_ids.device)
-        return as_index(places), as_index(predictors)
+        return response_tokens(self)  # for a policy, see the appendix
 
 
-READ_ON_CPU = (
-    "grid_thw",
-    "image_cu_seqlens",
-    "image_cu_window_seqlens",
-)  # by us or by transformers: they stay there
-
-
-def change_tensors(value: Any, change: Callable) -> Any:
-    """The same dataclass with `change` applied to its tensors, and to those of dataclasses and dicts in it."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {
-            name: part if name in READ_ON_CPU else change_tensors(part, change)
-            for name, part in value.items()
-        }
-    if dataclasses.is_dataclass(value):
-        return dataclasses.replace(value, **change_tensors(vars(value), change))
-    return value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention over a row. It can be taken along by itself: `Segments` with `has_varlen`, and `shared_prefix_attention` for
-# transformers, to whose `forward` any `row` with such an `attend` is passed, in every call and beside the position ids.
+# --------------------------------------------------------------------------------------------------
+# The same attention without building the mask, most of whose T x T cells are empty.
 
 
 @dataclass
 class Segments:
-    """Consecutive stretches of a row. With `prefixes` they are text and causal: a token sees the earlier tokens of its
-    own stretch and, if the stretch has a prefix (the number of an earlier one), all of that too: a response its prompt.
-    Without, they are images or windows of images, in which every patch sees every other."""
+    """The segments of a row, prompts and responses, and the attention among them."""
 
-    lengths: list[int]
-    prefixes: list[int | None]  # of each the segment whose keys stand before its own, or None
-    starts: Tensor  # [segments + 1] int32, in the row
-    keys: (
-        Tensor | None
-    )  # [all keys] where each segment's keys stand in the row; None: the segments themselves
-    key_starts: Tensor  # [segments + 1] int32, in `keys`
+    lengths: list[int]  # tokens of each segment
+    prompts: list[int | None]  # for a response the index of its prompt's segment, for a prompt None
+    starts: Tensor  # [segments + 1] int32, where each segment begins in the row
+    key_indices: Tensor  # [K] the tokens that each segment attends to: [prompt | own]
+    key_starts: Tensor  # [segments + 1] int32, where each segment begins in `key_indices`
     longest_keys: int
-    masks: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # [R, P + R] of those with a prefix, for a CPU
+    masks: dict[int, Tensor] = field(default_factory=dict)  # of responses, for the CPU
 
     @classmethod
-    def of(cls, lengths: list[int], prefixes: list[int | None] = ()) -> "Segments":
-        starts = np.cumsum([0, *lengths], dtype=np.int32)
-        keys, key_starts = None, starts
-        if prefixes:
-            own = np.split(np.arange(sum(lengths)), starts[1:-1])
-            keys = [
-                own[i] if p is None else np.concatenate([own[p], own[i]])
-                for i, p in enumerate(prefixes)
-            ]
-            key_starts = np.cumsum([0, *map(len, keys)], dtype=np.int32)
-            keys = torch.from_numpy(np.concatenate(keys))
-        starts, key_starts, longest = (
-            torch.from_numpy(starts),
-            torch.from_numpy(key_starts),
-            np.diff(key_starts).max(),
-        )
-        return cls(lengths, prefixes, starts, keys, key_starts, int(longest))
-
-    @classmethod
-    def of_comparisons(cls, lengths: list[tuple[int, list[int]]]) -> "Segments":
-        """Of comparisons with P tokens of prompt and R_1 ... R_N of responses, which see prompt and themselves."""
-        segments, prefixes = [], []
+    def of_comparisons(cls, lengths: Lengths) -> "Segments":
+        """Lay out a row's segments, once, in the loader; all layers use this."""
+        sizes, prompts, keys = [], [], []
+        start = 0
         for P, Rs in lengths:
-            prefixes += [None, *[len(segments)] * len(Rs)]
-            segments += [P, *Rs]
-        return cls.of(segments, prefixes)
+            first = len(sizes)
+            for i, size in enumerate([P, *Rs]):
+                own = np.arange(start, start + size)
+                sizes.append(size)
+                prompts.append(first if i > 0 else None)
+                keys.append(np.concatenate([keys[first], own]) if i > 0 else own)
+                start += size
+        key_sizes = list(map(len, keys))
+        indices = torch.from_numpy(np.concatenate(keys))
+        return cls(sizes, prompts, bounds(sizes), indices, bounds(key_sizes), max(key_sizes))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d]."""
+    def attend(self, query, key, value, scale: float) -> Tensor:
+        """Attend as `dense_mask` says.
+
+        query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, heads, T, d]
+        """
         if has_varlen(query):
-            return self.in_one_call(query, key, value, scale)
-        return (
-            self.one_by_one(query, key, value, scale)
-            if self.prefixes
-            else self.in_batches(query, key, value, scale)
-        )
+            return self.varlen(query, key, value, scale)
+        return self.one_by_one(query, key, value, scale)
 
-    def in_one_call(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """For a GPU: a variable-length call, for which the prompt's keys are copied to stand before each response's.
-        Causal is aligned at the bottom right there: a response's first token sees all of its prompt and itself."""
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, d]
-        window = (-1, -1)
-        if self.prefixes:
-            window, k, v = (-1, 0), k[self.keys], v[self.keys]  # [all keys, kv heads, d]
-        ends = (self.starts, self.key_starts, max(self.lengths), self.longest_keys)
-        more = {"scale": scale, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
-        return varlen_attn(q, k, v, *ends, **more).transpose(0, 1)[None]
-
-    def one_by_one(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """For text on a CPU: a call for each segment against [its prefix's keys | its own]. `split` rather than slices:
-        the backward of a slice fills a whole row with zeros, that of `split` is one concatenation."""
-        attention = partial(
-            F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        q, k, v = (tensor.split(self.lengths, dim=2) for tensor in (query, key, value))
+    def one_by_one(self, query, key, value, scale):
+        """The CPU way: one call for each segment, against [prompt keys | own keys]."""
+        # `split` and not slices: the backward of each slice would fill a whole row with zeros.
+        queries = query.split(self.lengths, dim=2)
+        keys = key.split(self.lengths, dim=2)
+        values = value.split(self.lengths, dim=2)
+        options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        attention = partial(F.scaled_dot_product_attention, **options)
         outputs = []
-        for i, prefix in enumerate(self.prefixes):
-            if prefix is None:
-                outputs.append(attention(q[i], k[i], v[i], is_causal=True))
+        for i, prompt in enumerate(self.prompts):
+            if prompt is None:
+                outputs.append(attention(queries[i], keys[i], values[i], is_causal=True))
                 continue
-            if (
-                i not in self.masks
-            ):  # the first layer makes it for all: True for all of the prompt, then causal
-                P, R = self.lengths[prefix], self.lengths[i]
-                self.masks[i] = torch.ones(R, P + R, dtype=torch.bool, device=query.device).tril(P)
-            keys = torch.cat([k[prefix], k[i]], dim=2)  # [1, kv heads, P + R, d]
-            values = torch.cat([v[prefix], v[i]], dim=2)
-            outputs.append(attention(q[i], keys, values, attn_mask=self.masks[i]))
+            if i not in self.masks:  # built in the first layer, for all layers
+                P, R = self.lengths[prompt], self.lengths[i]
+                everything = torch.ones(R, P + R, dtype=torch.bool, device=query.device)
+                self.masks[i] = everything.tril(P)  # all of the prompt, then causal
+            k = torch.cat([keys[prompt], keys[i]], dim=2)  # [1, kv heads, P + R, d]
+            v = torch.cat([values[prompt], values[i]], dim=2)
+            outputs.append(attention(queries[i], k, v, attn_mask=self.masks[i]))
         return torch.cat(outputs, dim=2)
 
-    def in_batches(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """For images on a CPU: neighbours of equal length are one batch."""
-        runs = [(length, len(list(run))) for length, run in itertools.groupby(self.lengths)]
-        parts = (
-            tensor[0].split([length * count for length, count in runs], dim=1)
-            for tensor in (query, key, value)
-        )
-        outputs = []
-        for (length, count), *qkv in zip(runs, *parts):
-            q, k, v = (
-                part.unflatten(1, (count, length)).transpose(0, 1) for part in qkv
-            )  # [count, heads, length, d]
-            outputs.append(
-                F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)
-            )
-        return torch.cat(outputs).transpose(0, 1)[None]
+    def varlen(self, query, key, value, scale):
+        """The GPU way: one call of flash attention over segments of different lengths.
+
+        Each response's keys are a copy of its prompt's, then its own. The causal window is aligned
+        to the lower right corner there: a response's first token sees its prompt and itself.
+        """
+        q = query[0].transpose(0, 1)  # [T, heads, d]
+        k = key[0].transpose(0, 1)[self.key_indices]  # [K, kv heads, d]
+        v = value[0].transpose(0, 1)[self.key_indices]
+        return call_varlen(self, q, k, v, scale=scale, window_size=(-1, 0))
 
 
 def has_varlen(query: Tensor) -> bool:
-    """Flash attention for segments of different lengths: on a GPU, in half precision."""
+    """Flash attention needs a GPU and half precision."""
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
-# What transformers calls in every layer of the decoder with the `row`, of the vision tower with the `images` that we
-# pass to `forward`. Lengths differ from row to row: kept out of torch.compile's graphs, they cause no recompilation.
+# transformers looks up the attention of every layer by a name, `attn_implementation`.
+# - Arguments of `model(...)` that it does not know travel down to that function: so `row` arrives.
+# - It builds a causal mask only for names that also have a mask function. Ours has none, hence
+#   `attention_mask` is None, no T x T mask is ever made, and the row alone decides.
+# `compiler.disable`: in a compiled graph, every new row's lengths would trigger a recompilation.
 
 
 @torch.compiler.disable
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling, row, **others):
-    if others.get("dropout") or any(
-        others.get(each) is not None for each in ("sliding_window", "softcap", "s_aux")
-    ):
-        raise ValueError(
-            "attention over a row has no dropout, no sliding window, no softcap and no sinks"
-        )
-    return row.attend(module.layer_idx, query, key, value, scaling).transpose(
-        1, 2
-    ), None  # [1, T, heads, d]
-
-
-@torch.compiler.disable
-def image_attention(module, query, key, value, attention_mask, scaling, images=None, **_):
-    segments = images.whole if module.attends_to_whole_images else images.windows
-    return segments.attend(query, key, value, scaling).transpose(
-        1, 2
-    ), None  # [1, patches, heads, d]
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling, row, **options):
+    """Attend over a packed row: [1, heads, T, d] -> [1, T, heads, d]."""
+    others = [options.get(name) for name in ("sliding_window", "softcap", "s_aux")]
+    if options.get("dropout") or any(other is not None for other in others):
+        raise ValueError("over a row: no dropout, no sliding window, no softcap, no sinks")
+    if len(query) != 1:
+        raise ValueError(f"input_ids has {len(query)} rows: pack all comparisons into one")
+    query = query.to(value.dtype)  # under autocast, rotary embeddings leave it in float32
+    key = key.to(value.dtype)
+    output = row.attend(module.layer_idx, query, key, value, scaling)
+    return output.transpose(1, 2), None
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionInterface.register("packed_images", image_attention)
+
+# --------------------------------------------------------------------------------------------------
+# From comparisons to a row. This runs on the CPU, in the loader's processes.
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From comparisons to a row: in the loader's processes, on the CPU.
+def prompt_positions(prompt, grids, image_token: int | None) -> np.ndarray:
+    """Return the M-RoPE position ids [3, P] of a prompt [P] (Qwen2-VL, arXiv 2409.12191).
 
+    Text counts up on all three axes: time, height, width. The tokens of an image share one time,
+    and their rows and columns count up from there. The text after it continues max(h, w) further:
+    at the first position that no token of the image has on any axis. So nothing repeats, and yet a
+    picture of 20 x 30 tokens moves the text on by 30 positions instead of 600.
 
-def prompt_positions(prompt: np.ndarray, grids: np.ndarray, image_token: int | None) -> np.ndarray:
-    """Position ids [3, P] of a prompt [P] with M-RoPE (Qwen2-VL, arXiv 2409.12191), from its images' grids in tokens
-    [images, 3], which are a processor's grid_thw // [1, merge, merge]; without images ([]) they count up.
-
-    Text counts up on all three axes. The tokens of an image share one time, count rows and columns from there, and the
-    text after it continues after the largest of them.
+    `grids` [images, 3] counts tokens: a processor's grid_thw // [1, merge, merge].
     """
-    if len(grids) and np.prod(grids, axis=1).sum() != (prompt == image_token).sum():
-        raise ValueError(
-            "the prompt's image tokens are not as many as the grids say, in tokens, not in patches"
-        )
-    positions, start, next_position = [], 0, 0
-    for t, h, w in grids:
-        text = int(np.argmax(prompt[start:] == image_token))  # tokens before this image's
-        positions.append(np.tile(np.arange(text) + next_position, (3, 1)))
-        next_position += text
-        positions.append(np.indices((t, h, w)).reshape(3, -1) + next_position)
-        next_position += max(h, w)
-        start += text + t * h * w
-    positions.append(np.tile(np.arange(len(prompt) - start) + next_position, (3, 1)))
-    return np.concatenate(positions, axis=1)
+    sizes = [t * h * w for t, h, w in grids]
+    if sizes and sum(sizes) != np.sum(prompt == image_token):
+        raise ValueError("grids: not the prompt's image tokens; count in tokens, not in patches")
+    parts = []
+    start, position = 0, 0  # in the prompt; the next free one
+    for grid, size in zip(grids, sizes):
+        text = int(np.argmax(prompt[start:] == image_token))  # tokens before the image
+        parts.append(count_up(position, text))
+        position += text
+        parts.append(position + np.indices(grid).reshape(3, -1))
+        position += max(grid[1:])
+        start += text + size
+    parts.append(count_up(position, len(prompt) - start))
+    return np.concatenate(parts, axis=1)
 
 
-def pack_tokens(
-    prompts: list[np.ndarray],
-    responses: list[list[np.ndarray]],
-    positions: list[np.ndarray] | None = None,
-) -> PackedRow:
-    """One row of token ids: prompts [P], and of each its responses [R]. `positions` are the prompts', [3, P]; without
-    them they count up. All responses go on where their prompt ends."""
-    positions = positions or [np.tile(np.arange(len(prompt)), (3, 1)) for prompt in prompts]
-    ids, at, lengths = [], [], []
-    for prompt, those, of_prompt in zip(prompts, responses, positions, strict=True):
-        lengths.append((len(prompt), [len(response) for response in those]))
-        ids += [prompt, *those]
-        at += [
-            of_prompt,
-            *(np.tile(of_prompt.max() + 1 + np.arange(len(each)), (3, 1)) for each in those),
-        ]
+def count_up(start: int, length: int) -> np.ndarray:
+    """Return the positions of text, [3, length]."""
+    return np.tile(np.arange(start, start + length), (3, 1))
+
+
+def pack_tokens(prompts: list, responses: list, positions: list = ()) -> PackedRow:
+    """Pack token ids into one row: prompts [P], and for each of them a list of responses [R].
+
+    `positions` are the prompts' position ids [3, P]; without them they count up.
+    """
+    positions = positions or [count_up(0, len(prompt)) for prompt in prompts]
+    lengths, ids, position_ids, last = [], [], [], []
+    T = 0
+    for prompt, answers, prompt_position in zip(prompts, responses, positions, strict=True):
+        lengths.append((len(prompt), [len(answer) for answer in answers]))
+        ids += [prompt, *answers]
+        position_ids.append(prompt_position)
+        T += len(prompt)
+        for answer in answers:  # each continues where the prompt ends
+            position_ids.append(count_up(prompt_position.max() + 1, len(answer)))
+            T += len(answer)
+            last.append(T - 1)
+    ids = torch.from_numpy(np.concatenate(ids)).long()  # [T]
+    position_ids = torch.from_numpy(np.concatenate(position_ids, axis=1)).long()  # [3, T]
+    last = torch.tensor(last, dtype=torch.long)
     segments = Segments.of_comparisons(lengths)
-    ends = [
-        end
-        for end, prefix in zip(segments.starts[1:].tolist(), segments.prefixes)
-        if prefix is not None
-    ]
-    input_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64))[None]
-    position_ids = torch.from_numpy(np.concatenate(at, axis=1).astype(np.int64))[:, None]
-    return PackedRow(
-        lengths, input_ids, position_ids, torch.tensor(ends, dtype=torch.long) - 1, segments
-    )
+    return PackedRow(lengths, ids[None], position_ids[:, None], last, segments)
 
 
-def pack(
-    comparisons: list[Comparison], processors: Processors, dummy_image: bool = False
-) -> PackedRow:
-    """Packs comparisons into one row and decodes their images.
+def pack(comparisons: list, processors: Processors, dummy_image: bool = False) -> PackedRow:
+    """Pack comparisons into one row and decode their images.
 
-    `dummy_image` appends a comparison that nobody reads: a prompt of one blank image and no responses. It contributes
-    exactly zero to every gradient, and is for FSDP, where a rank without an image would not join the vision tower's
-    all-gather and all ranks would wait for it for ever.
+    `dummy_image` appends a blank image without responses, which adds exactly zero to all gradients.
+    FSDP needs it: a rank without images would not join the vision tower's all-gather, and all
+    ranks would wait for it forever.
     """
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
-    images = [
-        image for comparison in comparisons for image in data.open_images(comparison, processors)
-    ]
+    prompts = [comparison.prompt for comparison in comparisons]
+    responses = [comparison.responses for comparison in comparisons]
     positions = None
     if processors.family.mrope:
-        merge = [1, processors.vision.merge, processors.vision.merge]  # patches of a token
-        positions = [
-            prompt_positions(c.prompt, c.grids // merge, processors.image_token)
-            for c in comparisons
-        ]
-    row = pack_tokens(
-        [c.prompt for c in comparisons], [c.responses for c in comparisons], positions
-    )
-    if images:
-        grids = np.concatenate([comparison.grids for comparison in comparisons]).astype(np.int64)
-        if not np.array_equal(grids, [data.patch_grid(image.size, processors) for image in images]):
-            raise UserError(
-                "the images' patch grids differ from those they were prepared with: "
-                "the model's image processor has other pixel limits; run 01_data.py again with --backbone set to it"
-            )
-        pixels, grids = (
-            processors.image(images, return_tensors="pt")["pixel_values"],
-            torch.from_numpy(grids),
-        )
-        row.images = (
-            Images(pixels, grids)
-            if processors.family.tiles
-            else pack_images(pixels, grids, processors.vision)
-        )
+        patches_per_token = [1, processors.vision.merge, processors.vision.merge]
+        positions = []
+        for comparison in comparisons:
+            grids = comparison.grids // patches_per_token
+            positions.append(prompt_positions(comparison.prompt, grids, processors.image_token))
+    row = pack_tokens(prompts, responses, positions)
+    row.images = pack_images_of(comparisons, processors)  # see the appendix
     return row
 
 
-@dataclass
-class Images:
-    """The images of a row, their patches one after the other, and which patches see each other in the vision tower.
-
-    Qwen2.5-VL's tower attends within windows of 8 x 8 patches in most layers, within whole images in the others. It
-    reorders the patches so that a window's stand together. Qwen3-VL's has a table of learned positions, of which each
-    patch takes the four nearest, weighted. InternVL's gets tiles of one size, a batch like any other.
-    """
-
-    pixel_values: Tensor  # [patches, 3 * 2 * 14 * 14]; of tiles [tiles, 3, 448, 448]
-    grid_thw: Tensor  # [images, 3] in patches
-    layout: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # by `forward`'s names, what more it takes; tiles: none
-    whole: Segments | None = None  # the images; None: tiles
-    windows: Segments | None = None  # None: a tower without windows
-
-    def arguments(self) -> dict:
-        """For `forward` of a transformers backbone."""
-        more = {"image_grid_thw": self.grid_thw, "images": self} if self.layout else {}
-        return {"pixel_values": self.pixel_values, **self.layout, **more}
-
-
-@lru_cache(4096)
-def image_layout(height: int, width: int, shape: data.VisionShape) -> tuple:
-    """Of an image of height x width patches: the positions of its patches [patches, 2], in which order its merged
-    patches stand so that windows are contiguous, large windows first, and the windows' sizes in merged patches."""
-    grid, merge = torch.tensor([[1, height, width]]), shape.merge
-    positions = vision_utils.get_vision_position_ids(grid, merge)
-    if not shape.window:
-        return positions, None, []
-    order, ends = vision_utils.get_vision_window_index(grid, merge, shape.window, shape.patch)
-    windows = sorted(order.split((ends.diff() // merge**2).tolist()), key=len, reverse=True)
-    return positions, torch.cat(windows), [len(window) for window in windows]
-
-
-def pack_images(pixel_values: Tensor, grids: Tensor, shape: data.VisionShape) -> Images:
-    """The tower is told that all patches are one segment, which it hands to `image_attention` in one call, instead of
-    looping over windows and waiting for the GPU to learn where they end."""
-    layouts = [image_layout(height, width, shape) for _, height, width in grids.tolist()]
-    positions, orders, windows = zip(*layouts)
-    patches = [len(position) for position in positions]
-    everything = torch.tensor([0, sum(patches)], dtype=torch.int32)
-    layout = {
-        "image_position_ids": torch.cat(positions),
-        "image_cu_seqlens": everything,
-    }  # [patches, 2] row and column
-    whole, in_windows = Segments.of(patches), None
-    if shape.window:
-        before = np.cumsum([0, *patches]) // shape.merge**2  # merged patches of the images before
-        order = torch.cat(
-            [order + int(start) for order, start in zip(orders, before)]
-        )  # [patches / merge**2]
-        layout |= {"image_window_index": order, "image_cu_window_seqlens": everything}
-        in_windows = Segments.of([length * shape.merge**2 for sizes in windows for length in sizes])
-    if shape.table:
-        how = {
-            "align_corners": True,
-            "spatial_merge_size": shape.merge,
-        }  # as Qwen3VLVisionModel does it
-        found = vision_utils.get_vision_interpolation_indices_and_weights(
-            grids, shape.table, **how
-        )  # [patches, 4] each
-        layout |= zip(("image_interp_indices", "image_interp_weights"), found)
-    return Images(pixel_values, grids, layout, whole, in_windows)
-
-
-def blank_comparison(processors: Processors) -> Comparison:
-    """A prompt of the smallest possible image and no responses (of one token where the backbone is text-only)."""
-    if processors.image is None:
-        return Comparison(np.array([processors.end_token], np.int32), [], [])
-    merge = processors.vision.merge
-    side = processors.vision.patch * merge
-    file = data.read_image(data.Image.new("RGB", (side, side)), Path())
-    grid = np.array([data.patch_grid((side, side), processors)], np.int32)
-    return Comparison(
-        np.full(grid.prod() // merge**2, processors.image_token, np.int32), [], [], [file], grid
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From a row to scores.
 
 
 def run_backbone(backbone: nn.Module, row: PackedRow) -> Tensor:
-    """One forward of a transformers backbone, with or without an LM head -> its last hidden states [T, hidden].
-
-    Position ids are ours: transformers would count through the row, and keeps stale offsets after `generate`.
-    """
-    inputs = {
-        "input_ids": row.input_ids,
-        "position_ids": row.position_ids,
-        "use_cache": False,
-        "row": row,
-    }
+    """Run a transformers model, with or without LM head: last hidden states [T, hidden]."""
+    check_attention(backbone)  # another attention would ignore `row` without a word
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
     if not data.FAMILIES[backbone.config.model_type].mrope:
-        inputs["position_ids"] = row.position_ids[0]  # the same on all axes
-    inputs |= row.images.arguments() if row.images else {}
-    return getattr(backbone, "model", backbone)(**inputs).last_hidden_state[0]
+        inputs["position_ids"] = row.position_ids[0]
+    if row.images is not None:
+        inputs |= row.images.arguments()
+    return getattr(backbone, "model", backbone)(**inputs, row=row).last_hidden_state[0]
+
+
+ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
 class RewardHead(nn.Module):
-    """Hidden states [N, hidden] -> scores [N]: `layers` linear layers with an activation between them.
+    """An MLP from hidden states [N, hidden] to scores [N].
 
-    The last layer has no bias: it would cancel in every difference of two scores, and its gradient be rounding noise,
-    of which AdamW makes whole steps.
+    The last layer has no bias. It would cancel in every difference of two scores, so its gradient
+    is pure rounding noise, which AdamW would turn into full-size steps. The head computes in
+    float32 even if the backbone computes in bfloat16, whose spacing near 4 is 0.03.
     """
 
     def __init__(self, hidden: int, layers: int = 2, activation: str = "silu", width: int = 0):
         super().__init__()
         if not 1 <= layers <= 5:
-            raise UserError(f"a reward head of {layers} layers (--head_layers): must be 1 to 5")
-        self.settings = {
-            "hidden": hidden,
-            "layers": layers,
-            "activation": activation,
-            "width": width or hidden,
-        }
-        sizes = [hidden, *[width or hidden] * (layers - 1)]
-        parts = []
-        for before, after in zip(sizes, sizes[1:]):
-            parts += [nn.Linear(before, after), ACTIVATIONS[activation]()]
+            raise UserError(f"--head_layers {layers}: must be 1 to 5")
+        width = width or hidden
+        self.settings = dict(hidden=hidden, layers=layers, activation=activation, width=width)
+        sizes = [hidden] + [width] * (layers - 1)
+        modules = []
+        for inputs, outputs in itertools.pairwise(sizes):
+            modules += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
         last = nn.Linear(sizes[-1], 1, bias=False)
-        nn.init.normal_(
-            last.weight, std=1 / math.sqrt(sizes[-1] + 1)
-        )  # small scores at first (arXiv 2009.01325)
-        self.mlp = nn.Sequential(*parts, last)
+        nn.init.normal_(last.weight, std=1 / math.sqrt(sizes[-1] + 1))  # as arXiv 2009.01325
+        self.mlp = nn.Sequential(*modules, last)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.mlp[0].weight.dtype != torch.float32:
-            raise UserError(
-                "the reward head is to stay float32; `place(reward, device, dtype)` makes only the backbone less"
-            )
-        scores = self.mlp(hidden.float()).sum(
-            -1
-        )  # of one; a squeezed view would trip FSDP's backward hooks
+        scores = self.mlp(hidden.to(self.mlp[0].weight.dtype))  # [N, 1]
         if scores.dtype != torch.float32:
-            raise UserError(
-                "the reward head is to compute in float32; call it with autocast switched off"
-            )
-        return scores
+            raise UserError("the reward head must stay float32 (use `place`), outside autocast")
+        return scores.sum(-1)  # [N]; a squeezed view would trip FSDP's backward hooks
 
 
 class RewardModel(nn.Module):
@@ -580,555 +359,533 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
+    # A critic or a judge (appendix) has other ones.
     kind = "naive"
-    pack = staticmethod(pack)  # for training
-    rewrite = None  # of a critic or a judge: a function Comparison -> Asked, for training
+    pack = staticmethod(pack)
+    rewrite = None
 
-    def __init__(
-        self,
-        backbone,
-        head: RewardHead | None,
-        processors,
-        trained_with: dict | None = None,
-        asks=None,
-    ):
+    def __init__(self, backbone, head, processors: Processors, trained_with: dict | None = None):
         super().__init__()
         self.backbone, self.head, self.processors = backbone, head, processors
-        self.trained_with = trained_with or {}  # what the head was trained with; empty: not at all
-        self.asks = asks or {}  # of a critic or a judge: its request and how long a critique may be
-        self.cost = Counter()  # of all that it has scored: tokens read and written, image patches
+        self.trained_with = trained_with or {}  # {"data": [...], "steps": ...}; {} for a new head
+        self.cost = Counter()  # of all scoring: tokens read, tokens written, image patches
 
     def hidden_states(self, row: PackedRow) -> Tensor:
-        """The backbone's last hidden states, [T, hidden]."""
-        return run_backbone(self.backbone, row)
+        return run_backbone(self.backbone, row)  # [T, hidden]
 
     def forward(self, row: PackedRow) -> Tensor:
         return self.head(self.hidden_states(row)[row.last])  # [T, hidden] -> [N, hidden] -> [N]
 
-    def score(self, messages: list[dict], responses: list[str], images: list = ()) -> Tensor:
-        """Scores N responses to one prompt, [N] float32 on the CPU; they do not depend on their order, nor on each
-        other, unless it is a judge that compares them. The model computes where and in what it is; on a GPU,
-        `place(reward, "cuda")` is the fast way.
+    def score(self, messages, responses: list[str], images=()) -> Tensor:
+        """Score N responses to one prompt: [N] float32 on the CPU.
 
-        Args:
-            messages: the prompt's turns; an image is {"type": "image", "image": path, bytes or PIL image}, or {"type":
-                "image"} with the images in order in `images`.
-            responses: the assistant's answers.
-        Raises:
-            ValueError: says what is wrong with the prompt, an image or a response.
+        `messages` are the prompt's turns. An image is {"type": "image", "image": path, bytes or PIL
+        image}, or {"type": "image"} with the pictures in order in `images`. Raises ValueError with
+        the reason if the prompt, an image or a response is unusable.
         """
-        data.require(
-            not isinstance(responses, str), "responses: a text where a list of texts should be"
-        )
+        data.require(not isinstance(responses, str), "responses: a text, not a list of texts")
         texts = [data.text_of(text, f"responses[{i}]") for i, text in enumerate(responses)]
         return self.score_encoded([self.encode(messages, texts, images)]).cpu()
 
-    def encode(
-        self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()
-    ) -> Comparison:
-        """A prompt and responses as `score` takes them, ready for `score_encoded`; image paths are relative to
-        `folder`. Raises ValueError as `score` does."""
+    def encode(self, messages, texts, images=(), folder=Path()) -> Comparison:
+        """Encode a prompt and its responses for `score_encoded`; image paths start at `folder`."""
         prompt, files, grids = data.encode_prompt(messages, images, self.processors, folder)
         responses = [data.encode_response(text, self.processors) for text in texts]
-        return Comparison(prompt, responses, [1] * len(responses), files, grids)
+        ranks = [1] * len(responses)
+        return Comparison(prompt, responses, ranks, files, grids)
 
     @torch.inference_mode()
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
-        """The scores of all responses of all comparisons, one after the other, [N] float32 on the model's device, in
-        forwards of at most `micro_tokens` tokens each."""
-        scores = [self(self.row_of(row)) for row in split_into_rows(comparisons, micro_tokens)]
-        return torch.cat([torch.zeros(0, device=self.device), *scores])
+    def score_encoded(self, comparisons: list, micro_tokens=8192) -> Tensor:
+        """Score all responses of all comparisons, [N] float32 on the model's device, in forwards
+        of at most `micro_tokens` tokens."""
+        scores = [torch.zeros(0, device=self.device)]
+        for part in split_into_rows(comparisons, micro_tokens):
+            scores.append(self(self.row_of(part)))
+        return torch.cat(scores)
 
-    def row_of(self, comparisons: list[Comparison]) -> PackedRow:
-        """Packs a row that is going to be read on the model's device, and counts it in `cost`."""
+    def row_of(self, comparisons: list) -> PackedRow:
+        """Pack a row for scoring and count what it costs."""
         row = pack(comparisons, self.processors)
-        patches = int(row.images.grid_thw.prod(1).sum()) if row.images else 0
+        patches = sum(int(comparison.grids.prod(1).sum()) for comparison in comparisons)
         self.cost.update(read=row.input_ids.shape[1], patches=patches)
         return row.to(self.device)
 
     def model_for(self, has_image: bool) -> "RewardModel":
-        return self  # a RewardRouter has two
+        return self  # a router (appendix) has two
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokenizer with which prepared comparisons must have been encoded."""
-        return self.processors.fingerprint
+        return self.processors.fingerprint  # of the tokenizer: shards of another one are refused
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     @classmethod
-    def from_backbone(cls, path: str, settings: HeadSettings, max_pixels: int = 0) -> "RewardModel":
-        """A backbone from a Hugging Face checkpoint with a new head, as the kind that the settings name."""
-        kind, head, asks = settings.kind, None, None
-        backbone = load_backbone(path, kind != "naive")
-        if kind != "generative":
-            hidden = backbone.config.get_text_config().hidden_size
-            head = RewardHead(
-                hidden, settings.head_layers, settings.head_activation, settings.head_width
-            )
-        if kind != "naive":
-            asks = {
-                "request": settings.request or REQUESTS[kind],
-                "critique_tokens": settings.critique_tokens,
-            }
-        return KINDS[kind](backbone, head, data.load_processors(path, max_pixels), asks=asks)
+    def from_backbone(cls, path: str, settings: "HeadSettings", max_pixels: int = 0):
+        """Put a new head on a Hugging Face checkpoint."""
+        if settings.kind != cls.kind:
+            return KINDS[settings.kind].from_backbone(path, settings, max_pixels)
+        backbone = load_backbone(path)
+        head = new_head(backbone, settings)
+        return cls(backbone, head, data.load_processors(path, max_pixels))
 
     @classmethod
-    def from_pretrained(cls, folder: str, empty: bool = False) -> "RewardModel":
-        """A reward model that `save_pretrained` wrote, of the kind that it was; `empty` leaves the backbone's weights
-        to be filled in, as in `load_backbone`. Raises UserError where there is none."""
-        path = Path(folder, HEAD_FILE)
-        if not path.is_file():
-            raise UserError(
-                f"{folder}: no reward model there (no {path.name}); run 02_model.py or 03_train.py first"
-            )
-        with (
-            data.reading(path, "run 02_model.py or 03_train.py again"),
-            safe_open(path, framework="pt") as file,
-        ):
-            about = {"kind": "naive"} | json.loads(
-                file.metadata()["reward_head"]
-            )  # older ones do not name their kind
-            if about["kind"] not in KINDS:
-                raise data.Unusable(f"its kind is {about['kind']!r}, none of {', '.join(KINDS)}")
-            kind = KINDS[about["kind"]]
-            with torch.device("meta"):  # takes no memory before the shapes are compared
-                head = RewardHead(**about["head"]) if kind is not Judge else None
-            shapes = (
-                {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
-                if head
-                else {}
-            )
-            if shapes != {name: file.get_slice(name).get_shape() for name in file.keys()}:
-                raise data.Unusable(
-                    f"its tensors are not those of the head that it describes, {about['head']}"
-                )
-            if head:
-                head.load_state_dict(
-                    {name: file.get_tensor(name).float() for name in shapes}, assign=True
-                )
-                check_finite(head)
-            trained_with, asks = about["trained_with"], None
-            if kind is not RewardModel:
-                asks = {
-                    name: cast(about["asks"][name])
-                    for name, cast in (("request", str), ("critique_tokens", int))
-                }
-        backbone = load_backbone(folder, kind is not RewardModel, empty)
-        hidden = backbone.config.get_text_config().hidden_size
-        if head and head.settings["hidden"] != hidden:
-            raise UserError(
-                f"{path}: a head for hidden states of {head.settings['hidden']}, the backbone has {hidden}"
-            )
-        return kind(backbone, head, data.load_processors(folder), trained_with, asks)
+    def from_pretrained(cls, folder: str, empty: bool = False):
+        """Load a model that `save_pretrained` wrote; `empty` is as in `load_backbone`."""
+        kind, head, description = load_head(folder)
+        if kind.kind != cls.kind:
+            return kind.from_pretrained(folder, empty)
+        backbone = load_backbone(folder, empty=empty)
+        return cls(backbone, head, data.load_processors(folder), description["trained_with"])
 
-    def save_pretrained(
-        self, folder: str, dtype: torch.dtype = torch.float32, file_size: str = "5GB"
-    ) -> None:
-        """Writes the Hugging Face layout (`export`) plus reward_head.safetensors, which is float32 whatever `dtype`
-        the backbone gets; a judge's has no tensors. Where the model is sharded all ranks call it."""
-        head = (
-            {name: whole(tensor).cpu() for name, tensor in self.head.state_dict().items()}
-            if self.head
-            else {}
+    def save_pretrained(self, folder, dtype=torch.float32, file_size="5GB", **description) -> None:
+        """Write the backbone in `dtype`, the head in float32. All ranks call this if sharded."""
+        description |= {"kind": self.kind, "trained_with": self.trained_with}
+        description["head"] = self.head.settings if self.head else None
+        weights = full_weights(self.head) if self.head else {}
+        head_file = save(weights, {"reward_head": json.dumps(description)})
+        export(self.backbone, self.processors, folder, dtype, file_size, head_file)  # appendix
+
+
+def load_head(folder: str) -> tuple[type, RewardHead | None, dict]:
+    """Read a head file: the class of its model, the head, and the description in its metadata."""
+    path = Path(folder, HEAD_FILE)
+    if not path.is_file():
+        raise UserError(f"{folder}: no reward model there; run 02_model.py or 03_train.py first")
+    with data.reading(path, "write it again"), safe_open(path, framework="pt") as file:
+        description = {"kind": "naive"} | json.loads(file.metadata()["reward_head"])
+        kind = KINDS[description["kind"]]
+        head = None
+        if description["head"] is not None:
+            with torch.device("meta"):  # takes neither memory nor random numbers
+                head = RewardHead(**description["head"])
+            # A tensor inside a memory-mapped file is aligned differently, which can select another
+            # CPU kernel and change the last bits of a score: copy it.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}
+            head.load_state_dict(weights, assign=True)
+    return kind, head, description
+
+
+def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.Module:
+    """Load a Hugging Face checkpoint in float32, with our attention and by default no LM head.
+
+    An `empty` one is on the meta device, shapes without weights: 03 shards it before filling it.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: no model in the Hugging Face layout: {reason}") from None
+    family = data.family_of(config, path)
+    auto = AutoModel
+    if lm_head and family.vision:
+        auto = transformers.AutoModelForImageTextToText
+    elif lm_head:
+        auto = transformers.AutoModelForCausalLM
+    options = {"dtype": torch.float32, "attn_implementation": attention_of(config)}
+    if empty:
+        with torch.device("meta"):
+            backbone = auto.from_config(config, **options).eval()
+        with suppress(OSError):  # for an LM; a checkpoint need not have it
+            backbone.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    else:
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        with data.reading(path, "the checkpoint must be complete"):
+            backbone, report = auto.from_pretrained(path, **options)
+            for name in sorted(report["missing_keys"]):  # transformers would make them up
+                raise data.Unusable(f"{name} is missing")
+    prepare_vision(backbone)  # appendix
+    return backbone
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: plumbing of the row
+
+
+def change_tensors(value: Any, change: Callable) -> Any:
+    """Apply `change` to all tensors of a dataclass, and of the dataclasses and dicts in it."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: change_tensors(item, change) for key, item in value.items()}
+    if dataclasses.is_dataclass(value):
+        return replace(value, **change_tensors(vars(value), change))
+    return value
+
+
+def new_head(backbone: nn.Module, settings: "HeadSettings") -> RewardHead:
+    hidden = backbone.config.get_text_config().hidden_size
+    return RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
+
+
+def bounds(sizes: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+
+
+def call_varlen(segments: Segments, q, k, v, **options) -> Tensor:
+    """Call `varlen_attn` of PyTorch, whose options differ between versions."""
+    from torch.nn.attention.varlen import varlen_attn  # here, since old versions have none
+
+    known = inspect.signature(varlen_attn).parameters
+    if "num_splits" in known:  # a segment's bits then do not depend on the rest of the row
+        options["num_splits"] = 1
+    if "enable_gqa" in known:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:  # torch 2.11: repeat the keys for the query heads that share them
+        shared = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(shared, dim=1)
+        v = v.repeat_interleave(shared, dim=1)
+    longest = (max(segments.lengths), segments.longest_keys)
+    out = varlen_attn(q, k, v, segments.starts, segments.key_starts, *longest, **options)
+    return out.transpose(0, 1)[None]  # [1, heads, T, d]
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: images, and where a family keeps its parts
+
+
+class ImageSegments(Segments):
+    """Images, or windows of images: each patch attends to all patches of its segment."""
+
+    def varlen(self, query, key, value, scale):
+        q, k, v = torch.cat([query, key, value]).transpose(1, 2)  # [patches, heads, d] each
+        return call_varlen(self, q, k, v, scale=scale)
+
+    def one_by_one(self, query, key, value, scale):
+        """On a CPU, neighbours of equal length are one batch."""
+        runs = [list(run) for _, run in itertools.groupby(self.lengths)]
+        qkv = torch.cat([query, key, value])  # [3, heads, patches, d]
+        outputs = []
+        for run, part in zip(runs, qkv.split(list(map(sum, runs)), dim=2)):
+            part = part.unflatten(2, (len(run), run[0]))
+            q, k, v = part.transpose(1, 2)  # [windows, heads, length, d] each
+            output = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            outputs.append(output.transpose(0, 1).flatten(1, 2))  # [heads, windows * length, d]
+        return torch.cat(outputs, dim=1)[None]
+
+
+def image_segments(sizes: list[int]) -> ImageSegments:
+    starts = bounds(sizes)
+    return ImageSegments(sizes, [], starts, None, starts, max(sizes))
+
+
+@dataclass
+class Images:
+    """The images of a row, patch after patch. InternVL's tiles of one size need no layout."""
+
+    pixel_values: Tensor  # [patches, 3 * 2 * 14 * 14]; for tiles [tiles, 3, 448, 448]
+    grids: np.ndarray  # [images, 3] in patches
+    layout: dict[str, Tensor] = field(default_factory=dict)  # arguments of `forward`
+    whole: ImageSegments | None = None  # the images
+    windows: ImageSegments | None = None  # Qwen2.5-VL attends within windows in most layers
+
+    def arguments(self) -> dict:
+        """Return the arguments for `forward` of a transformers model."""
+        arguments = {"pixel_values": self.pixel_values, **self.layout}
+        if self.whole is not None:
+            # The tower believes that all patches are one segment and makes one call, in which
+            # `image_attention` finds the segments; on its own it would wait for the GPU at each.
+            everything = torch.tensor([0, sum(self.whole.lengths)], dtype=torch.int32)
+            arguments |= {"image_cu_seqlens": everything, "image_cu_window_seqlens": everything}
+            arguments |= {"image_grid_thw": torch.from_numpy(self.grids), "images": self}
+        return arguments
+
+
+def pack_images_of(comparisons: list, processors: Processors) -> Images | None:
+    """Decode the images of comparisons."""
+    files = [data.open_images(comparison, processors) for comparison in comparisons]
+    images = list(itertools.chain(*files))
+    if not images:
+        return None
+    grids = np.concatenate([comparison.grids for comparison in comparisons])
+    grids = grids.astype(np.int64)
+    expected = [data.patch_grid(image.size, processors) for image in images]
+    if not np.array_equal(grids, expected):
+        raise UserError(
+            "the images' patch grids differ from the prepared ones: this model has other pixel "
+            "limits; run 01_data.py again with it as --backbone"
         )
-        about = {
-            "kind": self.kind,
-            "head": self.head.settings if self.head else None,
-            "asks": self.asks,
-        }
-        head_file = save(
-            head, metadata={"reward_head": json.dumps(about | {"trained_with": self.trained_with})}
+    pixels = processors.image(images, return_tensors="pt")["pixel_values"]
+    if processors.family.tiles:
+        return Images(pixels, grids)
+    return pack_images(pixels, grids, processors.vision)
+
+
+def pack_images(pixel_values: Tensor, grids: np.ndarray, shape: "data.VisionShape") -> Images:
+    """Lay out the patches of images for a Qwen vision tower."""
+    grids = np.asarray(grids)
+    positions, orders, sizes, windows = [], [], [], []
+    start = 0  # in merged patches
+    for _, height, width in grids.tolist():
+        position, order, window_sizes = image_layout(height, width, shape)
+        positions.append(position)
+        orders.append(order + start)
+        sizes.append(height * width)
+        windows += window_sizes
+        start += len(order)
+    layout = {"image_position_ids": torch.cat(positions)}  # [patches, 2] row and column
+    if shape.window:
+        layout["image_window_index"] = torch.cat(orders)  # [merged patches]
+    if shape.table:  # Qwen3-VL: a patch mixes its 4 neighbours in a table of learned positions
+        layout["image_interp_indices"], layout["image_interp_weights"] = (
+            vision_utils.get_vision_interpolation_indices_and_weights(
+                torch.from_numpy(grids),
+                shape.table,
+                align_corners=True,
+                spatial_merge_size=shape.merge,
+            )
         )
-        export(self.backbone, self.processors, folder, dtype, file_size, head_file)
+    images = Images(pixel_values, grids, layout, image_segments(sizes))
+    if windows:
+        images.windows = image_segments(windows)
+    return images
 
 
-def split_into_rows(comparisons: list[Comparison], micro_tokens: int) -> Iterator[list[Comparison]]:
-    """Deals comparisons, in order, into rows of at most `micro_tokens` tokens (an image patch counts a quarter). One
-    that is longer is cut between its responses and its prompt stands in each part; a single response is never cut."""
-    row, size = [], 0
-    for comparison in comparisons:
-        patches, part = int(comparison.grids.prod(1).sum()) // 4, None
-        for response in comparison.responses:
-            if (
-                row
-                and size + (len(response) if part else comparison.length + patches) > micro_tokens
-            ):
-                yield row
-                row, size, part = [], 0, None
-            if part is None:
-                part = dataclasses.replace(comparison, responses=[])
-                row.append(part)
-                size += len(comparison.prompt) + patches
-            part.responses.append(response)
-            size += len(response)
-    if row:
-        yield row
+@lru_cache(4096)
+def image_layout(height: int, width: int, shape: "data.VisionShape") -> tuple:
+    """Lay out one image: row and column of each patch; an order of merged patches that makes
+    windows contiguous, large ones first; the windows' sizes in patches."""
+    grid = torch.tensor([[1, height, width]])
+    merge, merged = shape.merge, shape.merge**2
+    positions = vision_utils.get_vision_position_ids(grid, merge)
+    if not shape.window:
+        return positions, torch.arange(height * width // merged), []
+    order, ends = vision_utils.get_vision_window_index(grid, merge, shape.window, shape.patch)
+    sizes = ends.diff() // merged
+    windows = sorted(order.split(sizes.tolist()), key=len, reverse=True)
+    return positions, torch.cat(windows), [len(window) * merged for window in windows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints in the Hugging Face layout, in and out.
+@torch.compiler.disable
+def image_attention(module, query, key, value, attention_mask, scaling, images=None, **options):
+    """Attend within images or windows: [1, heads, patches, d] -> [1, patches, heads, d]."""
+    segments = images.whole if module.attends_to_whole_images else images.windows
+    query = query.to(value.dtype)
+    key = key.to(value.dtype)
+    output = segments.attend(query, key, value, scaling)
+    return output.transpose(1, 2), None
 
 
-def attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
-    """The names under which a model's attention layers find our functions, for `attn_implementation`. Tiles of one size
-    need none of ours."""
-    family = data.FAMILIES[config.model_type]
-    if not family.vision:
-        return "shared_prefix"
-    return {
-        "text_config": "shared_prefix",
-        "vision_config": "sdpa" if family.tiles else "packed_images",
-    }
+AttentionInterface.register("packed_images", image_attention)
+
+
+class PatchProjection(nn.Conv3d):
+    """A convolution whose kernel is one whole patch: a matrix product is several times faster."""
+
+    def forward(self, patches: Tensor) -> Tensor:  # [patches, channels, time, height, width]
+        kernel = self.weight.flatten(1)
+        return F.linear(patches.flatten(1), kernel, self.bias)  # [patches, hidden]
+
+
+def prepare_vision(backbone: nn.Module) -> None:
+    """Make a Qwen vision tower fast; weights and their names stay."""
+    parts = parts_of(backbone)
+    if parts.vision is None or data.FAMILIES[backbone.config.model_type].tiles:
+        return
+    parts.vision.patch_embed.proj.__class__ = PatchProjection
+    whole = getattr(parts.vision.config, "fullatt_block_indexes", range(len(parts.blocks)))
+    for i, block in enumerate(parts.blocks):
+        block.attn.attends_to_whole_images = i in whole
+
+
+def blank_comparison(processors: Processors) -> Comparison:
+    """Return a prompt of the smallest possible image; for a text-only backbone, of one token."""
+    if processors.image is None:
+        return Comparison(np.array([processors.end_token], np.int32), [], [])
+    shape = processors.vision
+    image = Image.new("RGB", [shape.patch * shape.merge] * 2)
+    grids = np.array([data.patch_grid(image.size, processors)], np.int32)
+    tokens = grids.prod() // shape.merge**2
+    prompt = np.full(tokens, processors.image_token, np.int32)
+    return Comparison(prompt, [], [], [data.read_image(image, Path())], grids)
 
 
 Parts = namedtuple("Parts", "language, vision, blocks")
 
 
 def parts_of(backbone: nn.Module) -> Parts:
-    """Where a backbone, with or without its LM head, has its language model (with `layers`), its vision tower or None,
-    and the list of the tower's layers, whatever its family calls them."""
+    """Find the language model (with `layers`), the vision tower or None, and the tower's layers."""
     family = data.FAMILIES[backbone.config.model_type]
     base = getattr(backbone, "model", backbone)
     if not family.vision:
         return Parts(base, None, [])
     vision = base.get_submodule(family.vision)
-    return Parts(
-        base.get_submodule(family.language), vision, list(vision.get_submodule(family.blocks))
-    )
+    blocks = list(vision.get_submodule(family.blocks))
+    return Parts(base.get_submodule(family.language), vision, blocks)
 
 
-class PatchProjection(nn.Conv3d):
-    """The vision tower's first layer. Its kernel is as large as a patch, so it is one matrix product, for which
-    PyTorch's 3-D convolution takes several times as long."""
+def attention_of(config: transformers.PreTrainedConfig) -> str | dict[str, str]:
+    """Return `attn_implementation` for a backbone; tiles of one size need nothing of ours."""
+    family = data.FAMILIES[config.model_type]
+    if not family.vision:
+        return "shared_prefix"
+    vision = "sdpa" if family.tiles else "packed_images"
+    return {"text_config": "shared_prefix", "vision_config": vision}
 
-    def forward(self, patches: Tensor) -> Tensor:  # [patches, channels, time, height, width]
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)  # [patches, hidden]
 
-
-def prepare_vision(backbone: nn.Module) -> None:
-    """Tells each attention layer of the vision tower whether it attends to whole images or to windows, for
-    `image_attention`, and makes its patch embedding a matrix product. Weights and their names stay as they are."""
+def check_attention(backbone: nn.Module) -> None:
+    """Refuse a backbone whose attention was replaced, by `set_attn_implementation` or by another
+    model made from the same config: responses would see each other."""
     parts = parts_of(backbone)
-    if parts.vision is None or data.FAMILIES[backbone.config.model_type].tiles:
-        return
-    parts.vision.patch_embed.proj.__class__ = PatchProjection
-    whole = getattr(parts.vision.config, "fullatt_block_indexes", None)
-    for i, block in enumerate(parts.blocks):
-        block.attn.attends_to_whole_images = whole is None or i in whole
+    used = parts.language.config._attn_implementation
+    if parts.vision is not None:
+        vision = parts.vision.config._attn_implementation
+        used = {"text_config": used, "vision_config": vision}
+    if used != attention_of(backbone.config):
+        raise UserError(f"attention {used} cannot read a packed row; load it with `load_backbone`")
 
 
-def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.Module:
-    """A Hugging Face checkpoint, float32, whose decoder layers attend by `shared_prefix_attention`; without its LM head
-    unless that is asked for. An `empty` one is on the meta device, shapes without weights, and takes no memory: for
-    `shard` and then `load_weights` (03)."""
-    transformers_logging.disable_progress_bar()
-    try:
-        config = data.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: no model in the Hugging Face layout: {str(error).splitlines()[0]}"
-        ) from None
-    with_head = (
-        AutoModelForImageTextToText if data.family_of(config, path).vision else AutoModelForCausalLM
-    )
-    auto = with_head if lm_head else AutoModel
-    wanted = {"dtype": torch.float32, "attn_implementation": attention_of(config)}
-    if empty:
-        with torch.device("meta"):
-            backbone = auto.from_config(config, **wanted).eval()
-        if lm_head:
-            with suppress(OSError):  # where there is none, it is made from the config
-                backbone.generation_config = GenerationConfig.from_pretrained(path)
-    else:
-        with data.reading(
-            path, "a model has to be whole"
-        ):  # nothing is unpickled, and nothing made up
-            backbone, found = auto.from_pretrained(
-                path, **wanted, use_safetensors=True, output_loading_info=True
-            )
-            if found["missing_keys"]:
-                name, *more = sorted(found["missing_keys"])
-                raise data.Unusable(f"{name} is missing{f', and {len(more)} more' if more else ''}")
-            check_finite(backbone)
-    prepare_vision(backbone)
-    return backbone
+# --------------------------------------------------------------------------------------------------
+# Appendix: export, devices, rows of a limited size
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of an export
 
 
-def check_finite(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if not parameter.isfinite().all():
-            raise data.Unusable(f"{name} has weights that are not finite")
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Gather one full copy of the weights in main memory, on rank 0; other ranks get {}."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP may have sharded, gathered; then all ranks call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def export(model, processors, folder, dtype=torch.float32, file_size="5GB", head_file=b"") -> None:
+    """Write a transformers model and its processors as `from_pretrained` reads them.
 
+    If the model is sharded, all ranks call this, and rank 0 gathers one full copy in main memory:
+    31 GB for a 7B in float32. Raises UserError if `file_size` is not a size like "5GB".
 
-@torch.no_grad()
-def export(
-    model: nn.Module,
-    processors: Processors,
-    folder: str,
-    dtype: torch.dtype = torch.float32,
-    file_size: str = "5GB",
-    head_file: bytes = b"",
-) -> None:
-    """Writes a transformers model and its processors as `from_pretrained` reads them: weights under their published
-    names, tied ones once, in several files with an index where they are more than `file_size`.
-
-    Of a sharded model all ranks call this. A tensor is gathered at a time, on all of them, and rank 0 keeps it until
-    the file that it belongs to is written: that takes memory for twice the largest tensor, and on rank 0 for one file.
-
-    All files are first written beside their place. What makes a model whole, the file or index that `from_pretrained`
-    looks for and the head of a reward model, is the first to go of an earlier one and the last to come of this one.
-
-    Raises UserError where `file_size` is no size like 5GB.
+    Files are written into a temporary folder, then moved. Those that mark a model complete are
+    deleted first and written last, so a crash cannot leave a mixture of two models.
     """
-    state = model.state_dict(
-        keep_vars=True
-    )  # asked for it, FSDP also shards again what it has left gathered
-    for tied in model.all_tied_weights_keys:
-        state.pop(tied, None)
-    state = revert_weight_conversion(model, state)
-    shapes = {
-        name: torch.empty(tensor.shape, dtype=dtype, device="meta")
-        for name, tensor in state.items()
-    }
+    weights = full_weights(model)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    for name in model.all_tied_weights_keys:  # gathered copies no longer look tied
+        weights.pop(name, None)
+    for name, weight in weights.items():
+        weights[name] = weight.to(dtype)
+    out, temporary = Path(folder), Path(folder, ".writing")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        files = split_torch_state_dict_into_shards(shapes, max_shard_size=file_size)
+        model.save_pretrained(temporary, state_dict=weights, max_shard_size=file_size)
     except ValueError as error:
         raise UserError(f"--export_file_size {file_size}: {error}") from None
-    contents = files.filename_to_tensors  # {file: [name, ...]}
-    gathered = (whole(state[name].to(dtype)) for names in contents.values() for name in names)
-    if any(isinstance(tensor, DTensor) for tensor in state.values()) and dist.get_rank() > 0:
-        for _ in gathered:  # one at a time, forgotten at once
-            pass
-        return
-    out, writing = Path(folder), Path(folder, ".writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    for file, names in contents.items():
-        tensors = {name: next(gathered).cpu().contiguous() for name in names}
-        save_file(tensors, writing / file, metadata={"format": "pt"})
-        data.make_readable(writing / file)
-    if files.is_sharded:
-        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
-        data.write_file(writing / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True))
-    config = copy.deepcopy(model.config)
-    config.dtype, config.architectures = dtype, [type(model).__name__]
-    config.save_pretrained(writing)
-    if model.can_generate():
-        model.generation_config.save_pretrained(writing)
-    processors.save(str(writing))
+    for file in temporary.glob("*.safetensors"):
+        data.make_readable(file)
+    model.config.dtype = dtype
+    model.config.save_pretrained(temporary)
+    processors.save(str(temporary))
     if head_file:
-        data.write_file(writing / HEAD_FILE, head_file)
+        data.write_file(temporary / HEAD_FILE, head_file)
 
-    order = ["model.safetensors", INDEX_FILE, HEAD_FILE]  # the last to come and the first to go
-    for name in reversed(order):
+    last = ["model.safetensors", "model.safetensors.index.json", HEAD_FILE]
+    for name in reversed(last):
         (out / name).unlink(missing_ok=True)
-    for old in out.glob("model-*.safetensors"):
-        old.unlink()
-    for path in sorted(
-        writing.iterdir(), key=lambda path: order.index(path.name) if path.name in order else -1
-    ):
-        os.replace(path, out / path.name)
-    writing.rmdir()
+    for file in out.glob("model-*.safetensors"):
+        file.unlink()
+    for file in sorted(
+        temporary.iterdir(), key=lambda file: file.name in last
+    ):  # False sorts first
+        os.replace(file, out / file.name)
+    temporary.rmdir()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In use: on a device, two models as one, and as the reward of other people's training.
+def place(model: nn.Module, device, dtype=None) -> nn.Module:
+    """Ready a model for inference on a device, in place, and return it.
 
-
-class RewardRouter(nn.Module):
-    """A multimodal and a text-only reward model that are used as one: a comparison with an image goes to the first, one
-    without to the second, which the paper finds better for text than any multimodal one.
-
-    Their scores live on different scales, so compare those of one prompt only. Each model encodes text with its own
-    tokenizer; comparisons that were encoded before, in shards, need two models that have the same.
+    `dtype` is by default bfloat16 on a GPU, else float32. As in training only parameters change: a
+    reward head stays float32, and so do rotary frequencies, which `model.to(dtype)` would round
+    (an error of radians at position 1000).
     """
-
-    def __init__(self, multimodal: RewardModel, text: RewardModel):
-        super().__init__()
-        if multimodal.processors.image is None:
-            raise UserError("the multimodal reward model of the two is text-only")
-        self.multimodal, self.text = multimodal, text
-
-    @classmethod
-    def from_pretrained(cls, multimodal: str, text: str) -> "RewardRouter":
-        return cls(RewardModel.from_pretrained(multimodal), RewardModel.from_pretrained(text))
-
-    def model_for(self, has_image: bool) -> RewardModel:
-        return self.multimodal if has_image else self.text
-
-    score = RewardModel.score  # with its own `encode` and `score_encoded`
-
-    def encode(
-        self, messages: list[dict], texts: list[str], images: list = (), folder: Path = Path()
-    ) -> Comparison:
-        """As `RewardModel.encode`, with the tokenizer of the model that will score it."""
-        in_text = any(
-            isinstance(turn["content"], list) for turn in data.check_messages(messages)
-        )  # a list has images
-        return self.model_for(in_text or bool(images)).encode(messages, texts, images, folder)
-
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
-        """As `RewardModel.score_encoded`."""
-        scores = {}
-        for images in (True, False):
-            part = [
-                i for i, comparison in enumerate(comparisons) if bool(comparison.images) == images
-            ]
-            found = self.model_for(images).score_encoded(
-                [comparisons[i] for i in part], micro_tokens
-            )
-            scores |= (
-                zip(part, found.split([len(comparisons[i].responses) for i in part]))
-                if part
-                else ()
-            )
-        return torch.cat(
-            [torch.zeros(0, device=self.multimodal.device), *(scores[i] for i in sorted(scores))]
-        )
-
-    @property
-    def fingerprint(self) -> str:
-        """As `RewardModel.fingerprint`. Raises UserError where the two models have different tokenizers."""
-        if self.multimodal.fingerprint != self.text.fingerprint:
-            raise UserError(
-                "the two reward models have different tokenizers or chat templates, and prepared data has one; "
-                "from text, both can score together: 04_eval.py --score, or `score` in Python"
-            )
-        return self.multimodal.fingerprint
-
-    @property
-    def processors(self) -> Processors:
-        return self.multimodal.processors
-
-    @property
-    def trained_with(self) -> dict:
-        sets = [model.trained_with.get("data", []) for model in (self.multimodal, self.text)]
-        return {"data": [*dict.fromkeys(itertools.chain(*sets))]}
-
-
-def place(
-    model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """Readies a model for inference on a device, in place, and returns it. Without `dtype` it computes in bfloat16 on a
-    GPU and in float32 elsewhere. As in training that is for parameters only: a reward head stays float32, and so do
-    rotary frequencies, which `model.to(dtype)` would round as well, and so be off by radians at position 1000."""
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.eval().requires_grad_(False).to(device)
-    exact = {
-        p
-        for module in model.modules()
-        if isinstance(module, RewardHead)
-        for p in module.parameters()
-    }
+    exact = set()
+    for module in model.modules():
+        if isinstance(module, RewardHead):
+            exact.update(module.parameters())
     for parameter in model.parameters():
         if parameter not in exact:
             parameter.data = parameter.to(dtype)
     return model
 
 
-Reward = RewardModel | RewardRouter
+def split_into_rows(comparisons: list, micro_tokens: int) -> Iterator[list]:
+    """Deal comparisons in order into rows of at most `micro_tokens`; 4 image patches count as one.
 
-
-def load_reward(model: str, text_model: str = "") -> Reward:
-    """The reward model of the command line's --model, or the router of --model and --text_model."""
-    return (
-        RewardRouter.from_pretrained(model, text_model)
-        if text_model
-        else RewardModel.from_pretrained(model)
-    )
-
-
-def trl_reward(
-    reward: Reward,
-    prompts: list,
-    completions: list,
-    images: list | None = None,
-    image: list | None = None,
-    log_metric: Callable | None = None,
-    **_,
-) -> list[float]:
-    """A reward function of TRL's GRPOTrainer: GRPOTrainer(..., reward_funcs=partial(trl_reward, reward)).
-
-    TRL gives a prompt anew with each of its completions. Prompts that are equal, images included, become one comparison
-    here, which is encoded once; TRL logs how many completions that makes for each as "completions_per_prompt".
-
-    Args: a RewardModel or RewardRouter; prompts and completions [n], texts or lists of messages; images, the data set's
-        column of that name, a list for each prompt, or `image`, one or None for each; what else TRL passes is not used.
-    Returns the raw scores [n]. Raises ValueError where a completion is more than one text, or a prompt is unusable.
+    A longer comparison is cut between responses and its prompt repeated; a response is never cut.
     """
-    given = images or [[] if each is None else [each] for each in image or [None] * len(prompts)]
-    texts = [
-        each[0]["content"] if isinstance(each, list) and len(each) == 1 else each
-        for each in completions
-    ]
-    if not all(isinstance(text, str) for text in texts):  # an empty one is a text
-        raise data.Unusable("completions: neither a text nor one assistant message with a text")
-    groups: dict[tuple, list[int]] = {}
-    for i, prompt in enumerate(zip(prompts, given, strict=True)):
-        groups.setdefault(hashable(prompt), []).append(i)
-    comparisons = []
-    for places in groups.values():
-        first = places[0]
-        comparisons.append(
-            reward.encode(prompts[first], [texts[i] for i in places], given[first] or [])
-        )
-    if log_metric is not None:
-        log_metric("completions_per_prompt", len(prompts) / len(groups))
-    scores = dict(
-        zip(itertools.chain(*groups.values()), reward.score_encoded(comparisons).tolist())
-    )
-    return [scores[i] for i in range(len(prompts))]
+    row, size = [], 0
+    for comparison in comparisons:
+        patches = int(comparison.grids.prod(1).sum())
+        prompt_size = len(comparison.prompt) + patches // 4
+        part = None
+        for response in comparison.responses:
+            needed = len(response)
+            if part is None:
+                needed = prompt_size + sum(map(len, comparison.responses))
+            if row and size + needed > micro_tokens:
+                yield row
+                row, size, part = [], 0, None
+            if part is None:
+                part = replace(comparison, responses=[])
+                row.append(part)
+                size += prompt_size
+            part.responses.append(response)
+            size += len(response)
+    if row:
+        yield row
 
 
-def hashable(value: Any) -> Hashable:
-    """A prompt as something that is equal, and has the same hash, where two prompts are the same."""
-    if isinstance(value, dict):
-        return tuple((key, hashable(part)) for key, part in sorted(value.items()))
-    if isinstance(value, (list, tuple)):
-        return tuple(map(hashable, value))
-    if isinstance(value, data.Image.Image):
-        return value.mode, value.size, value.tobytes()
-    return value
+# --------------------------------------------------------------------------------------------------
+# Appendix: sampling text, for the critic below and the policy of 06. A prompt is read once; its
+# keys and values (the KV cache) serve all its samples.
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing: a critic's critiques, and in 06 a policy's answers. Each prompt, with its images, is read once; its keys and
-# values serve all its samples, and samples that have ended leave the row.
+def response_tokens(row: PackedRow) -> tuple[Tensor, Tensor]:
+    """Return the indices of all response tokens and of the tokens that predict them, [tokens] each.
+    A response's first token is predicted by its prompt's last."""
+    targets, predictors = [], []
+    end = 0
+    for P, Rs in row.lengths:
+        end += P
+        prompt_last = end - 1
+        for R in Rs:
+            targets += range(end, end + R)
+            predictors += [prompt_last, *range(end, end + R - 1)]
+            end += R
+    device = row.input_ids.device
+    targets = torch.tensor(targets, dtype=torch.long, device=device)
+    predictors = torch.tensor(predictors, dtype=torch.long, device=device)
+    return targets, predictors
 
 
 class Writer(nn.Module):
-    """A transformers model with its LM head, `lm`, that writes at a temperature."""
+    """A transformers model with its LM head, `lm`, that samples at a temperature."""
 
-    def __init__(self, lm: nn.Module, processors: Processors, temperature: float = 1.0):
+    def __init__(self, lm: nn.Module, processors: Processors, temperature=1.0):
         super().__init__()
         self.lm, self.processors, self.temperature = lm, processors, temperature
-        tokenizer, size = processors.tokenizer, lm.config.get_text_config().vocab_size
-        forbidden = {*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)} & {
-            *range(size)
-        }
-        forbidden.remove(processors.end_token)
-        self.register_buffer("forbidden", torch.tensor(sorted(forbidden)), persistent=False)
+        # Not special tokens: a policy that writes <|image_pad|> crashes some hundred steps later.
+        size = lm.config.get_text_config().vocab_size
+        special = set(processors.tokenizer.get_added_vocab().values())
+        special.update(range(len(processors.tokenizer), size))  # ids without a token
+        special.remove(processors.end_token)
+        forbidden = torch.tensor(sorted(token for token in special if token < size))
+        self.register_buffer("forbidden", forbidden, persistent=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> [n, vocabulary], float32, at the temperature; what must not be written is at -inf."""
+        """[n, hidden] -> float32 [n, vocabulary] at the temperature, forbidden tokens at -inf."""
         logits = self.lm.lm_head(hidden).float() / self.temperature
         return logits.index_fill(-1, self.forbidden, -math.inf)
 
 
 @dataclass
-class KeptRow(PackedRow):
-    """A packed row that keeps every layer's keys and values."""
+class CachedRow(PackedRow):
+    """A packed row that keeps every layer's keys and values, [1, kv heads, T, d] each."""
 
-    cache: dict = field(default_factory=dict)  # {layer: (keys, values)}, [1, kv heads, T, d] each
+    cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def attend(self, layer, query, key, value, scale):
         self.cache[layer] = (key, value)
@@ -1136,155 +893,121 @@ class KeptRow(PackedRow):
 
 
 class DecodeRow:
-    """One new token for each sample that goes on: n tokens of n different samples stand in one row.
+    """A row of one new token for each sample. Ended samples stay in it, and nobody reads them.
 
-    Queries attend to the keys of what they go on from (here the prompt), kept once for its G samples, and to their own.
-    `texts` says where in the row that stands: a prompt, or a prompt and one response to it.
+    Axes: p texts to continue, g samples of each, k key heads, s query heads that share one,
+    l tokens of the longest text, t sampled tokens, d head width.
     """
 
     images = None
 
-    def __init__(self, row: KeptRow, texts: list[Tensor], group: int, max_new_tokens: int):
-        lengths, device = list(map(len, texts)), row.input_ids.device
-        self.prompts, self.group, self.longest = len(lengths), group, max(lengths)
-        self.padding = (
-            torch.arange(self.longest, device=device)
-            >= torch.tensor(lengths, device=device)[:, None]
-        )
+    def __init__(self, row: CachedRow, texts: list, group: int, max_new_tokens: int):
+        """`texts` has the indices in `row` of the tokens that a new token attends to, [l] each."""
+        lengths = [len(indices) for indices in texts]
+        padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # pl
+        self.padding = padding[:, None, None, None].to(row.input_ids.device)
+        self.texts, self.samples = {}, {}
+        for layer, keys_values in row.cache.items():
+            packed = torch.cat(keys_values).transpose(1, 2)  # [2, T, k, d]
+            parts = [packed[:, indices].transpose(0, 1) for indices in texts]  # [l, 2, k, d]
+            padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)  # [p, l, 2, k, d]
+            self.texts[layer] = padded.permute(2, 0, 3, 1, 4).contiguous()  # [2, p, k, l, d]
+            _, _, K, D = packed.shape
+            shape = (2, len(texts), group, K, max_new_tokens, D)
+            self.samples[layer] = packed.new_empty(shape)
 
-        def pad(packed):  # [1, kv heads, T, d] -> [prompts, kv heads, longest, d]
-            each = [packed[0].transpose(0, 1)[places] for places in texts]
-            return nn.utils.rnn.pad_sequence(each, batch_first=True).transpose(1, 2)
-
-        def room(key):  # [samples, kv heads, max_new_tokens, d]
-            return key.new_empty(self.prompts * group, key.shape[1], max_new_tokens, key.shape[3])
-
-        self.prompt_cache = {
-            layer: (pad(key), pad(value)) for layer, (key, value) in row.cache.items()
-        }
-        self.answer_cache = {layer: (room(key), room(key)) for layer, (key, _) in row.cache.items()}
-
-    def advance(self, alive: Tensor, tokens: Tensor, positions: Tensor, t: int) -> "DecodeRow":
-        """The next row: `tokens` [n] at `positions` [n], the t-th of the samples `alive` [n]."""
-        self.alive, self.t = alive, t
-        self.input_ids, self.position_ids = tokens[None], positions.expand(3, 1, -1)
-        return self
+    def advance(self, tokens, positions, t: int) -> None:
+        """Hold the t-th tokens of all samples, at `positions`, [p * g] each."""
+        self.t = t
+        self.input_ids = tokens[None]
+        self.position_ids = positions.expand(3, 1, -1)
 
     def attend(self, layer, query, key, value, scale):
-        heads, n, d = query.shape[1:]
-        kv = key.shape[1]
-        shared = heads // kv  # query heads that share a key
-        prompt_k, prompt_v = self.prompt_cache[layer]
-        own_k, own_v = self.answer_cache[layer]
-        own_k[self.alive, :, self.t], own_v[self.alive, :, self.t] = (
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-        )
-        own_k, own_v = (
-            own_k[self.alive, :, : self.t + 1],
-            own_v[self.alive, :, : self.t + 1],
-        )  # [n, kv, t + 1, d]
-        q = (
-            query[0].transpose(0, 1).reshape(n, kv, shared, d) * scale
-        )  # [1, heads, n, d] -> [n, kv, shared, d]
-
-        def by_prompt(
-            x,
-        ):  # [n, kv, shared, ...] -> [prompts, kv, group * shared, ...], zeros for ended samples
-            grid = x.new_zeros(self.prompts * self.group, *x.shape[1:])
-            grid[self.alive] = x
-            return grid.view(self.prompts, self.group, kv, shared, -1).transpose(1, 2).flatten(2, 3)
-
-        def by_sample(x):  # and back
-            return x.unflatten(2, (self.group, shared)).transpose(1, 2).flatten(0, 1)[self.alive]
-
-        scores = by_prompt(q) @ prompt_k.transpose(-1, -2)  # [prompts, kv, group * shared, longest]
-        scores = by_sample(
-            scores.masked_fill(self.padding[:, None, None], -math.inf)
-        )  # [n, kv, shared, longest]
-        scores = torch.cat(
-            [scores, q @ own_k.transpose(-1, -2)], dim=-1
-        )  # [n, kv, shared, longest + t + 1]
-        to_prompt, to_own = scores.softmax(-1).split([self.longest, self.t + 1], dim=-1)
-        out = by_sample(by_prompt(to_prompt) @ prompt_v) + to_own @ own_v  # [n, kv, shared, d]
-        return out.reshape(1, n, heads, d).transpose(1, 2)
+        text_k, text_v = self.texts[layer]  # pkld
+        own_k, own_v = self.samples[layer][..., : self.t + 1, :]  # pgktd
+        P, G, K, T, D = own_k.shape
+        own_k[..., self.t, :] = key.transpose(1, 2).view(P, G, K, D)
+        own_v[..., self.t, :] = value.transpose(1, 2).view(P, G, K, D)
+        q = query.transpose(1, 2).reshape(P, G, K, -1, D) * scale  # pgksd
+        to_text = einsum("pgksd,pkld->pgksl", q, text_k)
+        to_text = to_text.masked_fill(self.padding, -math.inf)
+        to_own = einsum("pgksd,pgktd->pgkst", q, own_k)
+        weights = torch.cat([to_text, to_own], dim=-1).softmax(-1)
+        on_text, on_own = weights.split([text_k.shape[2], T], dim=-1)
+        out = einsum("pgksl,pkld->pgksd", on_text, text_v)
+        out = out + einsum("pgkst,pgktd->pgksd", on_own, own_v)
+        return out.reshape(1, P * G, -1, D).transpose(1, 2)  # [1, heads, p * g, d]
 
 
 @torch.inference_mode()
-def write(
-    writer: Writer, row: PackedRow, group: int, max_new_tokens: int, noise: np.ndarray | None = None
-) -> Tensor:
-    """Goes on `group` times after every response of a row, or after a prompt that has none: token ids [texts, group,
-    max_new_tokens], -1 after the end-of-turn token.
+def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None) -> Tensor:
+    """Sample `group` continuations of each response of a row, or of the prompt if it has none.
 
-    `noise` [texts, group, max_new_tokens], uniform in [0, 1), decides every token by inversion of the distribution, so
-    a sample does not depend on what else is in the batch; None writes what is likeliest.
+    Returns token ids [texts, group, max_new_tokens], -1 after the end-of-turn token. `noise`, of
+    that shape and uniform in [0, 1), picks each token by inverting the cumulative distribution, so
+    a sample does not depend on what else is in the batch; None is greedy decoding.
     """
-    end = writer.processors.end_token
-    row, device = KeptRow(**vars(row)), row.input_ids.device
+    row = CachedRow(**vars(row))
     hidden = run_backbone(writer.lm, row)  # [T, hidden]
-    segments = row.segments.keys.split(row.segments.key_starts.diff().tolist())
-    texts = [
-        places for i, places in enumerate(segments) if i not in row.segments.prefixes
-    ]  # nothing follows yet
-    ends = torch.stack([places[-1] for places in texts])
-    begin = torch.stack([row.position_ids[:, 0, places].max() + 1 for places in texts])
-    hidden = hidden[ends].repeat_interleave(group, 0)  # [samples, hidden]
-    begin = begin.repeat_interleave(group)  # [samples] position of the first new token
-    tokens = torch.full((len(texts) * group, max_new_tokens), -1, device=device)
-    uniform = (
-        None
-        if noise is None
-        else torch.from_numpy(noise).to(device).view(len(tokens), max_new_tokens)
-    )
-    alive, decode = (
-        torch.arange(len(tokens), device=device),
-        DecodeRow(row, texts, group, max_new_tokens),
-    )
+    key_sizes = row.segments.key_starts.diff().tolist()
+    texts = []  # the segments that nothing follows, each with all that it attends to
+    for i, indices in enumerate(row.segments.key_indices.split(key_sizes)):
+        if i not in row.segments.prompts:
+            texts.append(indices)
+    last = torch.stack([indices[-1] for indices in texts])
+    last = last.repeat_interleave(group)  # [samples]
+    start = row.position_ids[0, 0, last] + 1  # position of the first new token
+    decode = DecodeRow(row, texts, group, max_new_tokens)
+    hidden = hidden[last]  # [samples, hidden]
+    tokens = last.new_full((len(last), max_new_tokens), -1)
+    if noise is not None:
+        noise = torch.from_numpy(noise).to(tokens.device).view_as(tokens)
+    ended = torch.zeros_like(last, dtype=torch.bool)
     for t in range(max_new_tokens):
-        logits = writer.logits(hidden)  # [n, vocabulary]
-        if uniform is None:
+        logits = writer.logits(hidden)  # [samples, vocabulary]
+        if noise is None:
             chosen = logits.argmax(-1)
         else:
-            cumulated = logits.double().softmax(-1).cumsum(-1)
-            chosen = torch.searchsorted(
-                cumulated, uniform[alive, t, None] * cumulated[:, -1:], right=True
-            )[:, 0]
-        tokens[alive, t] = chosen
-        going = chosen != end
-        alive, chosen = alive[going], chosen[going]
-        if len(alive) == 0 or t + 1 == max_new_tokens:
+            cumulative = logits.double().softmax(-1).cumsum(-1)
+            threshold = noise[:, t, None] * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+        tokens[:, t] = chosen.masked_fill(ended, -1)
+        ended |= chosen == writer.processors.end_token
+        if ended.all() or t + 1 == max_new_tokens:
             break
-        hidden = run_backbone(writer.lm, decode.advance(alive, chosen, begin[alive] + t, t))
+        decode.advance(chosen, start + t, t)
+        hidden = run_backbone(writer.lm, decode)
     return tokens.view(len(texts), group, max_new_tokens)
 
 
 def texts_of(tokens: Tensor, processors: Processors) -> list[str]:
-    """[samples, max_new_tokens] -> the answers' texts, without the end-of-turn token."""
-    answers = [
-        [t for t in sample if t not in (-1, processors.end_token)] for sample in tokens.tolist()
-    ]
-    return [processors.tokenizer.decode(answer) for answer in answers]
+    """Decode samples [samples, max_new_tokens] without their end-of-turn tokens."""
+    no_text = (-1, processors.end_token)
+    texts = []
+    for sample in tokens.tolist():
+        sample = [token for token in sample if token not in no_text]
+        texts.append(processors.tokenizer.decode(sample))
+    return texts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The other two kinds, critic and judge: how they read a comparison, with a request after each response and what they
-# have to write after that, and the models. Who wants the naive kind alone has seen all of it above.
+# --------------------------------------------------------------------------------------------------
+# Appendix: critics and judges, the two kinds of reward model that the paper compares with.
+# - A critic writes a critique of each response, and the head scores the critique's end:
+#   [prompt | response 1, request, critique 1 | response 2, request, critique 2 | ...]
+# - A judge (kind "generative") reads two responses and answers A or B. Ordered pairs take the place
+#   of responses: [prompt | A: 1, B: 2, request, letter | A: 2, B: 1, request, letter | ...]
+#   It writes no rationale: one token is the cheapest such judge, and its score is exact.
 
 REQUESTS = {"critic": "Is it right? Explain.", "generative": "Which is better, A or B?"}
 
 
 @dataclass
-class Asked(Comparison):
-    """A comparison whose `responses` have a request after them and end in what the model has to write itself; and for
-    training, what is to be learned from it."""
+class Rewrite(Comparison):
+    """A comparison whose responses end in a request and in the text that the model has to write."""
 
-    learned: list[np.ndarray] = field(
-        default_factory=list
-    )  # of each response, its last tokens' weights in the loss
-    judged: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # judge: (better, worse) of `responses`; else by ranks
+    learned: list[np.ndarray] = field(default_factory=list)  # [R] per response: the loss weight of
+    # each token, 0 for tokens to read; they sum to 1, so that each comparison counts once
+    judged: list[tuple[int, int]] = field(default_factory=list)  # a judge's (better, worse)
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -1293,293 +1016,392 @@ class Asked(Comparison):
 
 @dataclass
 class Written:
-    """The tokens in a row that the model has to write itself."""
+    """The tokens of a row that the model has to write, [tokens] each."""
 
-    predictors: Tensor  # [tokens] where in the row each is predicted
-    tokens: Tensor  # [tokens] token ids
-    weight: Tensor  # [tokens] in the loss; they sum to 1 for each comparison, which counts once
-
-    @classmethod
-    def of(cls, row: PackedRow, comparisons: list[Comparison]) -> "Written":
-        """Of a row of these comparisons; none where they are not Asked."""
-        learned = [
-            w for each in comparisons for w in getattr(each, "learned", [()] * len(each.responses))
-        ]
-        ends = (row.last + 1).tolist()
-        places = [
-            place for end, weights in zip(ends, learned) for place in range(end - len(weights), end)
-        ]
-        places, weight = (
-            torch.tensor(places, dtype=torch.long),
-            np.concatenate([(), *learned]).astype(np.float32),
-        )
-        return cls(places - 1, row.input_ids[0, places], torch.from_numpy(weight))
+    predictors: Tensor  # index of the token that predicts it
+    tokens: Tensor  # token id
+    weight: Tensor  # in the loss
 
     def log_probabilities(self, lm: nn.Module, hidden: Tensor) -> Tensor:
-        """Of the tokens, [tokens], from the row's hidden states [T, hidden]."""
-        log_p = lm.lm_head(hidden[self.predictors]).float().log_softmax(-1)  # [tokens, vocabulary]
-        # The sum of one: a squeezed view would trip FSDP's backward hooks.
-        return log_p.gather(-1, self.tokens[:, None]).sum(-1)
+        """Return the tokens' log-probabilities, from the row's hidden states [T, hidden]."""
+        logits = lm.lm_head(hidden[self.predictors])  # [tokens, vocabulary]
+        log_p = logits.float().log_softmax(-1)
+        log_p = log_p.gather(-1, self.tokens[:, None])  # [tokens, 1]
+        return log_p.sum(-1)  # a squeezed view would trip FSDP's backward hooks
 
 
 @dataclass
 class WrittenRow(PackedRow):
-    """A packed row and the tokens in it that the model has to write itself."""
-
     written: Written | None = None
 
 
-def pack_written(
-    comparisons: list[Comparison], processors: Processors, dummy_image: bool = False
-) -> WrittenRow:
-    """As `pack`, of Asked comparisons."""
+def pack_written(comparisons: list, processors: Processors, dummy_image=False) -> WrittenRow:
+    """Pack rewritten comparisons."""
     row = pack(comparisons, processors, dummy_image)
-    if dummy_image:
-        comparisons = [*comparisons, blank_comparison(processors)]
-    return WrittenRow(**vars(row), written=Written.of(row, comparisons))
+    weights = [np.zeros(0)]
+    for comparison in comparisons:
+        weights += getattr(comparison, "learned", [])
+    weight = torch.tensor(np.concatenate(weights), dtype=torch.float32)  # [response tokens]
+    targets, predictors = row.response_tokens()
+    learned = weight > 0
+    tokens = row.input_ids[0, targets[learned]]
+    written = Written(predictors[learned], tokens, weight[learned])
+    return WrittenRow(**vars(row), written=written)
 
 
 def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
-    """The token ids that the chat template puts after an answer's end-of-turn token when the user goes on with
-    `request`, up to where the assistant's next answer begins."""
+    """Return the token ids between an answer's end-of-turn token and the next answer, as the chat
+    template has them if the user's turn in between is `request`."""
     turns = [("user", "?"), ("assistant", "!"), ("user", request)]
     messages = [{"role": role, "content": text} for role, text in turns]
-    before, whole = (
-        data.tokenize_chat(some, processors.tokenizer) for some in (messages[:1], messages)
-    )
-    ends = np.flatnonzero(whole[len(before) :] == processors.end_token)
-    if not len(ends):
-        raise UserError(
-            "the chat template sets no end-of-turn token after an answer, where a request could follow"
-        )
-    return whole[len(before) + ends[0] + 1 :]
+    question = data.tokenize_chat(messages[:1], processors.tokenizer)
+    tokens = data.tokenize_chat(messages, processors.tokenizer)[len(question) :]
+    if processors.end_token not in tokens:
+        raise UserError("the chat template has no end-of-turn token for a request to follow")
+    end = np.flatnonzero(tokens == processors.end_token)[0]
+    return tokens[end + 1 :]
 
 
-def with_critiques(
-    comparison: Comparison, critiques: list[np.ndarray], request: np.ndarray
-) -> Asked:
-    """A critic's: [response | request | critique]. Critiques are token ids, each ending in <|im_end|>."""
-    responses = [
-        np.concatenate([r, request, critique])
-        for r, critique in zip(comparison.responses, critiques)
-    ]
-    tokens = sum(map(len, critiques))
-    learned = [np.full(len(critique), 1 / tokens) for critique in critiques]
-    return Asked(**vars(comparison) | {"responses": responses}, learned=learned)
+def with_critiques(comparison: Comparison, critiques: list, request: np.ndarray) -> Rewrite:
+    """Append the request and a critique, token ids that end in <|im_end|>, to each response."""
+    responses, learned = [], []
+    total = sum(map(len, critiques))
+    for response, critique in zip(comparison.responses, critiques):
+        responses.append(np.concatenate([response, request, critique]))
+        weight = np.zeros(len(responses[-1]))
+        weight[-len(critique) :] = 1 / total
+        learned.append(weight)
+    fields = vars(comparison) | {"responses": responses, "learned": learned}
+    return Rewrite(**fields)
 
 
-def with_given_critiques(
-    comparison: Comparison, request: np.ndarray, processors: Processors
-) -> Asked:
-    """The same with the critiques of the data; with no responses, so nothing to learn from, where it has none."""
-    given = comparison.record.get("critiques")
-    usable = isinstance(given, list) and len(given) == len(comparison.responses)
-    usable = usable and all(isinstance(critique, str) and critique.strip() for critique in given)
-    critiques = [data.encode_response(critique, processors) for critique in given] if usable else []
+def with_data_critiques(comparison: Comparison, request, processors: Processors) -> Rewrite:
+    """Append the critiques of the data; without critiques no response is left."""
+    texts = comparison.record.get("critiques") or []
+    critiques = [data.encode_response(text, processors) for text in texts]
     return with_critiques(comparison, critiques, request)
 
 
-def in_ordered_pairs(comparison: Comparison, request: np.ndarray, processors: Processors) -> Asked:
-    """A judge's: [A: one response, B: another | request | the letter of the better one], for all ordered pairs. Of two
-    that tie, either letter has a weight of 0."""
-    encode = lambda text: np.array(data.tokenize_text(text, processors.tokenizer), np.int32)
-    a, b, before_a, before_b = map(encode, ("A", "B", "A:\n", "\nB:\n"))
+def in_ordered_pairs(comparison: Comparison, request, processors: Processors) -> Rewrite:
+    """Show a judge all ordered pairs of responses, each with the letter of the better one."""
+    encode = partial(data.tokenize_text, tokenizer=processors.tokenizer)
     ranks = comparison.ranks or [1] * len(comparison.responses)
-    shown = {
-        pair: k for k, pair in enumerate(itertools.permutations(range(len(ranks)), 2))
-    }  # (A, B): place in the row
-    # Of each two that do not tie, where the better is A, and where it is B.
-    pairs = [(k, shown[j, i]) for (i, j), k in shown.items() if ranks[i] < ranks[j]]
-    responses, learned = [], []
-    for i, j in shown:
-        # A without its end-of-turn token: the turn goes on.
-        first, second, letter = (
-            comparison.responses[i][:-1],
-            comparison.responses[j],
-            a if ranks[i] < ranks[j] else b,
-        )
-        responses.append(np.concatenate([before_a, first, before_b, second, request, letter]))
-        learned.append([0.5 / len(pairs) if ranks[i] != ranks[j] else 0.0])
-    return Asked(**vars(comparison) | {"responses": responses}, learned=learned, judged=pairs)
+    pairs = list(itertools.permutations(range(len(ranks)), 2))  # (response A, response B)
+    responses, learned, judged = [], [], []
+    for i, j in pairs:
+        first = comparison.responses[i][:-1]  # no end-of-turn token: the turn goes on
+        second = comparison.responses[j]
+        letter = "A" if ranks[i] < ranks[j] else "B"
+        parts = [encode("A:\n"), first, encode("\nB:\n"), second, request, encode(letter)]
+        responses.append(np.concatenate(parts).astype(np.int32))
+        learned.append(np.zeros(len(responses[-1])))
+        if ranks[i] < ranks[j]:
+            judged.append((pairs.index((i, j)), pairs.index((j, i))))
+    for k in itertools.chain.from_iterable(judged):  # a tie teaches nothing
+        learned[k][-1] = 0.5 / len(judged)
+    fields = vars(comparison) | {"responses": responses, "learned": learned, "judged": judged}
+    return Rewrite(**fields)
 
 
-class Critic(RewardModel):
-    """Writes a critique of each response; its score is the head's at the critique's end."""
+class RequestModel(RewardModel):
+    """A reward model that keeps its LM head and reads a request after each response."""
 
-    kind = "critic"
-    pack = staticmethod(pack_written)  # for training
+    pack = staticmethod(pack_written)
 
-    def __init__(self, *made, **more):
-        super().__init__(*made, **more)
-        tokens, largest = (
-            self.asks["critique_tokens"],
-            self.backbone.config.get_text_config().max_position_embeddings,
-        )
-        if not 1 <= tokens <= largest:
-            raise UserError(
-                f"--critique_tokens {tokens}: must be 1 to {largest}, the backbone's positions"
-            )
-        self.request = turn_after_answer(
-            self.asks["request"], self.processors
-        )  # token ids after a response
-        self.rewrite = partial(
-            with_given_critiques, request=self.request, processors=self.processors
-        )
+    def __init__(self, backbone, head, processors, trained_with=None, asks=None):
+        super().__init__(backbone, head, processors, trained_with)
+        self.asks = asks  # {"request": text, "critique_tokens": longest critique}
+        self.request = turn_after_answer(asks["request"], processors)  # token ids
+        self.rewrite = partial(self.rewriting, request=self.request, processors=processors)
+
+    @classmethod
+    def from_backbone(cls, path, settings, max_pixels=0):
+        if settings.critique_tokens < 1:
+            raise UserError(f"--critique_tokens {settings.critique_tokens}: must be at least 1")
+        backbone = load_backbone(path, lm_head=True)
+        head = new_head(backbone, settings) if cls is Critic else None
+        request = settings.request or REQUESTS[cls.kind]
+        asks = {"request": request, "critique_tokens": settings.critique_tokens}
+        return cls(backbone, head, data.load_processors(path, max_pixels), asks=asks)
+
+    @classmethod
+    def from_pretrained(cls, folder, empty=False):
+        _, head, description = load_head(folder)
+        backbone = load_backbone(folder, lm_head=True, empty=empty)
+        processors = data.load_processors(folder)
+        return cls(backbone, head, processors, description["trained_with"], description["asks"])
+
+    def save_pretrained(self, folder, dtype=torch.float32, file_size="5GB"):
+        super().save_pretrained(folder, dtype, file_size, asks=self.asks)
 
     def forward(self, row: PackedRow, written: Written | None = None):
-        """Scores [N]; with `written`, also the log-probabilities of the critiques' tokens."""
+        """Return the scores; with `written`, also the log-probabilities of its tokens."""
         hidden = self.hidden_states(row)
-        scores = self.head(hidden[row.last])
-        return (scores, written.log_probabilities(self.backbone, hidden)) if written else scores
+        scores = self.scores(hidden, row)
+        if written is None:
+            return scores
+        return scores, written.log_probabilities(self.backbone, hidden)
+
+
+class Critic(RequestModel):
+    """Scores each response at the end of a critique, which it writes first."""
+
+    kind = "critic"
+    rewriting = staticmethod(with_data_critiques)
+
+    def scores(self, hidden: Tensor, row: PackedRow) -> Tensor:
+        return self.head(hidden[row.last])  # [N]
 
     @torch.inference_mode()
-    def write_critiques(
-        self, comparisons: list[Comparison], micro_tokens: int = 8192
-    ) -> list[np.ndarray]:
-        """Its likeliest critique of each response of each comparison, as token ids; one cut at the length limit is
-        ended there."""
-        writer, end = (
-            Writer(self.backbone, self.processors).to(self.device),
-            self.processors.end_token,
-        )
-        ask = lambda comparison: [
-            np.concatenate([response, self.request]) for response in comparison.responses
-        ]
-        asked, critiques = (
-            [dataclasses.replace(each, responses=ask(each)) for each in comparisons],
-            [],
-        )
-        for row in split_into_rows(asked, micro_tokens):
-            tokens = write(writer, self.row_of(row), 1, self.asks["critique_tokens"])[:, 0]
-            self.cost.update(written=int((tokens >= 0).sum()))
-            written = ([t for t in each if t not in (-1, end)] for each in tokens.tolist())
-            critiques += [np.array([*each, end], np.int32) for each in written]
+    def write_critiques(self, comparisons, micro_tokens=8192) -> list:
+        """Write a critique of each response by greedy decoding: token ids, cut at the limit."""
+        end = self.processors.end_token
+        writer = Writer(self.backbone, self.processors).to(self.device)
+        requests, critiques = [], []
+        for comparison in comparisons:
+            responses = [np.concatenate([r, self.request]) for r in comparison.responses]
+            requests.append(replace(comparison, responses=responses))
+        for part in split_into_rows(requests, micro_tokens):
+            tokens = write(writer, self.row_of(part), 1, self.asks["critique_tokens"])
+            written = int((tokens >= 0).sum())
+            self.cost.update(written=written)
+            for sample in tokens[:, 0].tolist():
+                text = [token for token in sample if token not in (-1, end)]
+                critiques.append(np.array([*text, end], np.int32))
         return critiques
 
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
+    def score_encoded(self, comparisons, micro_tokens=8192):
         critiques = iter(self.write_critiques(comparisons, micro_tokens))
-        made = [
-            with_critiques(each, [next(critiques) for _ in each.responses], self.request)
-            for each in comparisons
-        ]
-        return super().score_encoded(made, micro_tokens)
+        rewrites = []
+        for comparison in comparisons:
+            written = list(itertools.islice(critiques, len(comparison.responses)))
+            rewrites.append(with_critiques(comparison, written, self.request))
+        return super().score_encoded(rewrites, micro_tokens)
 
 
-class Judge(RewardModel):
-    """Shown two responses it answers A or B; it has no head but its LM head.
+class Judge(RequestModel):
+    """Answers which of two responses is better, A or B; it has no head but its LM head.
 
-    S(i, j), the score of a pair, is the difference of the letters' log-odds averaged over both orders, so S(j, i) is
-    -S(i, j); a response's score is the sum over all others, as the paper makes R1-Reward a reward for RL (Table 11).
+    S(i, j) is the difference of the letters' log-odds, averaged over both orders, so S(j, i) is
+    -S(i, j). A response's score is the sum of S over all others, which is how the paper turns
+    R1-Reward into a reward (Table 11).
     """
 
     kind = "generative"
-    pack = staticmethod(pack_written)  # for training
+    rewriting = staticmethod(in_ordered_pairs)
 
-    def __init__(self, *made, **more):
-        super().__init__(*made, **more)
-        self.request = turn_after_answer(
-            self.asks["request"], self.processors
-        )  # token ids after a pair
-        self.rewrite = partial(in_ordered_pairs, request=self.request, processors=self.processors)
-        self.letters = [data.tokenize_text(letter, self.processors.tokenizer)[0] for letter in "AB"]
+    def scores(self, hidden: Tensor, row: PackedRow) -> Tensor:
+        """Return the log-odds of A over B, [ordered pairs], in float32 like a head's scores."""
+        letters = data.tokenize_text("AB", self.processors.tokenizer)
+        a, b = self.backbone.lm_head.weight[letters].float()  # [hidden]
+        at_request = hidden[row.last - 1].float()  # the last token is the letter
+        return at_request @ (a - b)
 
-    def forward(self, row: PackedRow, written: Written | None = None):
-        """Log-odds of A over B [ordered pairs]; with `written`, also the log-probabilities of the right letters."""
-        hidden = self.hidden_states(row)
-        a, b = self.backbone.lm_head.weight[self.letters].float()  # [hidden]
-        odds = hidden[row.last - 1].float() @ (a - b)  # in float32 like the head's scores
-        return (odds, written.log_probabilities(self.backbone, hidden)) if written else odds
-
-    def score_encoded(self, comparisons: list[Comparison], micro_tokens: int = 8192) -> Tensor:
-        """As `RewardModel.score_encoded`. A row may have some pairs of a comparison and the next row the others. Equal
-        responses, which a policy writes many of, tie with each other and compare alike with others: one is read."""
-        asked, places, scores = [], [], []
+    def score_encoded(self, comparisons, micro_tokens=8192):
+        """As in RewardModel. A policy repeats itself, so equal responses are read once."""
+        rewrites, places, scores = [], [], []
         for comparison in comparisons:
-            once = {response.tobytes(): response for response in comparison.responses}
-            place = {text: i for i, text in enumerate(once)}
-            asked.append(
-                self.rewrite(dataclasses.replace(comparison, responses=[*once.values()], ranks=[]))
-            )
-            places.append([place[response.tobytes()] for response in comparison.responses])
-        odds = super().score_encoded(asked, micro_tokens)  # [ordered pairs]
-        for at, of_pairs in zip(places, odds.split([len(each.responses) for each in asked])):
-            M = max(at, default=-1) + 1
+            texts = [response.tobytes() for response in comparison.responses]
+            unique = dict(zip(texts, comparison.responses))
+            places.append([list(unique).index(text) for text in texts])
+            bare = replace(comparison, responses=list(unique.values()), ranks=[])
+            rewrites.append(self.rewrite(bare))
+        odds = super().score_encoded(rewrites, micro_tokens)  # [ordered pairs]
+        counts = [len(rewrite.responses) for rewrite in rewrites]
+        for place, pairs in zip(places, odds.split(counts)):
+            M = max(place, default=-1) + 1
             table = odds.new_zeros(M, M)
-            table[~torch.eye(M, dtype=torch.bool)] = of_pairs
-            scores.append(((table - table.T) / 2)[at][:, at].sum(1))  # [N]
+            table[~torch.eye(M, dtype=torch.bool)] = pairs
+            S = (table - table.T) / 2
+            scores.append(S[place][:, place].sum(1))  # [N]
         return torch.cat([odds[:0], *scores])
 
 
 KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}
 
+# --------------------------------------------------------------------------------------------------
+# Appendix: two models as one, and the reward of other people's training
 
-def refuse_to_replace(folder: str) -> None:
-    """Raises UserError where a trained reward model would give way to an untrained one."""
-    with suppress(
-        OSError, SafetensorError, ValueError, TypeError, KeyError
-    ):  # none there, or a damaged one
-        with safe_open(Path(folder, HEAD_FILE), "pt") as file:
-            if json.loads(file.metadata()["reward_head"])["trained_with"]:
-                raise UserError(
-                    f"--out {folder}: has a trained reward model; give another --out, or remove it first"
-                )
+
+class RewardRouter(nn.Module):
+    """A multimodal reward model for comparisons with images and a text-only one for the others,
+    which the paper finds better at text. Their scores have different scales: compare only responses
+    to one prompt. Prepared data needs two models with the same tokenizer."""
+
+    score = RewardModel.score
+
+    def __init__(self, multimodal: RewardModel, text: RewardModel):
+        super().__init__()
+        if multimodal.processors.image is None:
+            raise UserError("the multimodal reward model of the two is text-only")
+        self.multimodal, self.text = multimodal, text
+        self.processors = multimodal.processors
+        sets = []
+        for model in (multimodal, text):
+            sets += model.trained_with.get("data", [])
+        self.trained_with = {"data": list(dict.fromkeys(sets))}
+
+    @classmethod
+    def from_pretrained(cls, multimodal: str, text: str):
+        return cls(RewardModel.from_pretrained(multimodal), RewardModel.from_pretrained(text))
+
+    def model_for(self, has_image: bool) -> RewardModel:
+        return self.multimodal if has_image else self.text
+
+    def encode(self, messages, texts, images=(), folder=Path()):
+        turns = data.check_messages(messages)
+        in_turns = any(isinstance(turn["content"], list) for turn in turns)  # a list has images
+        model = self.model_for(in_turns or bool(images))
+        return model.encode(messages, texts, images, folder)
+
+    def score_encoded(self, comparisons, micro_tokens=8192):
+        scores = {}
+        for has_image in (True, False):
+            indices = [i for i, c in enumerate(comparisons) if bool(c.images) == has_image]
+            part = [comparisons[i] for i in indices]
+            flat = self.model_for(has_image).score_encoded(part, micro_tokens)
+            counts = [len(comparison.responses) for comparison in part]
+            scores |= zip(indices, flat.split(counts))
+        device = next(self.parameters()).device
+        in_order = [scores[i] for i in range(len(comparisons))]
+        return torch.cat([torch.zeros(0, device=device), *in_order])
+
+    @property
+    def fingerprint(self) -> str:
+        if self.multimodal.fingerprint != self.text.fingerprint:
+            raise UserError(
+                "the two reward models have different tokenizers or chat templates, and prepared "
+                "data has one; from text, 04_eval.py --score and `score` in Python use both"
+            )
+        return self.multimodal.fingerprint
+
+
+Reward = RewardModel | RewardRouter
+
+
+def load_reward(model: str, text_model: str = "") -> Reward:
+    """Load the reward model of --model, or the router of --model and --text_model."""
+    if text_model:
+        return RewardRouter.from_pretrained(model, text_model)
+    return RewardModel.from_pretrained(model)
+
+
+def trl_reward(
+    reward: Reward, prompts, completions, images=None, image=None, log_metric=None, **_
+) -> list[float]:
+    """Score completions for TRL: GRPOTrainer(..., reward_funcs=partial(trl_reward, reward)).
+
+    TRL repeats a prompt for each of its completions; equal prompts with equal images become one
+    comparison here. `prompts` and `completions` [n] are texts or lists of messages, `images` [n] a
+    list for each prompt, `image` [n] one or None for each. Returns raw scores [n]. ValueError for
+    an unusable prompt, or a completion that is not one text.
+    """
+    if not images:
+        image = image or [None] * len(prompts)
+        images = [[] if picture is None else [picture] for picture in image]
+    groups = {}
+    for i, prompt in enumerate(zip(prompts, images, strict=True)):
+        groups.setdefault(hashable(prompt), []).append(i)
+    comparisons = []
+    for indices in groups.values():
+        first = indices[0]
+        texts = [text_of_completion(completions[i]) for i in indices]
+        comparisons.append(reward.encode(prompts[first], texts, images[first] or []))
+    if log_metric is not None:
+        log_metric("completions_per_prompt", len(prompts) / len(groups))
+    order = itertools.chain.from_iterable(groups.values())
+    scores = dict(zip(order, reward.score_encoded(comparisons).tolist()))
+    return [scores[i] for i in range(len(prompts))]
+
+
+def text_of_completion(completion: str | list[dict]) -> str:
+    if isinstance(completion, list) and len(completion) == 1:
+        completion = completion[0]["content"]
+    data.require(isinstance(completion, str), "completions: not one text or assistant message")
+    return completion
+
+
+def hashable(value: Any) -> Hashable:
+    """Return a key that is equal for equal prompts."""
+    if isinstance(value, dict):
+        return hashable(sorted(value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(map(hashable, value))
+    if isinstance(value, Image.Image):
+        return value.mode, value.size, value.tobytes()
+    return value
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: the script makes a new reward model and shows one comparison on its way to scores
+
+
+@dataclass
+class HeadSettings:
+    head_layers: int = option(2, "linear layers of the reward head, 1 to 5 (paper: 2)")
+    head_activation: Literal["none", "tanh", "relu", "silu"] = option(
+        "silu", "activation between the head's layers (paper: silu)"
+    )
+    head_width: int = option(0, "width of the inner layers; 0: the hidden size (paper: not stated)")
+    kind: Literal["naive", "critic", "generative"] = option(
+        "naive", "score the response (paper's choice), or a critique of it, or answer A or B"
+    )
+    request: str = option("", "critic, generative: what to ask; '': what the tiny backbone knows")
+    critique_tokens: int = option(96, "critic: longest critique, in tokens")
+
+
+@dataclass
+class Settings(HeadSettings):
+    backbone: str = option("tests/tiny", "checkpoint in Hugging Face layout: folder or hub name")
+    out: str = option("artifacts/model", "folder for the new reward model")
+    data: str = option("artifacts/data/train", "prepared data to show one comparison of; '': none")
+    seed: int = option(0, "seed of the head's initial weights")
 
 
 def main(settings: Settings) -> None:
     if dist.get_rank() > 0:
         return
-    refuse_to_replace(settings.out)
-    given = data.unless_default(settings, "data") or None  # '' shows no comparison
-    if given and not Path(given, "dataset.json").is_file():
-        raise UserError(f"--data {given}: no prepared data set there; run 01_data.py first")
+    if Path(settings.out, HEAD_FILE).is_file():
+        _, _, description = load_head(settings.out)
+        if description["trained_with"]:
+            raise UserError(f"--out {settings.out}: has a trained reward model; give another --out")
+    prepared = Path(settings.data, "dataset.json").is_file()
+    if settings.data not in ("", Settings.data) and not prepared:
+        raise UserError(f"--data {settings.data}: no prepared data set there; run 01_data.py first")
     torch.manual_seed(settings.seed)
     model = RewardModel.from_backbone(settings.backbone, settings)
     model.save_pretrained(settings.out)
-    parts, head = parts_of(model.backbone), "a new reward head" if model.head else "its own LM head"
-    print(
-        f"{settings.out}: {settings.backbone} ({model.backbone.config.model_type}), {model.kind}, with {head}"
-    )
-    if model.head and Path(settings.backbone, HEAD_FILE).is_file():
-        print(
-            f"The trained head there is not taken; 03_train.py --model {settings.backbone} continues with it"
-        )
-    print("\nparameters")
-    modules = {
-        "vision tower": parts.vision,
-        "language model": parts.language,
-        "reward head": model.head,
-        "all": model,
-    }
+    print(f"{settings.out}: a new reward model ({model.kind}) on {settings.backbone}")
+    if Path(settings.backbone, HEAD_FILE).is_file():
+        command = f"03_train.py --model {settings.backbone}"
+        print(f"The trained head there is not used; {command} continues with it")
+    parts = parts_of(model.backbone)
+    modules = {"vision tower": parts.vision, "language model": parts.language}
+    modules |= {"reward head": model.head, "all": model}
     for name, module in modules.items():
         if module is not None:
-            print(f"  {name:<15}{sum(p.numel() for p in module.parameters()):>13,}")
-    print(
-        f"  head: {' -> '.join(map(str, model.head.mlp)) if model.head else 'log-odds of A and B'}"
-    )
-    if Path(settings.data, "dataset.json").is_file():
-        comparisons = data.Comparisons(settings.data, model.processors.fingerprint)
-        data.use_pixel_limits(model.processors, [comparisons])
-        comparison = comparisons[0]
-        row = pack([model.rewrite(comparison) if model.rewrite else comparison], model.processors)
-        hidden = model.hidden_states(row)
-        lengths = " and ".join(str(len(response)) for response in comparison.responses)
-        print(
-            f"\none comparison of {settings.data}: {len(comparison.images)} image(s), a prompt of",
-            end=" ",
-        )
-        print(f"{len(comparison.prompt)} tokens, responses of {lengths}")
-        shapes = {"input_ids": row.input_ids, "position_ids": row.position_ids}
-        shapes |= {"pixel_values": row.images and row.images.pixel_values}
-        shapes |= {"image grids": row.images and row.images.grid_thw}
-        shapes |= {
-            "hidden states": hidden,
-            "at each response's end": hidden[row.last],
-            "scores": model(row),
-        }
-        for name, tensor in shapes.items():  # a judge's scores are of ordered pairs
-            print(f"  {name:<23}{'none (text only)' if tensor is None else list(tensor.shape)}")
-    print()
-    data.say_next("03_train.py", model=data.unless_default(settings, "out"), data=given)
+            print(f"  {name:<15}{sum(p.numel() for p in module.parameters()):>14,} parameters")
+    if prepared:
+        show_comparison(model, settings.data)
+    print("\nNext: torchrun --standalone --nproc_per_node=2 03_train.py")
+
+
+def show_comparison(model: RewardModel, folder: str) -> None:
+    """Print the shapes of a prepared data set's first comparison on its way to scores."""
+    comparisons = data.Comparisons(folder, model.fingerprint)
+    data.use_pixel_limits(model.processors, [comparisons])
+    comparison = comparisons[0]
+    if model.rewrite:
+        comparison = model.rewrite(comparison)
+    row = pack([comparison], model.processors)
+    hidden = model.hidden_states(row)
+    shapes = {"input_ids": row.input_ids, "position_ids": row.position_ids}
+    if row.images is not None:
+        shapes["pixel_values"] = row.images.pixel_values
+    shapes |= {"hidden states": hidden, "last tokens": hidden[row.last], "scores": model(row)}
+    print(f"\none comparison of {folder}: (P, [R, ...]) = {row.lengths[0]}")
+    for name, tensor in shapes.items():
+        print(f"  {name:<15}{list(tensor.shape)}")
 
 
 if __name__ == "__main__":

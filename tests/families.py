@@ -1,7 +1,6 @@
-"""Tiny checkpoints of every family with random weights and the layout of the published ones: the fields of their
-config.json, the names of their tensors, bfloat16 in several files with an index, the ids of their tokenizers, the files
-of their image processors. Sizes are smaller; all else is as published, as far as transformers' own code and conversion
-scripts say it: the published files were not at hand.
+"""Write tiny checkpoints of every family with random weights and the layout of the published ones:
+fields of config.json, names of tensors, bfloat16 in several files with an index, token ids, image
+processors. The layout is taken from transformers' code and conversion scripts; sizes are smaller.
 
     write("qwen3_vl", Path("somewhere"))
 """
@@ -61,8 +60,10 @@ CONFIGS = {
         **DECODER, **NARROW, **QWEN, **WINDOWS, **VISION_TOKENS, **MROPE,
         "tie_word_embeddings": True,
         "vision_config": {
-            "depth": 3, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "in_chans": 3,
-            "out_hidden_size": 32, "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2, **PATCHES,
+            "depth": 3, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48,
+            "num_heads": 2, "in_chans": 3,
+            "out_hidden_size": 32, "window_size": 112, "fullatt_block_indexes": [1],
+            "tokens_per_second": 2, **PATCHES,
         },
     },
     "qwen2_vl": {  # Qwen2-VL-7B-Instruct
@@ -70,7 +71,8 @@ CONFIGS = {
         **DECODER, **NARROW, **QWEN, **WINDOWS, **VISION_TOKENS, **MROPE,
         "tie_word_embeddings": False,
         "vision_config": {
-            "depth": 2, "embed_dim": 48, "mlp_ratio": 4, "num_heads": 2, "in_chans": 3, "hidden_size": 32, **PATCHES,
+            "depth": 2, "embed_dim": 48, "mlp_ratio": 4, "num_heads": 2, "in_chans": 3,
+            "hidden_size": 32, **PATCHES,
         },
     },
     "qwen3_vl": {  # Qwen3-VL-4B-Instruct
@@ -80,28 +82,39 @@ CONFIGS = {
         "text_config": {
             **DECODER, **WIDE, **QWEN,
             "model_type": "qwen3_vl_text", "rope_theta": 5e6, "tie_word_embeddings": True,
-            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"},
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2],
+            "rope_type": "default"},
         },
         "vision_config": {
-            "model_type": "qwen3_vl", "depth": 4, "deepstack_visual_indexes": [0, 2], "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": 32, "in_channels": 3, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,
-            "num_position_embeddings": 36, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "model_type": "qwen3_vl", "depth": 4, "deepstack_visual_indexes": [0, 2],
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 32, "in_channels": 3, "intermediate_size": 48, "num_heads": 2,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 36, "patch_size": 16, "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
         },
     },
     "internvl": {  # OpenGVLab/InternVL3-1B-hf
         "architectures": ["InternVLForConditionalGeneration"],
-        "downsample_ratio": 0.5, "image_seq_length": 4, "image_token_id": 151667, "projector_hidden_act": "gelu",
+        "downsample_ratio": 0.5, "image_seq_length": 4, "image_token_id": 151667,
+        "projector_hidden_act": "gelu",
         "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
         "text_config": {
-            **DECODER, **NARROW, **QWEN, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
-            "vocab_size": 151674, "rope_theta": 1e6, "tie_word_embeddings": False, "use_sliding_window": False,
+            **DECODER, **NARROW, **QWEN, "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "vocab_size": 151674, "rope_theta": 1e6, "tie_word_embeddings": False,
+            "use_sliding_window": False,
             "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
         },
         "vision_config": {
-            "model_type": "internvl_vision", "attention_bias": True, "hidden_act": "gelu", "hidden_size": 32,
-            "image_size": [56, 56], "intermediate_size": 48, "layer_norm_eps": 1e-6, "layer_scale_init_value": 0.1,
-            "norm_type": "layer_norm", "num_attention_heads": 2, "num_channels": 3, "num_hidden_layers": 2,
-            "patch_size": [14, 14], "use_absolute_position_embeddings": True, "use_mask_token": False,
+            "model_type": "internvl_vision", "attention_bias": True, "hidden_act": "gelu",
+            "hidden_size": 32,
+            "image_size": [56, 56], "intermediate_size": 48, "layer_norm_eps": 1e-6,
+            "layer_scale_init_value": 0.1,
+            "norm_type": "layer_norm", "num_attention_heads": 2, "num_channels": 3,
+            "num_hidden_layers": 2,
+            "patch_size": [14, 14], "use_absolute_position_embeddings": True,
+            "use_mask_token": False,
             "use_mean_pooling": True, "use_qk_norm": False,
         },
     },
@@ -111,22 +124,25 @@ CONFIGS = {
     },
     "qwen3": {  # Qwen3-8B
         "architectures": ["Qwen3ForCausalLM"],
-        **DECODER, **WIDE, **QWEN, "rope_theta": 1e6, "rope_scaling": None, "tie_word_embeddings": False,
+        **DECODER, **WIDE, **QWEN, "rope_theta": 1e6, "rope_scaling": None,
+        "tie_word_embeddings": False,
         "use_sliding_window": False, "sliding_window": None, "max_window_layers": 36,
     },
     "llama": {  # Llama-3.2-1B-Instruct
         "architectures": ["LlamaForCausalLM"],
-        **DECODER, **NARROW, "head_dim": 16, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
+        **DECODER, **NARROW, "head_dim": 16, "attention_bias": False, "mlp_bias": False,
+        "tie_word_embeddings": True,
         "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "vocab_size": 128256,
         "max_position_embeddings": 131072, "rope_theta": 5e5,
         "rope_scaling": {
-            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
             "rope_type": "llama3",
         },
     },
 }  # fmt: skip
 
-PUBLISHED_NAMES = {  # what transformers calls a tensor of a model with LM head, and what its checkpoint does
+PUBLISHED_NAMES = {  # transformers' name of a tensor of a model with LM head -> its checkpoint's
     "qwen2_5_vl": [(r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")],
     "qwen2_vl": [(r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")],
     "internvl": [
@@ -159,15 +175,17 @@ IMAGES = {
         "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor",
     },
     "internvl": {
-        "crop_to_patches": False, "min_patches": 1, "max_patches": 12, "size": {"height": 56, "width": 56},
-        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "default_to_square": True,
+        "crop_to_patches": False, "min_patches": 1, "max_patches": 12, "size": {"height": 56,
+        "width": 56},
+        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "default_to_square": True,
         "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3,
         "rescale_factor": 1 / 255,
         "image_processor_type": "GotOcr2ImageProcessorFast", "processor_class": "InternVLProcessor",
     },
 }  # fmt: skip
 
-# Special tokens behind the base vocabulary, in the order of their ids; a blank stands for tokens of no use here.
+# Special tokens behind the base vocabulary, in the order of their ids; "_" is one of no use here.
 QWEN_SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> " + "_ " * 6
 QWEN_SPECIAL += "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 SPECIAL = {
@@ -189,8 +207,8 @@ LLAMA_TEMPLATE = """{{- bos_token }}
 
 
 def write_tokenizer(name: str, folder: Path) -> None:
-    """A tokenizer whose special tokens have the published ids: the byte-level BPE of tests/tiny, filled up with tokens
-    that nothing is encoded as to the published number, 151,643 or 128,000."""
+    """Write the byte-level BPE of tests/tiny, filled up with unused tokens to the published number,
+    151,643 or 128,000, so that special tokens have their published ids."""
     kind = name if name in ("internvl", "llama") else "qwen"
     tiny = json.loads(Path(TINY, "tokenizer.json").read_text())
     size = 128000 if kind == "llama" else 151643
@@ -213,9 +231,8 @@ def write_tokenizer(name: str, folder: Path) -> None:
     }
     about["chat_template"] = Path(TINY, "chat_template.jinja").read_text()
     if name == "qwen2":
-        about["eos_token"] = (
-            "<|endoftext|>"  # as in the checkpoints without -Instruct, whose template has <|im_end|>
-        )
+        # As in the checkpoints without -Instruct, whose template has <|im_end|>.
+        about["eos_token"] = "<|endoftext|>"
     if name == "internvl":
         image = "<|vision_start|><|image_pad|><|vision_end|>"
         about["chat_template"] = about["chat_template"].replace(image, "<IMG_CONTEXT>\\n")
@@ -253,7 +270,7 @@ def write_tokenizer(name: str, folder: Path) -> None:
 
 
 def random_(name: str, shape: torch.Size) -> torch.Tensor:
-    """Weights that let everything that goes in have a say in what comes out, where transformers' own would not."""
+    """Draw weights with which every input changes the output: transformers' own are too small."""
     if len(shape) > 1:
         return torch.randn(shape) / (
             1 if "embed_tokens" in name else max(1, shape[1:].numel()) ** 0.5

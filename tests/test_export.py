@@ -1,4 +1,4 @@
-"""What 03 and 06 write is loaded by transformers alone, in whatever files and dtype, and is whole or not there."""
+"""An export is loaded by transformers alone, in any files and dtype, and is whole or absent."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, RESPONSES, TINY, picture, stages, torchrun, user
+from conftest import RESPONSES, ROOT, TINY, picture, stages, torchrun, user
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -87,10 +87,10 @@ def test_exported_loaded_by_transformers_and_exported_again_is_bit_identical(
 
 EXPORT = """
 import importlib, sys, torch, torch.distributed as dist
-data, model, train, grpo = (importlib.import_module(name) for name in ("01_data", "02_model", "03_train", "06_grpo"))
+data, model, train = map(importlib.import_module, ("01_data", "02_model", "03_train"))
 rank, world, device = data.start_distributed()
 for folder in sys.argv[1:]:
-    policy = grpo.Policy(folder, 1.0, empty=True)
+    policy = model.Writer(model.load_backbone(folder, True, True), data.load_processors(folder))
     train.shard(policy, policy.lm, device)
     train.load_weights(policy.lm, folder, device)
     model.export(policy.lm, policy.processors, f"{folder}/again", file_size="200KB")

@@ -1,4 +1,4 @@
-"""A reward model where people use it: two in a router, a JSONL in and out, TRL's trainer, another folder, bfloat16."""
+"""A reward model in use: two in a router, a JSONL in and out, TRL's trainer, bfloat16."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def text_reward(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def foreign_reward(tmp_path_factory):
-    """A text-only reward model with another chat template, so that the same prompt has other tokens."""
+    """A text-only reward model whose chat template gives the same prompt other tokens."""
     folder = str(tmp_path_factory.mktemp("foreign"))
     ensemble.language_half(TINY, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -165,7 +165,7 @@ def test_a_router_of_two_tokenizers_scores_from_text_and_refuses_prepared_data(
     router = model.RewardRouter(reward, foreign_reward)
     assert torch.equal(router.score(TEXT, RESPONSES), foreign_reward.score(TEXT, RESPONSES))
     with pytest.raises(data.UserError, match="different tokenizers .* --score"):
-        router.fingerprint
+        print(router.fingerprint)
 
 
 def test_04_scores_a_benchmark_with_each_model_where_it_belongs(
@@ -415,7 +415,7 @@ class Pictures(Qwen2_5_VLProcessor):
 def test_trl_trains_with_pictures_in_either_of_its_columns(
     column, reward, text_reward, processors, tmp_path
 ):
-    """The policy is the embedded backbone; every other question of a batch is about another picture in equal words."""
+    """The policy is the embedded backbone; equal questions ask about different pictures."""
     from datasets import Dataset
 
     files = [picture(seed=i) for i in range(4)]
