@@ -7,23 +7,21 @@
 In:   artifacts/model, a reward model (02), and artifacts/data/train, comparisons (01)
 Out:  artifacts/reward: the trained model, metrics.jsonl with a line per step, checkpoints/
 
-The loss is -log sigmoid(r_w - r_l), with r_w the score of the better response and r_l of the worse.
-This is Bradley-Terry: if w wins with probability sigmoid(r_w - r_l), it is the negative
-log-likelihood of the data. A ranking of N > 2 responses contributes the mean over its ordered pairs
-(InstructGPT, arXiv 2203.02155).
+The loss is -log sigmoid(r_w - r_l), with r_w the score of the better response and r_l of the worse:
+Bradley-Terry's negative log-likelihood, if w wins with probability sigmoid(r_w - r_l). A ranking of
+N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155).
 
 Keep one idea in mind: the gradient of a step does not depend on the number of ranks. The seed
 decides which comparisons make up a step, bin packing deals them to ranks, and every loss is divided
 by the number of comparisons in the whole step. So a run may continue on another number of ranks.
 
 The paper trains with learning rate 3e-6 and batches of 128 on 64 GPUs. It does not state optimizer,
-schedule, epochs, or whether the vision tower is frozen. Settings marked "authors" come from the
-authors' public command for a text-only reward model. The defaults for learning rate, batch size and
+schedule, epochs, or whether the vision tower is frozen: settings marked "authors" come from the
+authors' public command for a text-only reward model. The default learning rate, batch size and
 epochs suit the embedded backbone of 1.7 M parameters.
 """
 
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
@@ -37,6 +35,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -48,11 +47,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 data = importlib.import_module("01_data")  # `import 01_data` would be a syntax error
@@ -104,9 +101,9 @@ def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> li
     """Deal the comparisons of all steps to micro-batches and ranks; return those of one rank.
 
     FSDP's all-gathers need all ranks, so each rank gets the same number of micro-batches, and about
-    equal work, since all wait for the slowest. A rank whose micro-batch has no image would skip the
-    vision tower, and the others would wait in the tower's all-gather forever. It reads a blank
-    image instead (`dummy_image`), whose gradient is zero.
+    equal work, since all wait for the slowest. A rank without an image would skip the vision tower
+    while the others wait in the tower's all-gather forever: it reads a blank one (`dummy_image`),
+    whose gradient is zero.
 
     Args:
         steps: indices of the comparisons of each step.
@@ -193,15 +190,13 @@ def loss_and_scores(model, row, pairs: Pairs, settings: "Settings") -> tuple[Ten
 # --------------------------------------------------------------------------------------------------
 # 3. FSDP2. Each rank stores a share of every parameter, gradient and AdamW moment. `fully_shard`
 # makes a module a unit: its parameters are gathered before its forward and backward (all-gather),
-# its gradients summed over ranks after the backward, each rank keeping its share (reduce-scatter).
-# The order matters:
+# its gradients are summed after the backward, each rank keeping a share (reduce-scatter). In order:
 #   a. Build the model empty, on the meta device, since no rank has memory for all of it.
-#   b. Freeze what is not trained: FSDP reduces no gradient for it, and AdamW gets no state.
-#   c. Shard from the inside out, since a unit takes the parameters that no inner unit has: vision
-#      tower, decoder layers, reward head, root.
+#   b. Freeze what is not trained: it gets no gradient and no AdamW state.
+#   c. Shard from the inside out, as a unit takes the parameters that no inner unit has.
 #   d. Load the weights, now that each rank has room for its share.
 #   e. Make the optimizer, which holds the shards.
-# Gradient accumulation needs no switch: every micro-batch adds its reduced gradients to the shards.
+# Gradient accumulation needs no switch: each micro-batch adds its reduced gradients to the shards.
 # Reducing once per step (`set_requires_gradient_sync`) would save traffic, but each rank would hold
 # all gradients whole in float32, 31 GB for a 7B.
 
@@ -215,10 +210,10 @@ def shard(
     shard_size=0,
     compile=False,
 ) -> None:
-    """Shard `model` in place (c); `backbone` is the transformers model in it.
+    """Shard `model`, which contains the transformers model `backbone`, in place (c).
 
-    With a `shard_size`, every so many neighbouring ranks hold one copy of the model, and only
-    gradients pass between such groups (hybrid sharding, for nodes with a slow network between).
+    Hybrid sharding: each `shard_size` neighbouring ranks hold one copy of the model, and only
+    gradients pass between such groups, for nodes with a slow network between them.
     """
     world = dist.get_world_size()
     shard_size = shard_size or world
@@ -228,10 +223,8 @@ def shard(
     if shard_size < world:
         sizes = {"replicate": world // shard_size, "shard": shard_size}
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    # Float32 weights, bfloat16 compute: a bfloat16 weight of 0.02 has a spacing of 1e-4, and AdamW
-    # steps of 3e-6 would round to nothing.
     policy = MixedPrecisionPolicy()
-    if device.type == "cuda":
+    if device.type == "cuda":  # only to compute: a step of 3e-6 on a bfloat16 weight rounds away
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     parts = model_stage.parts_of(backbone)
     if activation_checkpointing:
@@ -271,15 +264,11 @@ def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
 def make_optimizer(model: nn.Module, settings: "Settings") -> torch.optim.AdamW:
     """Make AdamW (e) and allocate its state, since a checkpoint is loaded into existing tensors."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = {"params": [p for p in trained if p.ndim > 1]}
+    decay = settings.weight_decay
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay}
     vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW(
-        [matrices, vectors],
-        lr=settings.learning_rate,
-        betas=(0.9, settings.beta2),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    betas = (0.9, settings.beta2)
+    optimizer = torch.optim.AdamW([matrices, vectors], settings.learning_rate, betas, fused=True)
     for p in trained:  # what AdamW does in its first step
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -340,21 +329,22 @@ def train(settings: "Settings") -> dict:
     shard(model, model.backbone, device, recompute, heads, settings.shard_size, settings.compile)
     load_weights(model.backbone, settings.model, device)
     optimizer = make_optimizer(model, settings)
-    model.train()
 
     state = training_state(model, optimizer)
-    start = begin(settings, state)  # 0, or the step of a checkpoint
+    run = describe_run(settings, tokens)
+    start = begin(settings, state, run)  # after which step: 0, or that of a checkpoint
     if rank == 0:
-        print_start(settings, model, comparisons, held_out, micro_batches, start)
-    sigterm = []  # filled when the machine is taken away (spot preemption)
-    if settings.checkpoint_every:
-        signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
-    bar = tqdm(total=len(order), initial=start, unit=" steps", disable=rank > 0)
+        print_start(settings, model, patches, micro_batches, start)
+    sigterm = []  # filled when the machine is about to be taken away (spot preemption)
+    signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
+    size = settings.batch_size
+    bar = tqdm(total=len(order) * size, initial=start * size, unit=" comparisons", disable=rank > 0)
     sums = torch.zeros(4, device=device)  # of a step: loss, right pairs, margins, ranks to stop
     line = {}
     waited = 0.0
     began = loading = time.perf_counter()
     remaining = [micro for micro in micro_batches if micro.step >= start]
+    model.train()
     for micro, row, pairs in load(comparisons, remaining, model, device, settings.workers):
         waited += time.perf_counter() - loading
 
@@ -391,7 +381,7 @@ def train(settings: "Settings") -> dict:
         optimizer.zero_grad()
         sums.zero_()
 
-        # Log and validate.
+        # Validate and log.
         line = {
             "step": step,
             "loss": loss,
@@ -403,19 +393,16 @@ def train(settings: "Settings") -> dict:
             "seconds": time.perf_counter() - began,
             "data_seconds": waited,  # of these, rank 0's wait for the loader
         }
-        due = settings.validate_every and step % settings.validate_every == 0
-        if held_out and (due or step == len(order)):
+        if held_out and (is_due(step, settings.validate_every) or step == len(order)):
             line |= validate(model, held_out, settings, device)
         if rank == 0:
-            with open(Path(settings.out, "metrics.jsonl"), "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(settings, line)
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
-        bar.update()
+        bar.update(size)
 
-        # Save.
-        due = settings.checkpoint_every and step % settings.checkpoint_every == 0
-        if (due or stopping) and step < len(order):
-            save_checkpoint(Path(settings.out, "checkpoints"), step, state, run_of(settings))
+        # Save a checkpoint; on SIGTERM exit.
+        if (is_due(step, settings.checkpoint_every) or stopping) and step < len(order):
+            save_checkpoint(Path(settings.out, "checkpoints"), step, state, run)
             if stopping:
                 raise UserError(f"stopped by SIGTERM after step {step}; continue with --resume")
         began = loading = time.perf_counter()
@@ -423,33 +410,8 @@ def train(settings: "Settings") -> dict:
 
     bar.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    steps_before = model.trained_with.get("steps", 0)
-    model.trained_with = {"data": settings.data, "steps": steps_before + len(order)}
-    model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
-    dtype = model_stage.DTYPES[settings.export_dtype]
-    with data.writing(settings.out):
-        model.save_pretrained(settings.out, dtype, settings.export_file_size)
+    export(model, settings, len(order))
     return line
-
-
-@torch.no_grad()
-def validate(model, comparisons, settings: "Settings", device) -> dict[str, float]:
-    """Mean ranking loss and pair accuracy of the first --validation_size comparisons."""
-    indices = list(range(min(settings.validation_size, len(comparisons))))
-    sizes = comparisons.sizes()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    sums = torch.zeros(3, device=device)  # loss, right pairs, comparisons
-    model.eval()
-    micro_batches = plan([indices], *sizes, settings.micro_tokens, rank, world)
-    for _, row, pairs in load(comparisons, micro_batches, model, device, workers=0):
-        scores = model(row)
-        right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
-        sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
-    dist.all_reduce(sums)
-    model.train()
-    model.reshard()  # without a backward the root stays gathered, and no checkpoint may have that
-    loss, accuracy = (sums[:2] / sums[2]).tolist()
-    return {"validation_loss": loss, VALIDATION_ACCURACY[model.kind]: accuracy}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -471,51 +433,32 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def save_checkpoint(folder: Path, step: int, state: dict, run: dict, keep: int = 2) -> None:
     """Write `step_000050/` under a temporary name and rename it when all ranks are done.
 
-    So a folder called step_... is whole. Old ones are renamed before they are deleted. `run` goes
-    into run.json.
+    So a folder called step_... is whole. `run`, anything that JSON can hold, goes into run.json.
     """
     final = folder / f"step_{step:06d}"
     unfinished = folder / f".writing_{step:06d}"
     with data.writing(final), one_error():
         if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         dist.barrier()
         writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
         dcp.save(state, storage_writer=writer)
         if dist.get_rank() == 0:
             data.write_file(unfinished / "run.json", json.dumps({"step": step, **run}, indent=1))
-            old = sorted(folder.glob("step_*"))
             unfinished.rename(final)
-            for checkpoint in old[: 1 - keep]:
-                shutil.rmtree(checkpoint.rename(folder / f".old_{checkpoint.name}"))
+            for old in sorted(folder.glob("step_*"))[:-keep]:  # renamed before it is deleted
+                shutil.rmtree(old.rename(folder / f".old_{old.name}"))
         dist.barrier()
 
 
-def load_checkpoint(checkpoint: Path, state: dict, run: dict, allow_changes: bool = False) -> int:
-    """Read a checkpoint of the same `run` into the tensors of `state`; return its step."""
+def load_checkpoint(checkpoint: Path, state: dict) -> None:
+    """Read a checkpoint into the tensors of `state`, of which each rank has a share."""
     with data.reading(checkpoint, "remove it"), one_error():
-        saved = json.loads((checkpoint / "run.json").read_bytes())
-        changes = [f"{k} was {saved.get(k)}, is {v}" for k, v in run.items() if saved.get(k) != v]
-        if changes and not allow_changes:
-            message = f"{checkpoint} is from another run: {'; '.join(changes)}"
-            raise UserError(f"{message}. Give the same, or --resume_changed")
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
-    return saved["step"]
-
-
-@contextmanager
-def one_error():
-    """Raise the first rank's error in place of the report on all ranks."""
-    try:
-        yield
-    except dcp.CheckpointException as error:
-        reason, _ = next(iter(error.failures.values()))
-        raise OSError(str(reason).splitlines()[0]) from None
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix: settings that do not change the weights.
+# Appendix: settings that do not change the trained weights.
 
 
 @dataclass
@@ -547,42 +490,37 @@ class Settings(Recipe):
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix: data. Worker processes read, decode and pack ahead of the step.
+# Appendix: data and validation. Worker processes read, decode and pack ahead of the step.
 
 
 class Mixture(ConcatDataset):
     """Several sets of comparisons as one."""
 
-    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and image patches of all comparisons, [n] each."""
-        tokens = [part.sizes()[0] for part in self.datasets]
-        patches = [part.sizes()[1] for part in self.datasets]
-        return np.concatenate(tokens), np.concatenate(patches)
+    def sizes(self) -> np.ndarray:
+        """Tokens and image patches of all comparisons, [2, n]."""
+        return np.hstack([part.sizes() for part in self.datasets])
 
 
 def open_data(settings: Settings, processors, rewrite=None) -> tuple:
-    """Open the comparisons to train on, and to validate on or None."""
+    """Open the comparisons to train on, and those to validate on or None."""
     sets = [data.Comparisons(folder, processors.fingerprint) for folder in settings.data]
     data.use_pixel_limits(processors, sets)
     for part in sets:
-        problem = ""
         if not len(part):
-            problem = "no comparisons in there; see rejected.jsonl for why"
-        elif part.info["metric"]:
-            problem = f"the benchmark {part.info['metric']}, which is to score models"
-        elif not all(part.response_counts()):
-            problem = "has prompts without responses; a reward model trains on pairs or rankings"
-        elif processors.image is None and part.sizes()[1].any():
-            problem = f"has images, and {settings.model} reads only text"
-        if problem:
-            raise UserError(f"{part.folder}: {problem}")
+            raise UserError(f"{part.folder}: no comparisons in there; see rejected.jsonl for why")
+        if metric := part.info["metric"]:
+            raise UserError(f"{part.folder}: the benchmark {metric}, which is to score models")
+        if not part.response_counts().all():
+            raise UserError(f"{part.folder}: has prompts without responses, for 06 and not for 03")
+        if processors.image is None and part.sizes()[1].any():
+            raise UserError(f"{part.folder}: has images, and {settings.model} is text-only")
     validation = settings.validation
     if validation == "auto":
         beside = f"{settings.data[0].rstrip('/')}_holdout"
         validation = beside if Path(beside, "dataset.json").is_file() else ""
-    held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
     comparisons = Mixture(sets)
-    if rewrite:  # a critic or a judge
+    held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
+    if rewrite:
         comparisons = Rewritten(comparisons, comparisons.sizes()[1], rewrite)
         held_out = held_out and Rewritten(held_out, held_out.sizes()[1], rewrite)
     return comparisons, held_out or None
@@ -602,19 +540,17 @@ def read_micro_batch(micro: MicroBatch, comparisons: Dataset, processors, pack) 
 
 
 def ignore_sigterm(worker: int) -> None:
-    """SIGTERM may reach all processes, but the current step still needs its data."""
+    """Keep a worker alive: SIGTERM may reach all processes, and the step needs its data."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def load(comparisons: Dataset, micro_batches: list[MicroBatch], model, device, workers: int):
     """Yield (micro-batch, packed row, pairs), the tensors on the device."""
-    read = partial(
-        read_micro_batch, comparisons=comparisons, processors=model.processors, pack=model.pack
-    )
+    source = {"comparisons": comparisons, "processors": model.processors, "pack": model.pack}
     loader = DataLoader(
         micro_batches,
         batch_size=None,
-        collate_fn=read,
+        collate_fn=partial(read_micro_batch, **source),
         num_workers=workers,
         worker_init_fn=ignore_sigterm,
         pin_memory=device.type == "cuda",  # so that copies overlap with computing
@@ -626,43 +562,71 @@ def load(comparisons: Dataset, micro_batches: list[MicroBatch], model, device, w
         raise UserError(str(error).split("UserError: ")[-1]) from None
 
 
+@torch.no_grad()
+def validate(model, comparisons, settings: Settings, device) -> dict[str, float]:
+    """Mean ranking loss and pair accuracy of the first --validation_size comparisons."""
+    steps = [list(range(min(settings.validation_size, len(comparisons))))]
+    ranks = dist.get_rank(), dist.get_world_size()
+    micro_batches = plan(steps, *comparisons.sizes(), settings.micro_tokens, *ranks)
+    sums = torch.zeros(3, device=device)  # loss, right pairs, comparisons
+    model.eval()
+    for _, row, pairs in load(comparisons, micro_batches, model, device, workers=0):
+        scores = model(row)
+        right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
+        sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
+    dist.all_reduce(sums)
+    model.train()
+    model.reshard()  # without a backward the root stays gathered, which no checkpoint can hold
+    loss, accuracy = (sums[:2] / sums[2]).tolist()
+    return {"validation_loss": loss, VALIDATION_ACCURACY[model.kind]: accuracy}
+
+
 # --------------------------------------------------------------------------------------------------
-# Appendix: the beginning of a run.
+# Appendix: how a run begins and ends.
 
 
-def run_of(settings: Settings) -> dict:
-    """Describe a run for its checkpoints: the recipe, and a fingerprint of its data."""
+def describe_run(settings: Settings, tokens: np.ndarray) -> dict:
+    """Say what the weights follow from: the recipe, and a hash of the lengths of the data."""
     run = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Recipe)}
-    content = hashlib.sha256()
-    for folder in settings.data:
-        comparisons = data.Comparisons(folder)
-        content.update(json.dumps(comparisons.info, sort_keys=True).encode())
-        for array in (*comparisons.sizes(), comparisons.hashes("prompt_hashes")):
-            content.update(np.ascontiguousarray(array))
-    return {**run, "content of the data": content.hexdigest()[:16]}
+    return {**run, "lengths of the data": f"{data.hash_of(tokens.tobytes()):016x}"}
 
 
-def begin(settings: Settings, state: dict) -> int:
+def begin(settings: Settings, state: dict, run: dict) -> int:
     """Ready --out, with --resume load its newest checkpoint, and return the steps that are done."""
     folder = Path(settings.out, "checkpoints")
     newest = max(folder.glob("step_*"), default=None)
     head = Path(settings.out, model_stage.HEAD_FILE)
     exported = newest and head.is_file() and head.stat().st_mtime > newest.stat().st_mtime
     if newest and not exported and not settings.resume:
-        raise UserError(
-            f"{newest} is of a run that has not ended; --resume continues it, or remove {folder}"
-        )
-    start = 0
+        raise UserError(f"{newest}: of a run that has not ended; --resume it, or remove {folder}")
+    step = 0
     if newest and settings.resume:
-        start = load_checkpoint(newest, state, run_of(settings), settings.resume_changed)
+        with data.reading(newest, "remove it"):
+            saved = json.loads((newest / "run.json").read_bytes())
+            step = saved["step"]
+        changes = [f"{k} was {saved.get(k)}, is {v}" for k, v in run.items() if saved.get(k) != v]
+        if changes and not settings.resume_changed:
+            raise UserError(f"{newest}: {'; '.join(changes)}. Undo that, or --resume_changed")
+        load_checkpoint(newest, state)
     dist.barrier()  # all ranks have read what rank 0 removes
     if dist.get_rank() == 0:
         for leftover in folder.glob(".*" if settings.resume else "*"):
             shutil.rmtree(leftover)
         log = Path(settings.out, "metrics.jsonl")
-        lines = log.read_text().splitlines(keepends=True) if start else []
-        data.write_file(log, "".join(lines[:start]))
-    return start
+        lines = log.read_text().splitlines(keepends=True) if step else []
+        data.write_file(log, "".join(lines[:step]))
+    dist.barrier()
+    return step
+
+
+@contextmanager
+def one_error():
+    """Raise the first rank's error in place of the report on all ranks."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise OSError(str(reason).splitlines()[0]) from None
 
 
 def imbalance(micro_batches: list[MicroBatch]) -> float:
@@ -672,23 +636,38 @@ def imbalance(micro_batches: list[MicroBatch]) -> float:
     return slowest / max(1, mean) - 1
 
 
-def print_start(settings: Settings, model, comparisons, held_out, micro_batches, start) -> None:
-    """Say which model trains on which data, and warn of a learning rate for small models."""
+def print_start(settings: Settings, model, patches, micro_batches, start: int) -> None:
     head = "a new head"
     if trained := model.trained_with:
         head = f"its head, trained on {', '.join(trained['data'])} for {trained['steps']} steps"
-    images = (comparisons.sizes()[1] > 0).sum()
-    print(f"{settings.model} with {head}; {len(comparisons)} comparisons, {images} with images")
-    if sum(p.numel() for p in model.parameters()) > 1e8 and settings.learning_rate > 5e-5:
-        rate = settings.learning_rate
-        print(
-            f"--learning_rate {rate:g} suits small models; for pretrained ones the paper takes 3e-6"
-        )
     print(
-        f"{len(held_out or [])} comparisons to validate on; training begins after step {start}; "
-        f"load imbalance {imbalance(micro_batches):.1%}",
-        flush=True,
+        f"{settings.model} with {head}, {len(patches)} comparisons, {sum(patches > 0)} with images"
     )
+    print(f"after step {start}; load imbalance {imbalance(micro_batches):.1%}", flush=True)
+    if size_of(model) > 1e8 and settings.learning_rate > 5e-5:
+        print(
+            f"--learning_rate {settings.learning_rate:g} suits small models; the paper takes 3e-6"
+        )
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def append_line(settings: Settings, line: dict) -> None:
+    log = Path(settings.out, "metrics.jsonl")
+    with data.writing(log), open(log, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def export(model, settings: Settings, steps: int) -> None:
+    """Write the trained model to --out."""
+    steps += model.trained_with.get("steps", 0)
+    model.trained_with = {"data": settings.data, "steps": steps}
+    model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
+    dtype = model_stage.DTYPES[settings.export_dtype]
+    with data.writing(settings.out):
+        model.save_pretrained(settings.out, dtype, settings.export_file_size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -697,28 +676,28 @@ def print_start(settings: Settings, model, comparisons, held_out, micro_batches,
 
 
 class Rewritten(Dataset):
-    """Comparisons as a critic or a judge reads them; those with nothing to write are left out.
+    """Comparisons as a critic or a judge reads them, without those that teach nothing to write.
 
-    Every rank first reads its share of them, to measure how long they are.
+    To know their lengths, the ranks first read all of them.
     """
 
     def __init__(self, comparisons, patches: np.ndarray, rewrite, device=None):
         self.comparisons = comparisons
         self.rewrite = rewrite
         rank, world, device = data.start_distributed()
-        tokens = torch.zeros(len(comparisons), dtype=torch.long, device=device)
-        for i in tqdm(range(rank, len(tokens), world), desc="measure", disable=rank > 0):
+        lengths = torch.zeros(len(comparisons), dtype=torch.long, device=device)
+        for i in tqdm(range(rank, len(lengths), world), desc="measure", disable=rank > 0):
             read = rewrite(comparisons[i])
-            tokens[i] = read.length if read.responses else 0
-        dist.all_reduce(tokens)
-        lengths = tokens.cpu().numpy()
+            lengths[i] = read.length if read.responses else 0
+        dist.all_reduce(lengths)
+        lengths = lengths.cpu().numpy()
         self.chosen = np.flatnonzero(lengths)
-        self.size = lengths[self.chosen], patches[self.chosen]
+        self.shape = lengths[self.chosen], patches[self.chosen]
         needs = "a critic needs critiques, one for each response, and a judge two responses"
         if not len(self.chosen):
             raise UserError(f"no comparison to learn from: {needs}")
-        if rank == 0 and len(self.chosen) < len(lengths):
-            left_out = len(lengths) - len(self.chosen)
+        left_out = len(lengths) - len(self.chosen)
+        if rank == 0 and left_out:
             print(f"{left_out} of {len(lengths)} comparisons left out: {needs}")
 
     def __len__(self) -> int:
@@ -728,36 +707,229 @@ class Rewritten(Dataset):
         return self.rewrite(self.comparisons[int(self.chosen[i])])
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.size
-
-
-def writing_loss(row, log_p: Tensor) -> Tensor:
-    """Mean over the tokens that a comparison has to write, summed over comparisons."""
-    return -(row.written.weight * log_p).sum()
+        return self.shape
 
 
 def critic_loss(model, row, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
     scores, log_p = model(row, row.written)
     loss = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
-    return loss + settings.critique_coefficient * writing_loss(row, log_p), scores
+    return loss - settings.critique_coefficient * (row.written.weight * log_p).sum(), scores
 
 
 def judge_loss(model, row, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
     scores, log_p = model(row, row.written)
-    return writing_loss(row, log_p), scores
+    return -(row.written.weight * log_p).sum(), scores
 
 
 LOSSES = {"naive": loss_and_scores, "critic": critic_loss, "generative": judge_loss}
-# The critiques of the data give away which response is better; only 04 makes a critic write.
-VALIDATION_ACCURACY = {
-    "naive": "validation_accuracy",
-    "critic": "validation_accuracy_with_given_critiques",
-    "generative": "validation_accuracy",
-}
+VALIDATION_ACCURACY = dict.fromkeys(LOSSES, "validation_accuracy")
+# The data's critiques give away which response is better. Only 04 makes a critic write its own.
+VALIDATION_ACCURACY["critic"] += "_with_given_critiques"
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: --plan. A forward and backward on the meta device, whose tensors have shapes and no
+# numbers, runs the code that trains, for every family, and counts its operations and its memory.
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, **_) -> Tensor:
+    """Stand in for attention, which on a GPU keeps no matrix of weights as it does elsewhere."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+class Meter(TorchDispatchMode):
+    """Count operations, and the bytes of the tensors that are alive, without the parameters."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.counted = {parameter.untyped_storage()._cdata for parameter in parameters}
+        self.flops = self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.counted:
+                storage = tensor.untyped_storage()
+                self.counted.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, key: int, size: int) -> None:
+        self.counted.discard(key)
+        self.bytes -= size
+
+
+def drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None  # as FSDP does when it has reduced it
+
+
+def measure(model: nn.Module, row) -> Meter:
+    """Run a packed row forward and backward on the meta device."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(drop_gradient) for p in trained]
+    attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
+    with Meter(model.parameters()) as meter, attention:
+        model(row).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return meter
+
+
+def size_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def memory(model: nn.Module, activations: int, ranks: int) -> dict[str, float]:
+    """Bytes on one of the `ranks` that share `model` when the backward of a step begins, by part.
+
+    Not counted: the CUDA context, NCCL's buffers, fragmentation.
+    """
+    parts = model_stage.parts_of(model.backbone)
+    everything = size_of(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layer = size_of(parts.language.layers[0])
+    root = everything - len(parts.language.layers) * layer
+    if parts.vision is not None:
+        root -= size_of(parts.vision)
+    width = next(model.backbone.parameters()).element_size()
+    return {
+        "parameters": 4 * everything / ranks,
+        "gradients": 4 * trained / ranks,
+        "AdamW's two moments": 8 * trained / ranks,
+        "activations": activations,
+        "gathered parameters": width * (root + 2 * layer),  # one layer in use and the next
+        "gradients on their way": (width + 4 + 4 / ranks) * layer,  # whole, in float32, a share
+    }
+
+
+def model_to_plan(settings: Settings) -> RewardModel:
+    """Build the model on the meta device from its folder or hub name, which needs no weights."""
+    if Path(settings.model, model_stage.HEAD_FILE).is_file():
+        kind = RewardModel.from_pretrained(settings.model, empty=True).kind
+        if kind != "naive":
+            only = "only naive reward models are planned, and this one is"
+            raise UserError(f"{settings.model}: {only} {kind}")
+    backbone = model_stage.load_backbone(settings.model, empty=True).to(torch.bfloat16)
+    with torch.device("meta"):
+        head = model_stage.RewardHead(backbone.config.get_text_config().hidden_size)
+    if settings.activation_checkpointing:
+        backbone.activation_checkpointing_enable()
+        backbone.disable_input_require_grads()
+    vision = model_stage.parts_of(backbone).vision
+    if vision is not None:
+        vision.requires_grad_(not settings.freeze_vision)
+    return RewardModel(backbone, head, data.load_processors(settings.model)).train()
+
+
+def assumed_comparison(lengths: list[int], processors):
+    """Make a comparison of --plan_lengths: tokens of text, of an image, and of each response."""
+    text, image, *responses = lengths
+    prompt = np.zeros(text, np.int32)
+    images = []
+    grids = np.zeros((0, 3), np.int32)
+    if image:
+        side = processors.vision.patch * processors.vision.merge  # pixels of a token
+        heights = range(math.isqrt(image // 2), math.isqrt(image) + 1)
+        height = min(heights, key=lambda h: abs(h * round(image / h) - image))  # nearly square
+        picture = data.Image.new("RGB", (side * round(image / height), side * height))
+        images = [data.read_image(picture, Path())]
+        grids = np.array([data.patch_grid(picture.size, processors)], np.int32)
+        tokens = grids.prod() // processors.vision.merge**2
+        prompt = np.append(prompt, np.full(tokens, processors.image_token, np.int32))
+    answers = [np.zeros(length, np.int32) for length in responses]
+    return data.Comparison(prompt, answers, [1] * len(answers), images, grids)
+
+
+def print_plan(settings: Settings) -> None:
+    """Print what the run of these settings would compute, need and take, with its assumptions."""
+    model = model_to_plan(settings)
+    gpus = settings.gpus or dist.get_world_size()
+    ranks = settings.shard_size or gpus
+    if gpus % ranks:
+        raise UserError(f"--shard_size {ranks}: has to divide the {gpus} GPUs")
+    if settings.plan_lengths:
+        comparisons = [assumed_comparison(settings.plan_lengths, model.processors)]
+        tokens = np.array([comparisons[0].length])
+        patches = np.array([comparisons[0].grids.prod(1).sum()])
+    else:
+        comparisons = open_data(settings, model.processors)[0]
+        tokens, patches = comparisons.sizes()
+    count = settings.plan_comparisons or len(comparisons)
+    steps = settings.steps or math.ceil(count * settings.epochs / settings.batch_size)
+
+    # The first steps as they will be. Rank 0 has the largest micro-batches, and the others wait.
+    beginning = dataclasses.replace(settings, steps=min(steps, 20))
+    order = order_of_training(len(comparisons), beginning)
+    micro_batches = plan(order, tokens, patches, settings.micro_tokens, 0, gpus)
+    largest = max(micro_batches, key=lambda micro: micro.loads[0])
+    _, row = pack_micro_batch(largest, comparisons, model.processors)
+    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # it compares numbers, and there are none
+    row = row.to(torch.device("meta"))
+    whole = measure(model, row)
+    text = measure(model, dataclasses.replace(row, images=None))
+    row_tokens = tokens[largest.indices].sum()
+    row_patches = patches[largest.indices].sum()
+    of_language = text.flops / row_tokens * tokens.mean()
+    of_vision = (whole.flops - text.flops) / max(1, row_patches) * patches.mean()
+    parts = memory(model, whole.peak, ranks)
+    needed = sum(parts.values())
+    number = 2 if settings.export_dtype == "bf16" else 4
+
+    # Each micro-batch gathers bfloat16 parameters twice and reduces float32 gradients. Within the
+    # groups of --shard_size that is free; between groups only gradients of the shards travel.
+    per_parameter = 8 * (gpus - 1) / gpus if ranks == gpus else 8 / ranks
+    traffic = per_parameter * size_of(model) * len(micro_batches) / len(order)
+    flops = (of_language + of_vision) * settings.batch_size * (1 + imbalance(micro_batches))
+    computing = flops / (gpus * settings.gpu_flops * settings.utilisation)
+    communicating = traffic / settings.gpu_link
+    hours = steps * max(computing, communicating) / 3600
+
+    print(f"model  {settings.model}: {size_of(model):,} parameters with a head of two layers")
+    print(f"run    {steps:,} steps of {settings.batch_size} for {count:,} comparisons, {gpus} GPUs")
+    print_table(
+        "work",
+        "a comparison",
+        {
+            "tokens": tokens.mean(),
+            "image patches": patches.mean(),
+            "TFLOP, language model": of_language / 1e12,
+            "TFLOP, vision tower": of_vision / 1e12,
+        },
+    )
+    print_table("memory of a GPU", "GB", {name: size / 1e9 for name, size in parts.items()})
+    fits = "fits in" if needed < 0.9e9 * settings.gpu_memory else "does NOT fit in"
+    print(
+        f"  all of it, {needed / 1e9:.4g} GB, {fits} {settings.gpu_memory:g} GB with a tenth free"
+    )
+    print(f"  largest micro-batch: {row_tokens:,} tokens, {row_patches:,} patches")
+    print_table(
+        "disk",
+        "GB",
+        {
+            "a checkpoint": ranks * (parts["parameters"] + parts["AdamW's two moments"]) / 1e9,
+            "the trained model": number * size_of(model) / 1e9,
+        },
+    )
+    print_table("time", "s a step", {"computing": computing, "communicating": communicating})
+    print(f"{hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours: the longer of both")
+
+
+def print_table(title: str, unit: str, rows: dict[str, float]) -> None:
+    print(f"\n{title:<30}{unit:>14}")
+    for name, value in rows.items():
+        print(f"  {name:<28}{value:>14,.4g}")
 
 
 def main(settings: Settings) -> None:
-    last = train(settings)
+    if settings.batch_size < 1:
+        raise UserError(f"--batch_size {settings.batch_size}: has to be at least 1")
+    if settings.plan:
+        return print_plan(settings) if dist.get_rank() == 0 else None
+    train(settings)
     if dist.get_rank() == 0:
         print(f"{settings.out}: the trained reward model; metrics in {settings.out}/metrics.jsonl")
         print("Next: torchrun --standalone --nproc_per_node=2 04_eval.py")
