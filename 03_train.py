@@ -1,272 +1,145 @@
-"""Stage 3 · training the reward model: FSDP2 written out, the plain pairwise ranking loss
+"""Stage 3: train the reward model with FSDP2 and the pairwise ranking loss
 
-    torchrun --standalone --nproc_per_node=2 03_train.py                   # artifacts/model on artifacts/data/train
-    torchrun --standalone --nproc_per_node=8 03_train.py --learning_rate 3e-6 --batch_size 128 --micro_tokens 16384
-    python 03_train.py --plan --gpus 64                                    # what would that compute, need and take?
+    torchrun --standalone --nproc_per_node=2 03_train.py
+    torchrun --standalone --nproc_per_node=8 03_train.py --learning_rate 3e-6 --batch_size 128
+    python 03_train.py --plan --gpus 64    # train nothing: print what such a run needs
 
-In    An initial reward model (02) and prepared comparisons (01); their holdout, if there is one, for validation.
-Out   artifacts/reward/: the trained reward model; metrics.jsonl, one line a step; checkpoints/, from which --resume
-      continues the very same run, on the same or another number of ranks. SIGTERM, which a machine that is taken away
-      sends, ends the run with a checkpoint.
+In:   artifacts/model, a reward model (02), and artifacts/data/train, comparisons (01)
+Out:  artifacts/reward: the trained model, metrics.jsonl with a line per step, checkpoints/
 
-The loss is -log sigmoid(r_w - r_l), w the better response and l the worse, the mean over the batch, and nothing else,
-as in the paper. Of a ranking of N > 2 responses it is the mean over its ordered pairs (InstructGPT, arXiv 2203.02155).
-Both regularisers of the paper (Algorithm 1) are there and off, as it found neither to help: a penalty on (r_w + r_l)^2,
-and r / log(length + 1). The other kinds of reward model (02, --kind) learn to write as well: a critic the data's
-critiques, beside the ranking of responses with these critiques; a judge the letter of the better response, in both
-orders, and nothing else.
+The loss is -log sigmoid(r_w - r_l), with r_w the score of the better response and r_l of the worse:
+Bradley-Terry's negative log-likelihood, if w wins with probability sigmoid(r_w - r_l). A ranking of
+N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155).
 
-The paper trains with learning rate 3e-6 and batches of 128 pairs on 64 GPUs. It does not state epochs, optimizer,
-schedule or whether the vision tower was frozen. The defaults fill that in from the authors' public command for a
-text-only reward model (AdamW with weight decay 0.1 and beta2 0.95, 5% warm-up, cosine; it freezes the vision tower:
---freeze_vision), but for learning rate, batch size and epochs, which suit the embedded backbone of 1.7 M parameters.
+Keep one idea in mind: the gradient of a step does not depend on the number of ranks. The seed
+decides which comparisons make up a step, bin packing deals them to ranks, and every loss is divided
+by the number of comparisons in the whole step. So a run may continue on another number of ranks.
 
-The gradient of a step does not depend on the number of ranks: which comparisons make up a step follows from the seed
-alone; they are dealt to ranks by length; and each loss is divided by the number of comparisons in the step, whoever
-holds them. No rank holds more than its shards: the model is sharded while it is empty, then filled. The export gathers
-a tensor at a time, and rank 0 keeps in main memory as many as make one file (--export_file_size).
-
-On several nodes, which have to see the same files, each runs its own line of
-
-    torchrun --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr NODE0 03_train.py --shard_size 8
-
-where --shard_size keeps parameters from travelling between nodes, and GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name
-the network between them (tests/multinode.sh rehearses it).
-
-In this order: settings; who reads what in which step; the loss; loading; the model in shards; the loop. After it what
-it calls now and then; checkpoints; where a run begins; at last --plan.
+The paper trains with learning rate 3e-6 and batches of 128 on 64 GPUs. It does not state optimizer,
+schedule, epochs, or whether the vision tower is frozen: settings marked "authors" come from the
+authors' public command for a text-only reward model. The default learning rate, batch size and
+epochs suit the embedded backbone of 1.7 M parameters.
 """
 
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
+import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
-from torch.utils.data import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
-from transformers import PreTrainedConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-data = importlib.import_module("01_data")
+data = importlib.import_module("01_data")  # `import 01_data` would be a syntax error
 model_stage = importlib.import_module("02_model")
-option, Processors, UserError = data.option, data.Processors, data.UserError
-PackedRow, RewardModel = model_stage.PackedRow, model_stage.RewardModel
+option, UserError, RewardModel = data.option, data.UserError, model_stage.RewardModel
 
 
-@dataclass
-class Recipe:
-    """What the trained weights follow from. An interrupted run goes on with the same, unless --resume_changed."""
-
-    model: str = option(
-        "artifacts/model", "initial reward model (02), or a trained one to go on from, head and all"
-    )
-    data: list[str] = option(
-        [], "prepared comparisons (01) to train on, repeatable; none: artifacts/data/train"
-    )
-    steps: int = option(0, "optimizer steps; 0: as many as --epochs make")
-    epochs: float = option(2.0, "passes over the data, where --steps is 0 (authors: 1)")
-    batch_size: int = option(64, "comparisons a step, over all ranks (paper: 128)")
-    learning_rate: float = option(2e-4, "AdamW's, at its peak (paper: 3e-6, for 7B)")
-    warmup: float = option(
-        0.05, "share of the steps in which it rises linearly; then a cosine to 0 (authors: 0.05)"
-    )
-    weight_decay: float = option(0.1, "AdamW's, of matrices only (authors: 0.1)")
-    beta2: float = option(0.95, "AdamW's, of the mean squared gradient (authors: 0.95)")
-    clip: float = option(
-        1.0, "largest norm of a step's gradient; a longer one is scaled down to it; 0: never"
-    )
-    zero_coefficient: float = option(
-        0.0, "weight of (r_w + r_l)^2 as a penalty (paper: 0; tried 0.001, 0.01, 0.1)"
-    )
-    length_normalisation: bool = option(
-        False, "train on r / log(tokens of the response + 1) (paper: tried, not used)"
-    )
-    critique_coefficient: float = option(
-        1.0, "critic: weight of the critiques' loss beside the ranking loss"
-    )
-    freeze_vision: bool = option(
-        False, "do not train the vision tower (authors' command: frozen; paper: not said)"
-    )
-    seed: int = option(0, "of the order of the data")
-
-    def __post_init__(self):
-        self.data = self.data or ["artifacts/data/train"]
+# --------------------------------------------------------------------------------------------------
+# 1. Who reads what. Every rank computes the same plan from the lengths and the seed, and needs to
+# ask no other.
 
 
-@dataclass
-class Settings(Recipe):
-    out: str = option(
-        "artifacts/reward", "folder for the trained reward model, metrics.jsonl and checkpoints/"
-    )
-    validation: str = option(
-        "auto",
-        "prepared comparisons to validate on; auto: the first --data's <data>_holdout if there; '' for none",
-    )
-    validate_every: int = option(25, "steps between validations; 0: only at the end")
-    validation_size: int = option(256, "comparisons of a validation, always the same")
-    checkpoint_every: int = option(
-        50, "steps between checkpoints, of which the last two are kept; 0: none"
-    )
-    resume: bool = option(
-        False, "continue from the newest checkpoint in --out; from the start where there is none"
-    )
-    resume_changed: bool = option(
-        False, "with --resume, continue though settings or data that change the run differ"
-    )
-    non_finite: Literal["stop", "skip"] = option(
-        "stop",
-        "at a step whose loss or gradient is not finite: stop the run, or skip its update and say so",
-    )
-    micro_tokens: int = option(
-        8192, "tokens that a rank computes at a time, as many as its memory allows (--plan)"
-    )
-    activation_checkpointing: bool = option(
-        False, "recompute layers in backward: less memory, a third more time"
-    )
-    shard_size: int = option(
-        0, "ranks that share one copy of the model, usually the GPUs of one node; 0: all of them"
-    )
-    compile: bool = option(False, "torch.compile each layer: for GPUs; takes minutes to start")
-    workers: int = option(
-        1, "processes a rank that read and decode ahead of the step; 0: the step does it itself"
-    )
-    export_dtype: Literal["fp32", "bf16"] = option(
-        "fp32",
-        "of the exported backbone: fp32 is what was trained, to the bit; bf16 is half as large (head: float32)",
-    )
-    export_file_size: str = option(
-        "5GB", "largest file of the export, which is what rank 0 gathers at a time"
-    )
-    plan: bool = option(
-        False, "train nothing: print what a run would compute, need and take (next 7 settings)"
-    )
-    gpus: int = option(0, "GPUs to plan for; 0: as many as there are ranks now (paper: 64)")
-    gpu_memory: float = option(80.0, "memory of a GPU in GB (80: an H100)")
-    gpu_flops: float = option(
-        989e12, "peak of a GPU in FLOP/s, bfloat16, not sparse (989e12: an H100 SXM)"
-    )
-    utilisation: float = option(
-        0.4, "share of the peak that is reached: an assumption, which a first run replaces"
-    )
-    gpu_link: float = option(
-        50e9, "bytes/s a GPU receives from the others (50e9: 400 Gb/s each, between nodes)"
-    )
-    plan_comparisons: int = option(
-        0, "comparisons to plan for, like those in --data; 0: those (paper: 2.8 M)"
-    )
-    plan_lengths: list[int] = option(
-        [],
-        "assumed instead of --data: tokens of the prompt's text, of its image, of each response (150 512 300 300)",
-    )
+def order_of_training(count: int, settings: "Settings") -> list[list[int]]:
+    """Shuffle `count` comparisons once per epoch and cut them into steps, as lists of indices.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan of a run: which rank reads which comparisons in which micro-batch of which step. It follows from lengths and
-# the seed, so all ranks know it without a word. To copy it takes numpy and nothing else of this project.
-
-
-def order_of_training(n: int, settings: Settings) -> list[list[int]]:
-    """The comparisons of every step: one shuffle an epoch, all from the seed. A last incomplete batch is filled from
-    the next shuffle, so nothing is left out."""
-    steps = settings.steps or math.ceil(n * settings.epochs / settings.batch_size)
+    The last batch is filled up from a further shuffle, so no comparison is dropped.
+    """
+    steps = settings.steps or math.ceil(count * settings.epochs / settings.batch_size)
     needed = steps * settings.batch_size
     rng = np.random.default_rng(settings.seed)
-    order = np.concatenate([rng.permutation(n) for _ in range(-(-needed // n))])[:needed]
-    return order.reshape(steps, settings.batch_size).tolist()
+    epochs = [rng.permutation(count) for _ in range(math.ceil(needed / count))]
+    return np.concatenate(epochs)[:needed].reshape(steps, settings.batch_size).tolist()
+
+
+def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
+    """Greedy bin packing: the most expensive comparison first, each into the emptiest bin."""
+    dealt = [[] for _ in range(bins)]
+    loads = [0] * bins
+    for i in sorted(indices, key=lambda i: (-cost[i], i)):
+        emptiest = loads.index(min(loads))
+        dealt[emptiest].append(i)
+        loads[emptiest] += cost[i]
+    return dealt
 
 
 @dataclass
 class MicroBatch:
+    """The comparisons of one rank in one forward and backward."""
+
     step: int
-    indices: list[int]  # this rank's comparisons
+    indices: list[int]  # perhaps none
     last: bool  # of its step
-    step_size: int  # comparisons in the whole step, over all ranks and micro-batches
+    step_size: int  # comparisons of the whole step, over all ranks and micro-batches
     dummy_image: bool  # another rank has an image here and this one has none
-    loads: list[int]  # of every rank's share, in tokens
+    loads: list[int]  # work of each rank in this micro-batch, in tokens
 
 
-def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
-    """Spreads comparisons over bins of nearly equal cost: the dearest first, each into the bin that is lightest."""
-    dealt, load = [[] for _ in range(bins)], [0] * bins
-    for i in sorted(indices, key=lambda i: (-cost[i], i)):
-        lightest = load.index(min(load))
-        dealt[lightest].append(i)
-        load[lightest] += cost[i]
-    return dealt
+def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> list[MicroBatch]:
+    """Deal the comparisons of all steps to micro-batches and ranks; return those of one rank.
 
+    FSDP's all-gathers need all ranks, so each rank gets the same number of micro-batches, and about
+    equal work, since all wait for the slowest. A rank without an image would skip the vision tower
+    while the others wait in the tower's all-gather forever: it reads a blank one (`dummy_image`),
+    whose gradient is zero.
 
-def plan(
-    steps: list[list[int]],
-    tokens: np.ndarray,
-    patches: np.ndarray,
-    micro_tokens: int,
-    rank: int,
-    world: int,
-) -> list[MicroBatch]:
-    """The micro-batches of one rank. In each, all ranks have about equal work, of at most `micro_tokens` tokens unless
-    a single comparison is longer; every rank has the same number of them, some possibly empty.
-
-    Args: the comparisons of each step; of all comparisons the tokens and image patches, [n] each.
+    Args:
+        steps: indices of the comparisons of each step.
+        tokens, patches: sizes of all comparisons, [n] each.
+        micro_tokens: most tokens of a forward, unless a single comparison is longer.
     """
-    cost = (
-        tokens + patches // 4
-    )  # a patch counts as a quarter of a token: the vision tower is the smaller model
-    work, micro_batches = lambda comparisons: int(cost[comparisons].sum()), []
+    cost = tokens + patches // 4  # in tokens: the vision tower is the smaller model
+
+    def work(indices: list[int]) -> int:
+        return int(cost[indices].sum())
+
+    micro_batches = []
     for step, indices in enumerate(steps):
-        count = max(1, -(-work(indices) // (micro_tokens * world)))
-        dealt = deal(indices, cost, count * world)
-        while count * world < len(indices) and max(map(work, dealt)) > micro_tokens:
+        count = max(1, math.ceil(work(indices) / (micro_tokens * world)))
+        bins = deal(indices, cost, count * world)
+        while count * world < len(indices) and max(map(work, bins)) > micro_tokens:
             count += 1
-            dealt = deal(indices, cost, count * world)
-        dealt.sort(
-            key=work, reverse=True
-        )  # neighbours, which run at the same time, cost about the same
+            bins = deal(indices, cost, count * world)
+        bins.sort(key=work, reverse=True)  # bins that run at the same time cost about the same
         for k in range(count):
-            together = dealt[k * world : (k + 1) * world]
-            has_image = [bool(patches[comparisons].any()) for comparisons in together]
-            dummy, costs = any(has_image) and not has_image[rank], list(map(work, together))
-            micro_batches.append(
-                MicroBatch(step, together[rank], k == count - 1, len(indices), dummy, costs)
-            )
+            together = bins[k * world : (k + 1) * world]  # one bin per rank
+            has_image = [bool(patches[part].any()) for part in together]
+            dummy = any(has_image) and not has_image[rank]
+            loads = list(map(work, together))
+            last = k == count - 1
+            micro_batches.append(MicroBatch(step, together[rank], last, len(indices), dummy, loads))
     return micro_batches
 
 
-def imbalance(micro_batches: list[MicroBatch]) -> float:
-    """How much longer all ranks take than if all had equal work, since each waits for the slowest: 0 is perfect."""
-    slowest = sum(max(batch.loads) for batch in micro_batches)
-    return slowest / (sum(sum(batch.loads) / len(batch.loads) for batch in micro_batches) or 1) - 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss. To copy `ranking_loss` takes `Pairs` and what makes them; `written` is for critics and judges alone.
+# --------------------------------------------------------------------------------------------------
+# 2. The loss.
 
 
 @dataclass
 class Pairs:
-    """All (better, worse) pairs within the comparisons of a row, as indices into its N scores."""
+    """All (better, worse) pairs of a row, as indices into its N scores."""
 
     better: Tensor  # [pairs]
     worse: Tensor  # [pairs]
@@ -276,152 +149,556 @@ class Pairs:
     def to(self, device: torch.device) -> "Pairs":
         return model_stage.change_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Pairs":
-        return model_stage.change_tensors(self, Tensor.pin_memory)
-
 
 def pairs_of(comparisons: list) -> Pairs:
-    """All pairs of these comparisons."""
-    better, worse, weight, start = [], [], [], 0
+    """List the pairs of the comparisons of a row."""
+    better, worse, weight, lengths = [], [], [], []
     for comparison in comparisons:
-        found = comparison.pairs
-        better += [start + i for i, _ in found]
-        worse += [start + j for _, j in found]
-        weight += [1 / max(1, len(found))] * len(found)
-        start += len(comparison.responses)
-    lengths = [len(response) for comparison in comparisons for response in comparison.responses]
-    as_long = lambda values: torch.tensor(values, dtype=torch.long)
-    return Pairs(as_long(better), as_long(worse), torch.tensor(weight), as_long(lengths))
+        start = len(lengths)  # responses of the comparisons before
+        pairs = comparison.pairs
+        better += [start + i for i, _ in pairs]
+        worse += [start + j for _, j in pairs]
+        weight += [1 / max(1, len(pairs))] * len(pairs)
+        lengths += map(len, comparison.responses)
+    index = partial(torch.tensor, dtype=torch.long)
+    return Pairs(index(better), index(worse), torch.tensor(weight), index(lengths))
 
 
 def ranking_loss(
     scores: Tensor, pairs: Pairs, zero_coefficient: float = 0.0, length_normalisation: bool = False
 ) -> Tensor:
-    """The paper's loss (Algorithm 1), summed over comparisons; the caller divides by their number.
+    """Sum the paper's loss (Algorithm 1) over the comparisons of a row with scores [N].
 
-    Args: scores [N], pairs within them. Each comparison counts once, however many pairs it has.
+    The paper tried two regularisers and uses neither: `zero_coefficient` pulls scores to zero, as
+    the loss leaves their offset open; `length_normalisation` divides r by log(tokens + 1).
     """
     if length_normalisation:
         scores = scores / torch.log(pairs.lengths + 1.0)
-    better, worse = scores[pairs.better], scores[pairs.worse]  # [pairs]
+    better = scores[pairs.better]  # [pairs]
+    worse = scores[pairs.worse]  # [pairs]
     loss = -F.logsigmoid(better - worse) + zero_coefficient * (better + worse) ** 2
     return (pairs.weight * loss).sum()
 
 
-def losses(
-    model: nn.Module, row: PackedRow, pairs: Pairs, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """What a kind of reward model learns from, summed over comparisons like the ranking loss, and the scores [N]."""
-    scores, log_p = (model(row), None) if model.kind == "naive" else model(row, row.written)
-    ranking = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
-    if log_p is None:
-        return ranking, scores
-    writing = -(
-        row.written.weight * log_p
-    ).sum()  # of each comparison the mean over the tokens that it has to write
-    return (
-        writing
-        if model.kind == "generative"
-        else ranking + settings.critique_coefficient * writing,
-        scores,
-    )
+def loss_and_scores(model, row, pairs: Pairs, settings: "Settings") -> tuple[Tensor, Tensor]:
+    """Score a packed row; return its loss, summed over comparisons, and the scores [N]."""
+    scores = model(row)
+    loss = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
+    return loss, scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading: from the comparisons of a micro-batch to tensors on the device, in processes of its own, ahead of the step.
+# --------------------------------------------------------------------------------------------------
+# 3. FSDP2. Each rank stores a share of every parameter, gradient and AdamW moment. `fully_shard`
+# makes a module a unit: its parameters are gathered before its forward and backward (all-gather),
+# its gradients are summed after the backward, each rank keeping a share (reduce-scatter). In order:
+#   a. Build the model empty, on the meta device, since no rank has memory for all of it.
+#   b. Freeze what is not trained: it gets no gradient and no AdamW state.
+#   c. Shard from the inside out, as a unit takes the parameters that no inner unit has.
+#   d. Load the weights, now that each rank has room for its share.
+#   e. Make the optimizer, which holds the shards.
+# Gradient accumulation needs no switch: each micro-batch adds its reduced gradients to the shards.
+# Reducing once per step (`set_requires_gradient_sync`) would save traffic, but each rank would hold
+# all gradients whole in float32, 31 GB for a 7B.
 
 
-def pack_micro_batch(
-    batch: MicroBatch, comparisons: Dataset, processors: Processors, pack=model_stage.pack
-) -> tuple[list, PackedRow]:
-    """The comparisons and the row of a planned micro-batch. Where there are fewer comparisons than ranks, one that
-    nobody reads: all ranks step together."""
-    read = [comparisons[i] for i in batch.indices]
-    if not read and not batch.dummy_image:
+def shard(
+    model,
+    backbone,
+    device,
+    activation_checkpointing=False,
+    in_float32=(),
+    shard_size=0,
+    compile=False,
+) -> None:
+    """Shard `model`, which contains the transformers model `backbone`, in place (c).
+
+    Hybrid sharding: each `shard_size` neighbouring ranks hold one copy of the model, and only
+    gradients pass between such groups, for nodes with a slow network between them.
+    """
+    world = dist.get_world_size()
+    shard_size = shard_size or world
+    if shard_size < 0 or world % shard_size:
+        raise UserError(f"--shard_size {shard_size}: has to divide the number of ranks, {world}")
+    sizes = {"shard": world}
+    if shard_size < world:
+        sizes = {"replicate": world // shard_size, "shard": shard_size}
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    policy = MixedPrecisionPolicy()
+    if device.type == "cuda":  # only to compute: a step of 3e-6 on a bfloat16 weight rounds away
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    parts = model_stage.parts_of(backbone)
+    if activation_checkpointing:
+        backbone.activation_checkpointing_enable()
+        backbone.disable_input_require_grads()  # would send a frozen tower through a backward
+    if compile:
+        for layer in [*parts.language.layers, *parts.blocks]:
+            layer.compile(dynamic=True)  # lengths differ from row to row
+    if parts.vision is not None:  # one unit: it is small, and one gather beats one per block
+        fully_shard(parts.vision, mesh=mesh, mp_policy=policy)
+    for layer in parts.language.layers:  # a unit each: only one or two are whole at a time
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for module in in_float32:  # the reward head: near 4, bfloat16 has a spacing of 0.03
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh, mp_policy=policy)  # the rest: embeddings and last norm
+
+
+def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
+    """Fill an empty, sharded transformers model from its checkpoint (d).
+
+    Rank 0 reads the checkpoint and broadcasts it tensor by tensor; each rank keeps its share. The
+    price is one full float32 copy in the main memory of rank 0, 31 GB for a 7B.
+    """
+    full = {}
+    if dist.get_rank() == 0:
+        lm_head = hasattr(backbone, "lm_head")
+        full = model_stage.load_backbone(path, lm_head=lm_head).state_dict()
+    backbone.to_empty(device=device)
+    backbone.tie_weights()  # `to_empty` parts an LM head from the embeddings it shares
+    for parameter in backbone.parameters():
+        parameter._is_hf_initialized = True
+    backbone.initialize_weights()  # so only of what no checkpoint holds: rotary frequencies
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(backbone, full, options=options)
+
+
+def make_optimizer(model: nn.Module, settings: "Settings") -> torch.optim.AdamW:
+    """Make AdamW (e) and allocate its state, since a checkpoint is loaded into existing tensors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = settings.weight_decay
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay}
+    vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    betas = (0.9, settings.beta2)
+    optimizer = torch.optim.AdamW([matrices, vectors], settings.learning_rate, betas, fused=True)
+    for p in trained:  # what AdamW does in its first step
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    return optimizer
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Training.
+
+
+@dataclass
+class Recipe:
+    """The settings that decide the trained weights: an interrupted run resumes with the same."""
+
+    model: str = option("artifacts/model", "reward model from 02, or a trained one to continue")
+    data: list[str] = option([], "comparisons (01), repeatable; none: artifacts/data/train")
+    steps: int = option(0, "optimizer steps; 0: as many as --epochs take")
+    epochs: float = option(2.0, "passes over the data if --steps is 0 (authors: 1)")
+    batch_size: int = option(64, "comparisons per step, over all ranks (paper: 128)")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW (paper: 3e-6, for 7B)")
+    warmup: float = option(0.05, "fraction of the steps for linear warm-up (authors: 0.05)")
+    weight_decay: float = option(0.1, "AdamW weight decay, matrices only (authors: 0.1)")
+    beta2: float = option(0.95, "AdamW beta2 (authors: 0.95)")
+    clip: float = option(1.0, "largest norm of a step's gradient; 0: any")
+    zero_coefficient: float = option(0.0, "weight of (r_w + r_l)^2 (paper: 0, tried up to 0.1)")
+    length_normalisation: bool = option(False, "train on r / log(tokens + 1) (paper: tried, off)")
+    critique_coefficient: float = option(1.0, "critics: weight of the critiques' loss")
+    freeze_vision: bool = option(False, "do not train the vision tower (authors: frozen)")
+    seed: int = option(0, "seed of the order of the data")
+
+    def __post_init__(self):
+        self.data = self.data or ["artifacts/data/train"]
+
+
+def learning_rate_at(step: int, steps: int, settings: Recipe) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(settings.warmup * steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(settings: "Settings") -> dict:
+    """Train a reward model, export it to `settings.out`, and return the last line of metrics."""
+    rank, world, device = data.start_distributed()
+    model = RewardModel.from_pretrained(settings.model, empty=True)
+    comparisons, held_out = open_data(settings, model.processors, model.rewrite)
+    tokens, patches = comparisons.sizes()
+    order = order_of_training(len(comparisons), settings)
+    micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world)
+
+    vision = model_stage.parts_of(model.backbone).vision
+    if vision is not None:
+        vision.requires_grad_(not settings.freeze_vision)
+    heads = [module for module in model.modules() if isinstance(module, model_stage.RewardHead)]
+    recompute = settings.activation_checkpointing
+    shard(model, model.backbone, device, recompute, heads, settings.shard_size, settings.compile)
+    load_weights(model.backbone, settings.model, device)
+    optimizer = make_optimizer(model, settings)
+
+    state = training_state(model, optimizer)
+    run = describe_run(settings, tokens)
+    start = begin(settings, state, run)  # after which step: 0, or that of a checkpoint
+    if rank == 0:
+        print_start(settings, model, patches, micro_batches, start)
+    sigterm = []  # filled when the machine is about to be taken away (spot preemption)
+    signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
+    size = settings.batch_size
+    bar = tqdm(total=len(order) * size, initial=start * size, unit=" comparisons", disable=rank > 0)
+    sums = torch.zeros(4, device=device)  # of a step: loss, right pairs, margins, ranks to stop
+    line = {}
+    waited = 0.0
+    began = loading = time.perf_counter()
+    remaining = [micro for micro in micro_batches if micro.step >= start]
+    model.train()
+    for micro, row, pairs in load(comparisons, remaining, model, device, settings.workers):
+        waited += time.perf_counter() - loading
+
+        # Forward and backward. FSDP averages gradients over ranks. Times `world` that is their sum,
+        # and divided by the comparisons of the whole step it is the gradient of one rank that reads
+        # them all in one row, however they are dealt to ranks and micro-batches.
+        loss, scores = LOSSES[model.kind](model, row, pairs, settings)
+        (loss * world / micro.step_size).backward()
+        margins = (scores[pairs.better] - scores[pairs.worse]).detach()  # [pairs]
+        right = (pairs.weight * (margins > 0)).sum()
+        sums[:3] += torch.stack([loss.detach(), right, (pairs.weight * margins).sum()])
+        loading = time.perf_counter()
+        if not micro.last:
+            continue
+
+        # Clip, and agree on the step. On a GPU the CPU waits for it here and nowhere else.
+        norm = clip_grad_norm_(model.parameters(), settings.clip or math.inf).full_tensor()
+        sums[3] = len(sigterm)
+        dist.all_reduce(sums)
+        loss, accuracy, margin, stopping = (sums / micro.step_size).tolist()
+        norm = norm.item()
+        step = micro.step + 1
+        if not math.isfinite(loss + norm):
+            names = [str(comparisons[i]) for i in order[micro.step]]
+            raise UserError(
+                f"step {step}: loss {loss:g}, norm of the gradient {norm:g}, "
+                f"from {len(names)} comparison(s): {', '.join(names)}; the weights are as before"
+            )
+
+        # Update.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(micro.step, len(order), settings)
+        optimizer.step()
+        optimizer.zero_grad()
+        sums.zero_()
+
+        # Validate and log.
+        line = {
+            "step": step,
+            "loss": loss,
+            "accuracy": accuracy,  # fraction of training pairs whose better response scores higher
+            "margin": margin,  # mean score of the better response minus the worse
+            "grad_norm": norm,  # before clipping
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "tokens": int(tokens[order[micro.step]].sum()),  # of the packed rows of all ranks
+            "seconds": time.perf_counter() - began,
+            "data_seconds": waited,  # of these, rank 0's wait for the loader
+        }
+        if held_out and (is_due(step, settings.validate_every) or step == len(order)):
+            line |= validate(model, held_out, settings, device)
+        if rank == 0:
+            append_line(settings, line)
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+        bar.update(size)
+
+        # Save a checkpoint; on SIGTERM exit.
+        if (is_due(step, settings.checkpoint_every) or stopping) and step < len(order):
+            save_checkpoint(Path(settings.out, "checkpoints"), step, state, run)
+            if stopping:
+                raise UserError(f"stopped by SIGTERM after step {step}; continue with --resume")
+        began = loading = time.perf_counter()
+        waited = 0.0
+
+    bar.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    export(model, settings, len(order))
+    return line
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Checkpoints: model and optimizer as safetensors, each rank writing its share. The step is the
+# position in the data, since the plan follows from the seed. `torch.distributed.checkpoint` reads
+# them on any number of ranks; on as many as before, the run ends in the same weights, bit for bit.
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Collect the parameters and the optimizer's tensors of each, as they are in use, by name."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        state[f"model.{name}"] = parameter.detach()
+        for key, tensor in optimizer.state.get(parameter, {}).items():
+            state[f"{key}.{name}"] = tensor
+    return state
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, run: dict, keep: int = 2) -> None:
+    """Write `step_000050/` under a temporary name and rename it when all ranks are done.
+
+    So a folder called step_... is whole. `run`, anything that JSON can hold, goes into run.json.
+    """
+    final = folder / f"step_{step:06d}"
+    unfinished = folder / f".writing_{step:06d}"
+    with data.writing(final), one_error():
+        if dist.get_rank() == 0:
+            unfinished.mkdir(parents=True)
+        dist.barrier()
+        writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        dcp.save(state, storage_writer=writer)
+        if dist.get_rank() == 0:
+            data.write_file(unfinished / "run.json", json.dumps({"step": step, **run}, indent=1))
+            unfinished.rename(final)
+            for old in sorted(folder.glob("step_*"))[:-keep]:  # renamed before it is deleted
+                shutil.rmtree(old.rename(folder / f".old_{old.name}"))
+        dist.barrier()
+
+
+def load_checkpoint(checkpoint: Path, state: dict) -> None:
+    """Read a checkpoint into the tensors of `state`, of which each rank has a share."""
+    with data.reading(checkpoint, "remove it"), one_error():
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: settings that do not change the trained weights.
+
+
+@dataclass
+class Settings(Recipe):
+    """All settings of this stage."""
+
+    out: str = option("artifacts/reward", "folder for the model, metrics.jsonl and checkpoints/")
+    validation: str = option("auto", "comparisons; auto: <data>_holdout of the first; '': none")
+    validate_every: int = option(25, "steps between validations; 0: only at the end")
+    validation_size: int = option(256, "comparisons of a validation, always the same")
+    checkpoint_every: int = option(50, "steps between checkpoints (two stay); 0: none")
+    resume: bool = option(False, "continue from the newest checkpoint in --out, if there is one")
+    resume_changed: bool = option(False, "with --resume: even if recipe or data have changed")
+    micro_tokens: int = option(8192, "tokens of a forward on one rank, as memory allows (--plan)")
+    activation_checkpointing: bool = option(False, "recompute layers in backward: less memory")
+    shard_size: int = option(0, "ranks that share a copy of the model, as in one node; 0: all")
+    compile: bool = option(False, "torch.compile each layer, for GPUs; takes minutes to start")
+    workers: int = option(1, "processes of a rank that read ahead; 0: the step reads")
+    export_dtype: Literal["fp32", "bf16"] = option("fp32", "dtype of the exported backbone")
+    export_file_size: str = option("5GB", "largest file of the export")
+    plan: bool = option(False, "train nothing: print what a run computes, needs and takes")
+    gpus: int = option(0, "--plan: GPUs; 0: as many as there are ranks now (paper: 64)")
+    gpu_memory: float = option(80.0, "--plan: memory of a GPU in GB (80: H100)")
+    gpu_flops: float = option(989e12, "--plan: peak FLOP/s in bfloat16 (989e12: H100 SXM)")
+    gpu_link: float = option(50e9, "--plan: bytes/s into a GPU (50e9: 400 Gb/s between nodes)")
+    utilisation: float = option(0.4, "--plan: assumed share of the peak")
+    plan_comparisons: int = option(0, "--plan: comparisons; 0: those in --data (paper: 2.8 M)")
+    plan_lengths: list[int] = option([], "--plan: not --data but tokens of text, image, responses")
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: data and validation. Worker processes read, decode and pack ahead of the step.
+
+
+class Mixture(ConcatDataset):
+    """Several sets of comparisons as one."""
+
+    def sizes(self) -> np.ndarray:
+        """Tokens and image patches of all comparisons, [2, n]."""
+        return np.hstack([part.sizes() for part in self.datasets])
+
+
+def open_data(settings: Settings, processors, rewrite=None) -> tuple:
+    """Open the comparisons to train on, and those to validate on or None."""
+    sets = [data.Comparisons(folder, processors.fingerprint) for folder in settings.data]
+    data.use_pixel_limits(processors, sets)
+    for part in sets:
+        if not len(part):
+            raise UserError(f"{part.folder}: no comparisons in there; see rejected.jsonl for why")
+        if metric := part.info["metric"]:
+            raise UserError(f"{part.folder}: the benchmark {metric}, which is to score models")
+        if not part.response_counts().all():
+            raise UserError(f"{part.folder}: has prompts without responses, for 06 and not for 03")
+        if processors.image is None and part.sizes()[1].any():
+            raise UserError(f"{part.folder}: has images, and {settings.model} is text-only")
+    validation = settings.validation
+    if validation == "auto":
+        beside = f"{settings.data[0].rstrip('/')}_holdout"
+        validation = beside if Path(beside, "dataset.json").is_file() else ""
+    comparisons = Mixture(sets)
+    held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
+    if rewrite:
+        comparisons = Rewritten(comparisons, comparisons.sizes()[1], rewrite)
+        held_out = held_out and Rewritten(held_out, held_out.sizes()[1], rewrite)
+    return comparisons, held_out or None
+
+
+def pack_micro_batch(micro: MicroBatch, comparisons: Dataset, processors, pack=model_stage.pack):
+    """Read the comparisons of a micro-batch; return them and their packed row."""
+    read = [comparisons[i] for i in micro.indices]
+    if not read and not micro.dummy_image:  # fewer comparisons than ranks: a token nobody reads
         read = [data.Comparison(np.array([processors.end_token], np.int32), [], [])]
-    return read, pack(read, processors, batch.dummy_image)
+    return read, pack(read, processors, micro.dummy_image)
 
 
-class MicroBatches(Dataset):
-    """Reads, decodes and packs the micro-batches of a plan; runs in the loader's worker processes."""
-
-    def __init__(
-        self, comparisons: Dataset, micro_batches: list[MicroBatch], processors: Processors, pack
-    ):
-        self.comparisons, self.plan, self.processors, self.pack = (
-            comparisons,
-            micro_batches,
-            processors,
-            pack,
-        )
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, k: int):
-        """(micro-batch, row, pairs), or the UserError, which would leave a worker process only with its traceback."""
-        try:
-            read, row = pack_micro_batch(self.plan[k], self.comparisons, self.processors, self.pack)
-        except UserError as error:
-            return error
-        return self.plan[k], row, pairs_of(read)
+def read_micro_batch(micro: MicroBatch, comparisons: Dataset, processors, pack) -> tuple:
+    read, row = pack_micro_batch(micro, comparisons, processors, pack)
+    return micro, row, pairs_of(read)
 
 
 def ignore_sigterm(worker: int) -> None:
-    """SIGTERM may come to all processes, and the step that it ends still needs its data."""
+    """Keep a worker alive: SIGTERM may reach all processes, and the step needs its data."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def load(
-    comparisons: Dataset,
-    micro_batches: list[MicroBatch],
-    model: RewardModel,
-    device: torch.device,
-    workers: int,
-) -> Iterator[tuple[MicroBatch, PackedRow, Pairs]]:
-    """Yields (micro-batch, row, pairs) with the tensors on the device."""
-    dataset = MicroBatches(comparisons, micro_batches, model.processors, model.pack)
-    pin = device.type == "cuda"
-    how = {
-        "batch_size": None,
-        "num_workers": workers,
-        "pin_memory": pin,
-        "worker_init_fn": ignore_sigterm,
-    }
-    for loaded in torch.utils.data.DataLoader(dataset, **how):
-        if isinstance(loaded, UserError):
-            raise loaded
-        batch, row, pairs = loaded
-        yield batch, row.to(device), pairs.to(device)
+def load(comparisons: Dataset, micro_batches: list[MicroBatch], model, device, workers: int):
+    """Yield (micro-batch, packed row, pairs), the tensors on the device."""
+    source = {"comparisons": comparisons, "processors": model.processors, "pack": model.pack}
+    loader = DataLoader(
+        micro_batches,
+        batch_size=None,
+        collate_fn=partial(read_micro_batch, **source),
+        num_workers=workers,
+        worker_init_fn=ignore_sigterm,
+        pin_memory=device.type == "cuda",  # so that copies overlap with computing
+    )
+    try:
+        for micro, row, pairs in loader:
+            yield micro, row.to(device), pairs.to(device)
+    except UserError as error:  # a worker puts its traceback in front
+        raise UserError(str(error).split("UserError: ")[-1]) from None
+
+
+@torch.no_grad()
+def validate(model, comparisons, settings: Settings, device) -> dict[str, float]:
+    """Mean ranking loss and pair accuracy of the first --validation_size comparisons."""
+    steps = [list(range(min(settings.validation_size, len(comparisons))))]
+    ranks = dist.get_rank(), dist.get_world_size()
+    micro_batches = plan(steps, *comparisons.sizes(), settings.micro_tokens, *ranks)
+    sums = torch.zeros(3, device=device)  # loss, right pairs, comparisons
+    model.eval()
+    for _, row, pairs in load(comparisons, micro_batches, model, device, workers=0):
+        scores = model(row)
+        right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
+        sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
+    dist.all_reduce(sums)
+    model.train()
+    model.reshard()  # without a backward the root stays gathered, which no checkpoint can hold
+    loss, accuracy = (sums[:2] / sums[2]).tolist()
+    return {"validation_loss": loss, VALIDATION_ACCURACY[model.kind]: accuracy}
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: how a run begins and ends.
+
+
+def describe_run(settings: Settings, tokens: np.ndarray) -> dict:
+    """Say what the weights follow from: the recipe, and a hash of the lengths of the data."""
+    run = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Recipe)}
+    return {**run, "lengths of the data": f"{data.hash_of(tokens.tobytes()):016x}"}
+
+
+def begin(settings: Settings, state: dict, run: dict) -> int:
+    """Ready --out, with --resume load its newest checkpoint, and return the steps that are done."""
+    folder = Path(settings.out, "checkpoints")
+    newest = max(folder.glob("step_*"), default=None)
+    head = Path(settings.out, model_stage.HEAD_FILE)
+    exported = newest and head.is_file() and head.stat().st_mtime > newest.stat().st_mtime
+    if newest and not exported and not settings.resume:
+        raise UserError(f"{newest}: of a run that has not ended; --resume it, or remove {folder}")
+    step = 0
+    if newest and settings.resume:
+        with data.reading(newest, "remove it"):
+            saved = json.loads((newest / "run.json").read_bytes())
+            step = saved["step"]
+        changes = [f"{k} was {saved.get(k)}, is {v}" for k, v in run.items() if saved.get(k) != v]
+        if changes and not settings.resume_changed:
+            raise UserError(f"{newest}: {'; '.join(changes)}. Undo that, or --resume_changed")
+        load_checkpoint(newest, state)
+    dist.barrier()  # all ranks have read what rank 0 removes
+    if dist.get_rank() == 0:
+        for leftover in folder.glob(".*" if settings.resume else "*"):
+            shutil.rmtree(leftover)
+        log = Path(settings.out, "metrics.jsonl")
+        lines = log.read_text().splitlines(keepends=True) if step else []
+        data.write_file(log, "".join(lines[:step]))
+    dist.barrier()
+    return step
+
+
+@contextmanager
+def one_error():
+    """Raise the first rank's error in place of the report on all ranks."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise OSError(str(reason).splitlines()[0]) from None
+
+
+def imbalance(micro_batches: list[MicroBatch]) -> float:
+    """Fraction of time lost to load imbalance: 0 is perfect."""
+    slowest = sum(max(micro.loads) for micro in micro_batches)
+    mean = sum(sum(micro.loads) / len(micro.loads) for micro in micro_batches)
+    return slowest / max(1, mean) - 1
+
+
+def print_start(settings: Settings, model, patches, micro_batches, start: int) -> None:
+    head = "a new head"
+    if trained := model.trained_with:
+        head = f"its head, trained on {', '.join(trained['data'])} for {trained['steps']} steps"
+    print(
+        f"{settings.model} with {head}, {len(patches)} comparisons, {sum(patches > 0)} with images"
+    )
+    print(f"after step {start}; load imbalance {imbalance(micro_batches):.1%}", flush=True)
+    if size_of(model) > 1e8 and settings.learning_rate > 5e-5:
+        print(
+            f"--learning_rate {settings.learning_rate:g} suits small models; the paper takes 3e-6"
+        )
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def append_line(settings: Settings, line: dict) -> None:
+    log = Path(settings.out, "metrics.jsonl")
+    with data.writing(log), open(log, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def export(model, settings: Settings, steps: int) -> None:
+    """Write the trained model to --out."""
+    steps += model.trained_with.get("steps", 0)
+    model.trained_with = {"data": settings.data, "steps": steps}
+    model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
+    dtype = model_stage.DTYPES[settings.export_dtype]
+    with data.writing(settings.out):
+        model.save_pretrained(settings.out, dtype, settings.export_file_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: critics and judges (02, --kind). A critic also learns to write the critiques of the
+# data; a judge learns only to write the letter of the better response, for both orders.
 
 
 class Rewritten(Dataset):
-    """Comparisons as a critic or a judge reads them, with what it is asked and has to write. Those in which there is
-    nothing to write are left out. To know which, and how long each is, every rank reads its share of them first."""
+    """Comparisons as a critic or a judge reads them, without those that teach nothing to write.
 
-    def __init__(self, comparisons: Dataset, patches: np.ndarray, rewrite, device: torch.device):
-        self.comparisons, self.rewrite = comparisons, rewrite
-        tokens, rank = (
-            torch.zeros(len(comparisons), dtype=torch.long, device=device),
-            dist.get_rank(),
-        )
-        mine, bar = (
-            range(rank, len(tokens), dist.get_world_size()),
-            {"desc": "measure", "unit": " comparisons"},
-        )
-        for i in tqdm(mine, **bar, disable=rank > 0, mininterval=1):
+    To know their lengths, the ranks first read all of them.
+    """
+
+    def __init__(self, comparisons, patches: np.ndarray, rewrite, device=None):
+        self.comparisons = comparisons
+        self.rewrite = rewrite
+        rank, world, device = data.start_distributed()
+        lengths = torch.zeros(len(comparisons), dtype=torch.long, device=device)
+        for i in tqdm(range(rank, len(lengths), world), desc="measure", disable=rank > 0):
             read = rewrite(comparisons[i])
-            tokens[i] = read.length if read.responses else 0
-        dist.all_reduce(tokens)
-        self.chosen = np.flatnonzero(tokens.cpu().numpy())
-        needed = "a critic needs critiques, one for each response, and a judge two responses"
+            lengths[i] = read.length if read.responses else 0
+        dist.all_reduce(lengths)
+        lengths = lengths.cpu().numpy()
+        self.chosen = np.flatnonzero(lengths)
+        self.shape = lengths[self.chosen], patches[self.chosen]
+        needs = "a critic needs critiques, one for each response, and a judge two responses"
         if not len(self.chosen):
-            raise UserError(f"no comparison to learn from: {needed}")
-        if rank == 0 and len(self.chosen) < len(tokens):
-            print(
-                f"{len(tokens) - len(self.chosen)} of {len(tokens)} comparisons left out: {needed}"
-            )
-        self.size = tokens.cpu().numpy()[self.chosen], patches[self.chosen]
+            raise UserError(f"no comparison to learn from: {needs}")
+        left_out = len(lengths) - len(self.chosen)
+        if rank == 0 and left_out:
+            print(f"{left_out} of {len(lengths)} comparisons left out: {needs}")
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -430,1000 +707,232 @@ class Rewritten(Dataset):
         return self.rewrite(self.comparisons[int(self.chosen[i])])
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """As those of Comparisons: tokens and image patches, [n] each."""
-        return self.size
+        return self.shape
 
 
-def open_data(settings: Settings, processors: Processors) -> tuple:
-    """The training comparisons, their sizes in tokens and patches [n], and the comparisons to validate on, or None.
-
-    Raises UserError where they are no training data for this model."""
-    sets = [data.Comparisons(folder, processors.fingerprint) for folder in settings.data]
-    comparisons = torch.utils.data.ConcatDataset(sets)
-    tokens, patches = (np.concatenate(sizes) for sizes in zip(*(each.sizes() for each in sets)))
-    named = ", ".join(settings.data)
-    if not len(comparisons):
-        raise UserError(f"{named}: no comparisons in there; see rejected.jsonl for why")
-    for each in sets:
-        if metric := each.info["metric"]:
-            raise UserError(
-                f"{each.folder}: the benchmark {metric}, which is to score models and not to train them"
-            )
-    if not all(np.concatenate([each.response_counts() for each in sets])):
-        raise UserError(
-            f"{named}: has prompts without responses; a reward model is trained on pairs or rankings"
-        )
-    if processors.image is None and patches.any():
-        raise UserError(
-            f"{named}: {(patches > 0).sum()} comparisons have images, and {settings.model} is text-only"
-        )
-    data.use_pixel_limits(processors, sets)
-    validation = settings.validation
-    if validation == "auto":
-        beside = f"{settings.data[0].rstrip('/')}_holdout"
-        validation = beside if Path(beside, "dataset.json").is_file() else ""
-    held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
-    return comparisons, tokens, patches, held_out if len(held_out) else None
+def critic_loss(model, row, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
+    scores, log_p = model(row, row.written)
+    loss = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
+    return loss - settings.critique_coefficient * (row.written.weight * log_p).sum(), scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model in shards: FSDP2, in the order in which it has to be done. To copy `load_weights` takes `checkpoint_tensors`
-# and an exception, `shard` also `parts_of`, which says where the layers of a model are.
+def judge_loss(model, row, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
+    scores, log_p = model(row, row.written)
+    return -(row.written.weight * log_p).sum(), scores
 
 
-def shard(
-    model: nn.Module,
-    backbone: nn.Module,
-    device: torch.device,
-    activation_checkpointing: bool = False,
-    in_float32: tuple = (),
-    shard_size: int = 0,
-    compile: bool = False,
-) -> None:
-    """Shards a model's parameters, in place; `backbone` is the transformers model in it. An empty one stays on the meta
-    device, the rest moves to `device`.
-
-    Shards are dealt over all ranks, or over each `shard_size` neighbouring ones, so that every such group has a copy of
-    the model and only gradients pass between groups (hybrid sharding): for several nodes with a slow network between.
-
-    On a GPU the float32 masters stay sharded, layers compute in bfloat16 and gradients are reduced in float32: with
-    bfloat16 parameters a step of 3e-6 would be rounded away. On a CPU all is float32. Units that are gathered together:
-    the vision tower, each decoder layer, then what is left. What is named in `in_float32`, the reward head, is its own
-    unit and stays float32.
-    """
-    world = dist.get_world_size()
-    shard_size = shard_size or world
-    if shard_size < 0 or world % shard_size:
-        raise UserError(f"--shard_size {shard_size}: has to divide the number of ranks, {world}")
-    # One dimension is the default process group; more would be groups of their own.
-    sizes = (
-        {"replicate": world // shard_size, "shard": shard_size}
-        if shard_size < world
-        else {"shard": world}
-    )
-    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    mixed = (
-        {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-        if device.type == "cuda"
-        else {}
-    )
-    policy = MixedPrecisionPolicy(**mixed)
-    parts = model_stage.parts_of(backbone)
-    if activation_checkpointing:
-        backbone.activation_checkpointing_enable()
-        backbone.disable_input_require_grads()  # comes with it, and would send a frozen vision tower through a backward
-    for layer in [*parts.language.layers, *parts.blocks] if compile else []:
-        layer.compile(dynamic=True)  # before it is sharded; lengths differ from row to row
-    if parts.vision is not None:
-        fully_shard(parts.vision, mesh=mesh, mp_policy=policy)
-    for layer in parts.language.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    for module in in_float32:
-        fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+LOSSES = {"naive": loss_and_scores, "critic": critic_loss, "generative": judge_loss}
+VALIDATION_ACCURACY = dict.fromkeys(LOSSES, "validation_accuracy")
+# The data's critiques give away which response is better. Only 04 makes a critic write its own.
+VALIDATION_ACCURACY["critic"] += "_with_given_critiques"
 
 
-def checkpoint_tensors(backbone: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:
-    """Yields every tensor of a Hugging Face checkpoint, a directory or a hub name: its name there, its name in the
-    transformers model, and a slice, of which only the rows are read that are asked for.
-
-    Published checkpoints have older names than transformers' modules; the renaming is that of `from_pretrained`.
-    """
-    transforms = get_model_conversion_mapping(backbone)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    names = backbone.state_dict()
-    try:
-        single = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-        index = None if single else cached_file(path, "model.safetensors.index.json")
-        for each in [single] if single else get_checkpoint_shard_files(path, index)[0]:
-            with safe_open(each, framework="pt") as file:
-                for key in file.keys():
-                    name, converter = rename_source_key(
-                        key, renamings, converters, backbone.base_model_prefix, names
-                    )
-                    if converter:
-                        raise UserError(
-                            f"{path}: {key} has to be rearranged for the model, which is not supported"
-                        )
-                    yield key, name, file.get_slice(key)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: no whole checkpoint: {str(error).splitlines()[0]}") from None
+# --------------------------------------------------------------------------------------------------
+# Appendix: --plan. A forward and backward on the meta device, whose tensors have shapes and no
+# numbers, runs the code that trains, for every family, and counts its operations and its memory.
 
 
-@torch.no_grad()
-def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
-    """Fills a transformers model that was built empty and then sharded, from its checkpoint, whatever the dtype stored.
-
-    A rank has memory for its own shards only, and reads only their rows of the memory-mapped files, tensor by tensor.
-    `backbone` is what transformers made, every parameter of it sharded by `fully_shard`; a head of yours is not in it.
-
-    Raises:
-        UserError: names the tensor that is missing, or does not belong to the model, or has the wrong shape.
-    """
-    backbone.to_empty(device=device)
-    backbone.tie_weights()  # `to_empty` parts an LM head from the embeddings whose weights it shares
-    missing = dict(backbone.named_parameters())  # shared weights once, as the embeddings
-    for parameter in missing.values():
-        parameter._is_hf_initialized = True
-    backbone.initialize_weights()  # so only of what no checkpoint holds, the buffers of rotary frequencies
-    for key, name, tensor in checkpoint_tensors(backbone, path):
-        if name not in missing and name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
-            continue  # a head that the model has not, or that is the embeddings; old Llamas' frequencies, which follow
-        if name not in missing:
-            raise UserError(
-                f"{path}: {key} is not a weight of a {type(backbone).__name__} as config.json describes it"
-            )
-        parameter = missing.pop(name)  # a DTensor, [rows, ...], of which FSDP deals whole rows
-        if tensor.get_shape() != list(parameter.shape):
-            shapes = (
-                f"{tensor.get_shape()} in the checkpoint, {list(parameter.shape)} by config.json"
-            )
-            raise UserError(f"{path}: {key} has the wrong shape: {shapes}")
-        mesh, dim = (
-            parameter.device_mesh,
-            parameter.placements.index(Shard(0)),
-        )  # not that of replicas
-        rows, start = Shard.local_shard_size_and_offset(
-            len(parameter), mesh.size(dim), mesh.get_local_rank(dim)
-        )
-        parameter.to_local().copy_(tensor[start : start + rows])
-        if not parameter.to_local().isfinite().all():
-            raise UserError(f"{path}: {key} has weights that are not finite")
-    if missing:
-        raise UserError(
-            f"{path}: {next(iter(missing))} is missing ({len(missing)} of the model's weights are)"
-        )
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, **_) -> Tensor:
+    """Stand in for attention, which on a GPU keeps no matrix of weights as it does elsewhere."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop.
+class Meter(TorchDispatchMode):
+    """Count operations, and the bytes of the tensors that are alive, without the parameters."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.counted = {parameter.untyped_storage()._cdata for parameter in parameters}
+        self.flops = self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.counted:
+                storage = tensor.untyped_storage()
+                self.counted.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, key: int, size: int) -> None:
+        self.counted.discard(key)
+        self.bytes -= size
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW, its state allocated. Decay on matrices only."""
+def drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None  # as FSDP does when it has reduced it
+
+
+def measure(model: nn.Module, row) -> Meter:
+    """Run a packed row forward and backward on the meta device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True
-    )
-    allocate_state(optimizer)
-    return optimizer
+    hooks = [p.register_post_accumulate_grad_hook(drop_gradient) for p in trained]
+    attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
+    with Meter(model.parameters()) as meter, attention:
+        model(row).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return meter
 
 
-def allocate_state(optimizer: torch.optim.AdamW) -> None:
-    """What AdamW would do in its first step: a checkpoint needs something to load into."""
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+def size_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-def learning_rate_at(step: int, steps: int, settings: Settings) -> float:
-    """Linear warm-up, then cosine to zero."""
-    warmup = max(1, round(settings.warmup * steps))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    return (
-        settings.learning_rate
-        * 0.5
-        * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    )
+def memory(model: nn.Module, activations: int, ranks: int) -> dict[str, float]:
+    """Bytes on one of the `ranks` that share `model` when the backward of a step begins, by part.
 
-
-def forward_backward(
-    model: nn.Module, batch: MicroBatch, row: PackedRow, pairs: Pairs, settings: Settings
-) -> Tensor:
-    """Adds a micro-batch's share to the gradients; returns its loss, right pairs and margin, summed over comparisons
-    [3]."""
-    loss, scores = losses(model, row, pairs, settings)
-    # FSDP averages gradients over all ranks, of all replicas; times their number that is the sum, and the sum over all
-    # comparisons of the step divided by their number is what one rank would have computed.
-    (loss * dist.get_world_size() / batch.step_size).backward()
-    with torch.no_grad():
-        margins = scores[pairs.better] - scores[pairs.worse]  # [pairs]
-        return torch.stack(
-            [loss, (pairs.weight * (margins > 0)).sum(), (pairs.weight * margins).sum()]
-        )
-
-
-def train(settings: Settings) -> dict:
-    """Trains a reward model as the settings say and exports it to `settings.out`; returns the last line of metrics."""
-    rank, world, device = data.start_distributed()
-    torch.manual_seed(settings.seed)
-    model = RewardModel.from_pretrained(settings.model, empty=True)
-    processors, began_with = model.processors, model.trained_with
-    comparisons, tokens, patches, held_out = open_data(settings, processors)
-    held_out_name = held_out and held_out.folder
-    if model.rewrite:  # a critic or a judge
-        comparisons = Rewritten(comparisons, patches, model.rewrite, device)
-        tokens, patches = comparisons.sizes()
-        held_out = held_out and Rewritten(held_out, held_out.sizes()[1], model.rewrite, device)
-    order = order_of_training(len(comparisons), settings)
-    steps, micro_batches = (
-        len(order),
-        plan(order, tokens, patches, settings.micro_tokens, rank, world),
-    )
-
-    vision = model_stage.parts_of(model.backbone).vision
-    if settings.freeze_vision and vision is not None:
-        vision.requires_grad_(False)
-    heads = (model.head,) if model.head else ()
-    how = {
-        "activation_checkpointing": settings.activation_checkpointing,
-        "compile": settings.compile,
-    }
-    shard(model, model.backbone, device, in_float32=heads, shard_size=settings.shard_size, **how)
-    load_weights(model.backbone, settings.model, device)
-    model.train()
-    optimizer = make_optimizer(model, settings)
-    about = {
-        "settings": dataclasses.asdict(settings),
-        "data": fingerprint(settings.data),
-    }  # in every checkpoint
-    start = begin(settings, model, optimizer, about)
-    checkpoints, log = Path(settings.out, "checkpoints"), Path(settings.out, "metrics.jsonl")
-    if rank == 0:
-        head = "a new head"
-        if began_with:
-            head = f"its head, trained on {', '.join(began_with['data'])} for {began_with['steps']} steps"
-        images, differs = int((patches > 0).sum()), 100 * imbalance(micro_batches)
-        read = f"{len(comparisons)} comparisons of {', '.join(settings.data)}, {images} with images"
-        print(f"{settings.model} with {head}; {read}; validating on {held_out_name or 'nothing'}")
-        if sum(p.numel() for p in model.parameters()) > 1e8 and settings.learning_rate > 5e-5:
-            rate = f"--learning_rate {settings.learning_rate:g} suits small models"
-            print(f"{rate}; for pretrained ones of this size the paper takes 3e-6")
-        print(
-            f"steps {start + 1} to {steps} of {settings.batch_size} comparisons on {world} rank(s), ",
-            end="",
-        )
-        print(f"whose work differs by {differs:.1f}%", flush=True)
-
-    stop = []  # not empty: SIGTERM has come
-    if settings.checkpoint_every:
-        signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    bar = {
-        "total": steps * settings.batch_size,
-        "initial": start * settings.batch_size,
-        "unit": " comparisons",
-    }
-    progress = tqdm(desc=f"step {start}/{steps}", **bar, disable=rank > 0, mininterval=1)
-    line, shown = {}, {}
-    sums = torch.zeros(
-        4, device=device
-    )  # of a step: loss, right pairs, margins, how many ranks are to stop
-    began = asked = time.perf_counter()
-    waited = 0.0
-    remaining = [batch for batch in micro_batches if batch.step >= start]
-    for batch, row, pairs in load(comparisons, remaining, model, device, settings.workers):
-        waited += time.perf_counter() - asked
-        sums[:3] += forward_backward(model, batch, row, pairs, settings)
-        asked = time.perf_counter()
-        if not batch.last:
-            continue
-
-        # Of all ranks' gradients together, before they are scaled down.
-        norm = clip_grad_norm_(model.parameters(), settings.clip or math.inf).full_tensor()
-        sums[3] = len(stop)
-        dist.all_reduce(sums)
-        # On a GPU the only place in a step where the CPU waits for it. From here on all ranks know the same.
-        *totals, stopping, norm = [*sums.tolist(), norm.item()]
-        loss, accuracy, margin = (total / batch.step_size for total in totals)
-        done, skipped = batch.step + 1, {}
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(batch.step, steps, settings)
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-        else:
-            of_step = [each for each in micro_batches if each.step == batch.step]
-            skipped = stop_or_skip(loss, norm, model, of_step, comparisons, device, settings)
-        optimizer.zero_grad()
-        sums.zero_()
-
-        line = (
-            {
-                "step": done,
-                "loss": loss,  # all that is trained: ranking, regularisers, what a critic or a judge writes
-                "accuracy": accuracy,  # share of training pairs whose better response scores higher (a critic's with the
-                # data's critiques, which give it away)
-                "margin": margin,  # mean score of the better response minus that of the worse
-                "grad_norm": norm,  # before clipping
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "tokens": int(
-                    tokens[order[batch.step]].sum()
-                ),  # of the packed rows, over all ranks
-                "seconds": time.perf_counter() - began,
-                "data_seconds": waited,  # of these, this rank's wait for the loader
-            }
-            | skipped
-        )
-        due = settings.validate_every and done % settings.validate_every == 0
-        if held_out is not None and (due or done == steps):
-            line |= validate(model, held_out, settings, device)
-        if rank == 0:
-            with data.writing(log), open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        shown |= {
-            name: line[name] for name in ("loss", "accuracy", "validation_accuracy") if name in line
-        }
-        progress.set_description(f"step {done}/{steps}", refresh=False)
-        progress.set_postfix(shown, refresh=False)
-        progress.update(batch.step_size)
-        due = settings.checkpoint_every and done % settings.checkpoint_every == 0
-        if (due or stopping) and done < steps:
-            save_checkpoint(checkpoints, done, training_state(model, optimizer), about)
-            if stopping:
-                raise UserError(
-                    f"stopped by SIGTERM after step {done}, which has a checkpoint; continue with --resume"
-                )
-        began = asked = time.perf_counter()
-        waited = 0.0
-    progress.close()
-    if settings.checkpoint_every:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    model.trained_with = {"data": settings.data, "steps": began_with.get("steps", 0) + steps}
-    model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
-    with data.writing(settings.out):
-        model.save_pretrained(
-            settings.out, model_stage.DTYPES[settings.export_dtype], settings.export_file_size
-        )
-    dist.barrier()
-    return line
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the loop calls now and then.
-
-
-@torch.no_grad()
-def validate(
-    model: nn.Module, comparisons: Dataset, settings: Settings, device: torch.device
-) -> dict[str, float]:
-    """Ranking loss, without regularisers and what is written, and pair accuracy over the first --validation_size
-    comparisons, each counting once."""
-    chosen = list(range(min(settings.validation_size, len(comparisons))))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    micro_batches = plan([chosen], *comparisons.sizes(), settings.micro_tokens, rank, world)
-    sums = torch.zeros(3, device=device)
-    model.eval()
-    for _, row, pairs in load(comparisons, micro_batches, model, device, workers=0):
-        scores = model(row)
-        right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
-        sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
-    dist.all_reduce(sums)
-    model.train()
-    model.reshard()  # without a backward the embeddings, of the root, stay gathered, and no checkpoint can have that
-    # The data's critiques, which a critic reads here, give away which response is better. Only 04 makes it write.
-    accuracy = "validation_accuracy" + ("_with_given_critiques" if model.kind == "critic" else "")
-    return {"validation_loss": (sums[0] / sums[2]).item(), accuracy: (sums[1] / sums[2]).item()}
-
-
-def stop_or_skip(
-    loss: float,
-    norm: float,
-    model: nn.Module,
-    micro_batches: list[MicroBatch],
-    comparisons: Dataset,
-    device: torch.device,
-    settings: Settings,
-) -> dict:
-    """Names the comparisons that made a step's loss or gradient not finite, and raises UserError, or with --non_finite
-    skip returns what the log says of the step; the same on all ranks.
-
-    Each micro-batch is computed again by itself. Of one with losses that are finite, it is the comparisons of all
-    ranks, whose gradients are summed.
+    Not counted: the CUDA context, NCCL's buffers, fragmentation.
     """
-    named = []
-    for batch in micro_batches:
-        model.zero_grad()
-        read, row = pack_micro_batch(batch, comparisons, model.processors, model.pack)
-        again = forward_backward(model, batch, row.to(device), pairs_of(read).to(device), settings)[
-            0
-        ]
-        mine, everyone = [str(each) for each in read if each.origin], [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (bool(again.isfinite()), mine))
-        if not clip_grad_norm_(model.parameters(), math.inf).full_tensor().isfinite():
-            guilty = [names for finite, names in everyone if not finite] or [
-                names for _, names in everyone
-            ]
-            named += [name for names in guilty for name in names]
-    found = f"step {micro_batches[0].step + 1}: loss {loss:g}, norm of the gradient {norm:g}, from {len(named)} "
-    found += f"comparison(s): {', '.join(named)}"
-    if settings.non_finite == "stop":
-        raise UserError(
-            f"{found}; the weights are as before. Mend the data, or go on with --non_finite skip"
-        )
-    if dist.get_rank() == 0:
-        print(f"{found}; its update is skipped", flush=True)
-    return dict.fromkeys(("loss", "accuracy", "margin", "grad_norm")) | {
-        "skipped": named
-    }  # JSON has no word for nan
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: model and optimizer as sharded safetensors, written by torch.distributed.checkpoint, which reads them
-# back on any number of ranks. The position in the data is the step, since the plan follows from the seed. To copy them
-# takes `writing`, `reading` and `write_file` of 01, an AdamW whose state is allocated (`allocate_state`), and a process
-# group that has gloo for what is on the CPU ("cpu:gloo,cuda:nccl").
-
-
-def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Parameters and what the optimizer keeps of each, as one flat dict of tensors, each the very one in use. No
-    buffers, which no step changes here, and nothing that follows from the step, as the learning rate does."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        state[f"model.{name}"] = parameter.detach()
-        state |= {
-            f"{key}.{name}": tensor for key, tensor in optimizer.state.get(parameter, {}).items()
-        }
-    return state
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Tensor], about: dict, keep: int = 2
-) -> None:
-    """Writes `step_000050/` under a temporary name and renames it when all ranks are done; then removes old ones, again
-    by renaming first. So what is called step_... is whole, and there is one at any moment after the first. Its run.json
-    says what the run is `about`, anything that JSON can hold."""
-    final, unfinished = folder / f"step_{step:06d}", folder / f".writing_{step:06d}"
-    with data.writing(final):
-        if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        dist.barrier()
-        try:
-            dcp.save(
-                state,
-                storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
-            )
-        except dcp.CheckpointException as error:  # on all ranks, with what went wrong on each
-            shutil.rmtree(unfinished, ignore_errors=True)
-            reason = next(iter(error.failures.values()))[0]
-            raise (
-                reason if isinstance(reason, OSError) else OSError(str(reason).splitlines()[0])
-            ) from None
-        if dist.get_rank() == 0:
-            files = {file.name: file.stat().st_size for file in unfinished.glob("*.safetensors")}
-            data.write_file(
-                unfinished / "run.json",
-                json.dumps({"step": step, **about, "files": files}, indent=1),
-            )
-            remove(final)
-            unfinished.rename(final)
-            for old in sorted(folder.glob("step_*"), key=step_of)[:-keep]:
-                remove(old)
-        dist.barrier()
-
-
-def remove(checkpoint: Path) -> None:
-    """Killed amid this, it leaves nothing behind that looks like a checkpoint."""
-    if checkpoint.exists():
-        shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".old_{checkpoint.name}")))
-
-
-def check_checkpoint(checkpoint: Path, state: dict[str, Tensor]) -> dict:
-    """What run.json says of a checkpoint; UserError where it is not whole or not of this model.
-
-    Every tensor of `state` has to be there, in pieces that cover its rows without a gap. Reads no more than headers:
-    safetensors compares what they declare with the size of the file."""
-    with data.reading(checkpoint, "remove it"):
-        run = json.loads((checkpoint / "run.json").read_bytes())
-        for key, kind in (("step", int), ("files", dict)):
-            if not isinstance(run[key], kind):
-                raise data.Unusable(f"run.json: {key} is no {kind.__name__}")
-        there = {file.name: file.stat().st_size for file in checkpoint.glob("*.safetensors")}
-        if run["step"] != step_of(checkpoint) or run["files"] != there:
-            raise data.Unusable("its files are not those that run.json lists")
-        saved = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata()
-        for piece, stored in saved.storage_data.items():
-            tensor = state.get(piece.fqn)
-            if tensor is None or (stored.dtype, stored.shape[1:]) != (
-                tensor.dtype,
-                tensor.shape[1:],
-            ):
-                raise data.Unusable(
-                    f"{Path(stored.relative_path).name}: {piece.fqn} is none of this run's tensors"
-                )
-        for name, tensor in state.items():
-            pieces = (
-                saved.state_dict_metadata[name].chunks if name in saved.state_dict_metadata else []
-            )
-            end = 0
-            for piece in sorted(pieces, key=lambda piece: piece.offsets) if tensor.ndim else []:
-                if piece.offsets[0] != end:
-                    raise data.Unusable(f"{name}: row {end} is missing")
-                end += piece.sizes[0]
-            if not pieces or tensor.ndim and end != len(tensor):
-                raise data.Unusable(f"{name} is not all there")
-    return run
-
-
-def newest_whole(folder: Path, state: dict[str, Tensor]) -> Path | None:
-    """The newest checkpoint that is whole, the same on all ranks; None where there is none. Says so where a newer one
-    is damaged; raises UserError where all are."""
-    there = sorted(folder.glob("step_*"), key=step_of, reverse=True) if dist.get_rank() == 0 else []
-    found, damaged = torch.tensor(0), []  # found: its step
-    for checkpoint in there:
-        try:
-            check_checkpoint(checkpoint, state)
-        except UserError as error:
-            damaged.append(str(error))
-            continue
-        if damaged:
-            print(f"{damaged[0]}; {checkpoint} is the newest whole one", flush=True)
-        found += step_of(checkpoint)
-        break
-    if damaged and not found:
-        raise UserError(f"no whole checkpoint: {damaged[0]}")
-    dist.broadcast(found, 0)
-    return folder / f"step_{int(found):06d}" if found else None
-
-
-def load_checkpoint(checkpoint: Path, state: dict[str, Tensor]) -> None:
-    """Reads a checkpoint that is whole into the tensors of `state`, of which each rank has its shards."""
-    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
-    for name, tensor in state.items():
-        if not (tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all():
-            raise UserError(
-                f"{checkpoint}: {name} has numbers that are not finite; remove it to continue from another"
-            )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where a run begins.
-
-
-def begin(settings: Settings, model: nn.Module, optimizer: Optimizer, about: dict) -> int:
-    """Readies --out for a run; with --resume loads its newest checkpoint, which has to be `about` the same settings and
-    data. Returns the step after which the run begins."""
-    checkpoints, log, start = (
-        Path(settings.out, "checkpoints"),
-        Path(settings.out, "metrics.jsonl"),
-        0,
-    )
-    refuse_unfinished(settings, checkpoints)
-    state = training_state(model, optimizer)
-    if settings.resume and (newest := newest_whole(checkpoints, state)):
-        if not settings.resume_changed:
-            check_same_run(newest, about)
-        load_checkpoint(newest, state)
-        start = step_of(newest)
-    dist.barrier()  # before what they have read is removed
-    if dist.get_rank() == 0:
-        if not settings.resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        for unfinished in checkpoints.glob(".*"):  # what a killed run was writing or removing
-            shutil.rmtree(unfinished)
-        # Its last line may be half written, after the checkpoint.
-        logged = log.read_text().splitlines()[:start] if start and log.is_file() else []
-        data.write_file(log, "".join(f"{line}\n" for line in logged))
-    return start
-
-
-def refuse_unfinished(settings: Settings, checkpoints: Path) -> None:
-    """Raises UserError where a new run would remove the checkpoints of one that has not been exported."""
-    found = sorted(checkpoints.glob("step_*"), key=step_of)
-    head = Path(settings.out, "reward_head.safetensors")
-    exported = head.is_file() and found and head.stat().st_mtime > found[-1].stat().st_mtime
-    if found and not exported and not settings.resume:
-        raise UserError(
-            f"{found[-1]} is of a run that has not ended; --resume continues it, or remove {checkpoints}"
-        )
-
-
-def fingerprint(folders: list[str]) -> str:
-    """Of training data: what it was made with, and lengths and hashes of all its comparisons."""
-    made_of = hashlib.sha256()
-    for folder in folders:
-        for name in ("dataset.json", "index.safetensors"):
-            made_of.update(hashlib.sha256(Path(folder, name).read_bytes()).digest())
-    return made_of.hexdigest()[:16]
-
-
-def check_same_run(checkpoint: Path, about: dict) -> None:
-    """Raises UserError where a checkpoint was made with another recipe or other data."""
-    with data.reading(checkpoint, "remove it, or continue with --resume_changed"):
-        made_with = json.loads((checkpoint / "run.json").read_text())
-        was, its_data = dict(made_with["settings"]), made_with["data"]
-    now = about["settings"]
-    names = [field.name for field in dataclasses.fields(Recipe)]
-    differ = [
-        f"--{name} {was.get(name)} (now {now[name]})"
-        for name in names
-        if was.get(name) != now[name]
-    ]
-    if its_data != about["data"]:
-        differ.append("other data in --data than is there now")
-    if differ:
-        wanted = "give the same, continue so with --resume_changed, or start anew in another --out"
-        raise UserError(f"{checkpoint} was made with {', '.join(differ)}; {wanted}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --plan, before anyone rents a GPU: what a run computes, needs and takes, from the lengths in the shards and the shapes
-# in config.json. Nothing above needs any of this.
-
-
-@dataclass
-class Work:
-    """What the cost of comparisons follows from: arrays [n], one number each, or their sums."""
-
-    tokens: np.ndarray  # of the packed rows
-    pairs: np.ndarray  # (query, key) in a decoder layer: P^2 / 2 + sum of (R P + R^2 / 2)
-    joined: (
-        np.ndarray
-    )  # keys that attention copies to put a prompt before each response: sum of (P + R)
-    patches: np.ndarray  # of the images
-    image_pairs: np.ndarray  # (query, key) in a vision block that attends over whole images
-    window_pairs: np.ndarray  # in one that attends within windows
-
-
-def work_of(
-    config: PreTrainedConfig,
-    prompts: np.ndarray,
-    responses: np.ndarray,
-    starts: np.ndarray,
-    grids: np.ndarray,
-    image_starts: np.ndarray,
-) -> np.ndarray:
-    """The fields of Work, [n, 6], of n comparisons: tokens of their prompts [n], of all responses [N], and where each
-    one's responses begin [n + 1]; all images' grids in patches [images, 3], and where each one's begin [n + 1]."""
-    summed = lambda values, starts: np.diff(np.concatenate([[0], np.cumsum(values)])[starts])
-    answers, (time, height, width) = summed(responses, starts), grids.astype(float).T
-    vision = getattr(config, "vision_config", None)
-    side = vision.window_size // vision.patch_size if vision else 1  # of a window, in patches
-    squares = lambda length: (
-        length // side * side**2 + (length % side) ** 2
-    )  # windows at the edge are smaller
-    columns = [
-        prompts + answers,
-        prompts**2 / 2 + prompts * answers + summed(responses**2, starts) / 2,
-        np.diff(starts) * prompts + answers,
-        summed(time * height * width, image_starts),
-        summed(time * (height * width) ** 2, image_starts),
-        summed(time * squares(height) * squares(width), image_starts),
-    ]
-    return np.stack(columns, axis=1)
-
-
-def work_to_plan(settings: Settings, config: PreTrainedConfig) -> tuple[np.ndarray, str]:
-    """The fields of Work for every comparison in the shards, or for the assumed one, [n, 6], and in words what they are
-    of. The tokenizer of the shards is not compared with the model's."""
-    if settings.plan_lengths:
-        if (
-            len(settings.plan_lengths) < 3
-            or settings.plan_lengths[1]
-            and not hasattr(config, "vision_config")
-        ):
-            raise UserError(
-                "--plan_lengths: tokens of text, of an image (0 for a text-only model), of each response"
-            )
-        text, image, *responses = settings.plan_lengths
-        merge = config.vision_config.spatial_merge_size if image else 1
-        grids = np.full((int(image > 0), 3), [1, *[merge * image**0.5] * 2])  # square
-        starts, of_image = np.array([0, len(responses)]), np.array([0, len(grids)])
-        found = work_of(
-            config, np.array([text + image]), np.array(responses), starts, grids, of_image
-        )
-        return (
-            found,
-            f"assumed: {text} tokens of text, {image} of an image, responses of {responses}",
-        )
-
-    def of_shard(shard) -> np.ndarray:
-        prompts, responses = np.diff(shard.offsets["prompts"]), np.diff(shard.offsets["responses"])
-        grids = shard.grids[shard.image_index]
-        return work_of(
-            config, prompts, responses, shard.offsets["ranks"], grids, shard.offsets["image_index"]
-        )
-
-    sets = [data.Comparisons(folder) for folder in settings.data]
-    named = ", ".join(f"{each.folder} (tokens of {each.info['backbone']})" for each in sets)
-    found = [of_shard(each.open(k)) for each in sets for k in range(len(each.info["shards"]))]
-    if not found:
-        raise UserError(f"{named}: no comparisons in there; see rejected.jsonl for why")
-    found = np.concatenate(found)
-    return found, f"the mean of {len(found):,} in {named}"
-
-
-def flops(
-    config: PreTrainedConfig,
-    work: Work,
-    freeze_vision: bool = False,
-    activation_checkpointing: bool = False,
-) -> dict[str, float]:
-    """Floating-point operations of forward and backward, by part; a multiply-add is two.
-
-    A matmul's backward is two of its size. Activation checkpointing repeats each layer's forward but for the last
-    matmul, whose output nothing needs. Counted are matmuls, the patch convolution and attention (QK' and its product
-    with V; a kernel that computes the scores again in its backward does a little more), not the reward head.
-    Source: the modules of transformers' modeling_qwen2_5_vl.py.
-    """
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    hidden, mlp = (
-        text.hidden_size,
-        text.hidden_size * text.intermediate_size,
-    )  # mlp: weights of one of its three
-    keys = (
-        hidden // text.num_attention_heads * text.num_key_value_heads
-    )  # width of all keys, and of all values
-    last = 2 * work.tokens * mlp
-    layer = (
-        2 * work.tokens * (2 * hidden**2 + 2 * hidden * keys) + 3 * last + 4 * work.pairs * hidden
-    )
-    counted = {
-        "language model": text.num_hidden_layers
-        * (3 * layer + activation_checkpointing * (layer - last))
-    }
-    if vision is not None:
-        width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-        last = 2 * work.patches * width * vision.intermediate_size
-        whole = len(vision.fullatt_block_indexes)
-        attention = (
-            4 * width * (whole * work.image_pairs + (vision.depth - whole) * work.window_pairs)
-        )
-        blocks = vision.depth * (2 * work.patches * 4 * width**2 + 3 * last) + attention
-        merger = (
-            2
-            * work.patches
-            / vision.spatial_merge_size**2
-            * merged
-            * (merged + vision.out_hidden_size)
-        )
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        embedding = (
-            2 * work.patches * patch * width
-        )  # in backward, only for its weights: pixels have no gradient
-        again = activation_checkpointing * (blocks - vision.depth * last)
-        trained = 3 * (blocks + merger) + 2 * embedding + again
-        counted["vision tower"] = blocks + merger + embedding if freeze_vision else trained
-    return counted
-
-
-def activations(
-    config: PreTrainedConfig,
-    row: Work,
-    freeze_vision: bool = False,
-    activation_checkpointing: bool = False,
-    width: int = 2,
-) -> dict[str, float]:
-    """Bytes that autograd keeps of one micro-batch, by part; `width` is the bytes of a number in the layers.
-
-    Each layer: both norms keep their input in float32, its normalised form and their output; attention its queries,
-    keys, values, output, and that once more as the projection's input; the MLP gate, SiLU(gate), up and their product.
-    With activation checkpointing each layer keeps its input, and one at a time is there whole, recomputed.
-    Source: the modules of transformers' modeling_qwen2_5_vl.py. The masks of attention are not counted.
-    """
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    kept = lambda layer, inputs, depth: (
-        depth * inputs + layer if activation_checkpointing else depth * layer
-    )
-    hidden, keys = (
-        text.hidden_size,
-        text.hidden_size // text.num_attention_heads * text.num_key_value_heads,
-    )
-    layer = row.tokens * (8 * hidden + width * (7 * hidden + 2 * keys + 4 * text.intermediate_size))
-    layer += row.joined * width * 2 * keys  # the prompt's keys and values before each response's
-    parts = {
-        "language model": kept(layer, row.tokens * width * hidden, text.num_hidden_layers),
-        "vision tower": 0.0,
-    }
-    if vision is not None and not freeze_vision:
-        hidden = (
-            vision.hidden_size
-        )  # queries, keys and values also stay as one tensor, from before the rotation
-        block = row.patches * (8 * hidden + width * (11 * hidden + 4 * vision.intermediate_size))
-        merger = row.patches * hidden * (4 + 4 * width)
-        parts["vision tower"] = kept(block, row.patches * width * hidden, vision.depth) + merger
-    return parts
-
-
-def memory(
-    model: nn.Module,
-    row: Work,
-    ranks: int,
-    freeze_vision: bool = False,
-    activation_checkpointing: bool = False,
-    width: int = 2,
-) -> dict[str, float]:
-    """Bytes on one of the `ranks` that share `model` (it may be on the meta device), by part, at the moment of a step
-    when they are most, with micro-batches like `row`; `width` is 2 where layers compute in bfloat16, 4 in float32.
-
-    Not in it: what single operations need for themselves, the CUDA context, NCCL's buffers, fragmentation.
-    """
-    size = lambda module: sum(p.numel() for p in module.parameters()) if module is not None else 0
     parts = model_stage.parts_of(model.backbone)
-    layers = parts.language.layers
-    everything, vision, layer = size(model), size(parts.vision), size(layers[0])
-    root = (
-        everything - vision - len(layers) * layer
-    )  # FSDP's last unit: the embedding, for the most part
-    trained = everything - freeze_vision * vision
-    kept = activations(model.backbone.config, row, freeze_vision, activation_checkpointing, width)
-    # Of a unit that is reduced: its gradient, that in float32 for the reduce-scatter, and the shard that comes of it.
-    reduced = width + 4 + 4 / ranks
-    moments = [  # activations; gathered parameters; gradients on their way
-        # Backward begins; gathered are the root, the layer in use and the next one.
-        (*kept.values(), width * (root + 2 * layer), reduced * layer),
-        # It comes to the vision tower, one unit, which is received in one piece and copied into its parameters.
-        (0.0, kept["vision tower"], width * (root + vision + (ranks > 1) * vision), 0.0),
-        # It ends with the gradients of the largest units.
-        (0.0, 0.0, width * root, reduced * max(root, vision - freeze_vision * vision)),
-    ]
-    names = (
-        *(f"activations, {part}" for part in kept),
-        "gathered parameters",
-        "gradients on their way",
-    )
-    sharded = {
-        "parameters": 4 * everything,
-        "gradients": 4 * trained,
-        "AdamW's two moments": 8 * trained,
+    everything = size_of(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layer = size_of(parts.language.layers[0])
+    root = everything - len(parts.language.layers) * layer
+    if parts.vision is not None:
+        root -= size_of(parts.vision)
+    width = next(model.backbone.parameters()).element_size()
+    return {
+        "parameters": 4 * everything / ranks,
+        "gradients": 4 * trained / ranks,
+        "AdamW's two moments": 8 * trained / ranks,
+        "activations": activations,
+        "gathered parameters": width * (root + 2 * layer),  # one layer in use and the next
+        "gradients on their way": (width + 4 + 4 / ranks) * layer,  # whole, in float32, a share
     }
-    return {part: count / ranks for part, count in sharded.items()} | dict(
-        zip(names, max(moments, key=sum))
-    )
 
 
-def model_to_plan(path: str) -> RewardModel:
-    """A naive reward model with the shapes of the config.json in `path`, on the meta device. Raises UserError where it
-    is of a kind or family whose cost is not known here."""
-    started = Path(path, model_stage.HEAD_FILE).is_file()
-    if started and (kind := RewardModel.from_pretrained(path, empty=True).kind) != "naive":
-        raise UserError(f"{path}: only naive reward models are planned, and this one is {kind}")
-    backbone = model_stage.load_backbone(path, empty=True)
-    if not data.FAMILIES[backbone.config.model_type].planned:
-        known = ", ".join(name for name, family in data.FAMILIES.items() if family.planned)
-        raise UserError(
-            f"{path}: a {backbone.config.model_type}, which --plan does not know; it knows {known}"
-        )
+def model_to_plan(settings: Settings) -> RewardModel:
+    """Build the model on the meta device from its folder or hub name, which needs no weights."""
+    if Path(settings.model, model_stage.HEAD_FILE).is_file():
+        kind = RewardModel.from_pretrained(settings.model, empty=True).kind
+        if kind != "naive":
+            only = "only naive reward models are planned, and this one is"
+            raise UserError(f"{settings.model}: {only} {kind}")
+    backbone = model_stage.load_backbone(settings.model, empty=True).to(torch.bfloat16)
     with torch.device("meta"):
         head = model_stage.RewardHead(backbone.config.get_text_config().hidden_size)
-        return RewardModel(backbone, head, None)
+    if settings.activation_checkpointing:
+        backbone.activation_checkpointing_enable()
+        backbone.disable_input_require_grads()
+    vision = model_stage.parts_of(backbone).vision
+    if vision is not None:
+        vision.requires_grad_(not settings.freeze_vision)
+    return RewardModel(backbone, head, data.load_processors(settings.model)).train()
+
+
+def assumed_comparison(lengths: list[int], processors):
+    """Make a comparison of --plan_lengths: tokens of text, of an image, and of each response."""
+    text, image, *responses = lengths
+    prompt = np.zeros(text, np.int32)
+    images = []
+    grids = np.zeros((0, 3), np.int32)
+    if image:
+        side = processors.vision.patch * processors.vision.merge  # pixels of a token
+        heights = range(math.isqrt(image // 2), math.isqrt(image) + 1)
+        height = min(heights, key=lambda h: abs(h * round(image / h) - image))  # nearly square
+        picture = data.Image.new("RGB", (side * round(image / height), side * height))
+        images = [data.read_image(picture, Path())]
+        grids = np.array([data.patch_grid(picture.size, processors)], np.int32)
+        tokens = grids.prod() // processors.vision.merge**2
+        prompt = np.append(prompt, np.full(tokens, processors.image_token, np.int32))
+    answers = [np.zeros(length, np.int32) for length in responses]
+    return data.Comparison(prompt, answers, [1] * len(answers), images, grids)
 
 
 def print_plan(settings: Settings) -> None:
-    """Prints what the run that the settings describe computes, needs and takes, with every assumption. Reads lengths
-    from the shards and shapes from config.json; loads no weights and trains nothing."""
-    model, gpus = model_to_plan(settings.model), settings.gpus or dist.get_world_size()
-    if settings.shard_size and gpus % settings.shard_size:
-        raise UserError(f"--shard_size {settings.shard_size}: has to divide the {gpus} GPUs")
-    config, how = model.backbone.config, (settings.freeze_vision, settings.activation_checkpointing)
-    work, source = work_to_plan(settings, config)
-    count = settings.plan_comparisons or len(work)
+    """Print what the run of these settings would compute, need and take, with its assumptions."""
+    model = model_to_plan(settings)
+    gpus = settings.gpus or dist.get_world_size()
+    ranks = settings.shard_size or gpus
+    if gpus % ranks:
+        raise UserError(f"--shard_size {ranks}: has to divide the {gpus} GPUs")
+    if settings.plan_lengths:
+        comparisons = [assumed_comparison(settings.plan_lengths, model.processors)]
+        tokens = np.array([comparisons[0].length])
+        patches = np.array([comparisons[0].grids.prod(1).sum()])
+    else:
+        comparisons = open_data(settings, model.processors)[0]
+        tokens, patches = comparisons.sizes()
+    count = settings.plan_comparisons or len(comparisons)
     steps = settings.steps or math.ceil(count * settings.epochs / settings.batch_size)
 
-    # The micro-batches of a few steps as they will be. `plan` gives the heaviest of those that run at the same time to
-    # the first rank, so its are the largest, and the others wait for them. The longest comparison may be in none.
-    order = order_of_training(len(work), dataclasses.replace(settings, steps=min(steps, 20)))
-    tokens, patches = work[:, 0].astype(int), work[:, 3].astype(int)
+    # The first steps as they will be. Rank 0 has the largest micro-batches, and the others wait.
+    beginning = dataclasses.replace(settings, steps=min(steps, 20))
+    order = order_of_training(len(comparisons), beginning)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, 0, gpus)
-    rows, cost = [batch.indices for batch in micro_batches], tokens + patches // 4
-    largest = max([*rows, [int(cost.argmax())]], key=lambda row: cost[row].sum())
-    row, mean = Work(*work[largest].sum(axis=0)), Work(*work.mean(axis=0))
-    waiting = 1 + imbalance(micro_batches)
+    largest = max(micro_batches, key=lambda micro: micro.loads[0])
+    _, row = pack_micro_batch(largest, comparisons, model.processors)
+    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # it compares numbers, and there are none
+    row = row.to(torch.device("meta"))
+    whole = measure(model, row)
+    text = measure(model, dataclasses.replace(row, images=None))
+    row_tokens = tokens[largest.indices].sum()
+    row_patches = patches[largest.indices].sum()
+    of_language = text.flops / row_tokens * tokens.mean()
+    of_vision = (whole.flops - text.flops) / max(1, row_patches) * patches.mean()
+    parts = memory(model, whole.peak, ranks)
+    needed = sum(parts.values())
+    number = 2 if settings.export_dtype == "bf16" else 4
 
-    shards = settings.shard_size or gpus
-    parts = memory(model, row, shards, *how)
-    spent = flops(config, mean, *how)  # on a comparison
-    reached = gpus * settings.gpu_flops * settings.utilisation
-    computing = sum(spent.values()) * settings.batch_size * waiting / reached
-    everything = sum(p.numel() for p in model.parameters())
-    # Of every micro-batch: parameters in bfloat16 for forward and backward, then gradients in float32. Within groups of
-    # --shard_size, which have a fast network of their own, that is free; between them gradients are reduced and sent.
-    per_step = len(micro_batches) / len(order)
-    travelling = (
-        (2 * 2 + 4) * (gpus - 1) / gpus if shards == gpus else 2 * 4 / shards
-    )  # bytes of each parameter
-    traffic = per_step * travelling * everything
-    moving = traffic / settings.gpu_link
-    hours = steps * max(computing, moving) / 3600
+    # Each micro-batch gathers bfloat16 parameters twice and reduces float32 gradients. Within the
+    # groups of --shard_size that is free; between groups only gradients of the shards travel.
+    per_parameter = 8 * (gpus - 1) / gpus if ranks == gpus else 8 / ranks
+    traffic = per_parameter * size_of(model) * len(micro_batches) / len(order)
+    flops = (of_language + of_vision) * settings.batch_size * (1 + imbalance(micro_batches))
+    computing = flops / (gpus * settings.gpu_flops * settings.utilisation)
+    communicating = traffic / settings.gpu_link
+    hours = steps * max(computing, communicating) / 3600
 
-    heading = lambda title, unit: print(f"\n{title:<30}{unit:>14}")
-    line = lambda name, number, note="": print(
-        f"  {name:<28}{number:>14,.4g}{note and f'  {note}'}"
+    print(f"model  {settings.model}: {size_of(model):,} parameters with a head of two layers")
+    print(f"run    {steps:,} steps of {settings.batch_size} for {count:,} comparisons, {gpus} GPUs")
+    print_table(
+        "work",
+        "a comparison",
+        {
+            "tokens": tokens.mean(),
+            "image patches": patches.mean(),
+            "TFLOP, language model": of_language / 1e12,
+            "TFLOP, vision tower": of_vision / 1e12,
+        },
     )
-
-    run = steps * settings.batch_size
-    tower, kept = ("frozen" if how[0] else "trained"), ("recomputed" if how[1] else "kept")
-    print(f"model  {settings.model}: {everything:,} parameters with a reward head of two layers")
-    print(f"data   {count:,} comparisons; {source}")
+    print_table("memory of a GPU", "GB", {name: size / 1e9 for name, size in parts.items()})
+    fits = "fits in" if needed < 0.9e9 * settings.gpu_memory else "does NOT fit in"
     print(
-        f"run    {steps:,} steps of {settings.batch_size}, {run / count:.2f} epochs, on {gpus} GPUs;",
-        end=" ",
+        f"  all of it, {needed / 1e9:.4g} GB, {fits} {settings.gpu_memory:g} GB with a tenth free"
     )
-    print(f"vision tower {tower}, activations {kept}")
-    heading("work", "a comparison")
-    line("tokens", mean.tokens, f"{mean.tokens * run:.3g} in the run")
-    line("image patches", mean.patches, f"{mean.patches * run:.3g} in the run")
-    for part, each in spent.items():
-        line(f"TFLOP, {part}", each / 1e12, f"{each * run / 1e12:.3g}")
-
-    heading("memory of a GPU", "GB")
-    for part, each in parts.items():
-        line(part, each / 1e9)
-    needed = sum(parts.values()) / 1e9
-    fits = "fits in" if needed < 0.9 * settings.gpu_memory else "does NOT fit in"
-    line(
-        "all of it",
-        needed,
-        f"{fits} {settings.gpu_memory:g} GB, a tenth kept free for what is not counted",
+    print(f"  largest micro-batch: {row_tokens:,} tokens, {row_patches:,} patches")
+    print_table(
+        "disk",
+        "GB",
+        {
+            "a checkpoint": ranks * (parts["parameters"] + parts["AdamW's two moments"]) / 1e9,
+            "the trained model": number * size_of(model) / 1e9,
+        },
     )
-    print(
-        f"  a step is {per_step:.1f} micro-batches; its largest {row.tokens:,.0f} tokens, {row.patches:,.0f} patches"
-    )
-
-    heading("disk", "GB")
-    if every := settings.checkpoint_every:
-        kept = shards * (
-            parts["parameters"] + parts["AdamW's two moments"]
-        )  # of all ranks that share the model
-        line("a checkpoint", kept / 1e9, f"every {every} steps; two stay, a third is written")
-    line(
-        "the trained model",
-        (2 if settings.export_dtype == "bf16" else 4) * everything / 1e9,
-        settings.export_dtype,
-    )
-
-    heading("time", "s a step")
-    speed = f"at {settings.utilisation:.0%} of {settings.gpu_flops / 1e12:g} TFLOP/s"
-    line("computing", computing, f"{speed}; the fullest GPU has {waiting:.2f} times the mean work")
-    moved = f"{traffic / 1e9:.1f} GB through each GPU at {settings.gpu_link / 1e9:g} GB/s"
-    line("communicating", moving, f"{moved}, while it computes")
-    print(
-        f"{hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours: the longer of both, without validations and checkpoints"
-    )
+    print_table("time", "s a step", {"computing": computing, "communicating": communicating})
+    print(f"{hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours: the longer of both")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def print_table(title: str, unit: str, rows: dict[str, float]) -> None:
+    print(f"\n{title:<30}{unit:>14}")
+    for name, value in rows.items():
+        print(f"  {name:<28}{value:>14,.4g}")
 
 
 def main(settings: Settings) -> None:
-    data.check_least(settings, batch_size=1, steps=0, validation_size=1, micro_tokens=1)
-    if not settings.steps and settings.epochs <= 0:
-        raise UserError(f"--epochs {settings.epochs:g}: has to be more than 0")
+    if settings.batch_size < 1:
+        raise UserError(f"--batch_size {settings.batch_size}: has to be at least 1")
     if settings.plan:
-        if dist.get_rank() == 0:
-            print_plan(settings)
-        return
-    last = train(settings)
+        return print_plan(settings) if dist.get_rank() == 0 else None
+    train(settings)
     if dist.get_rank() == 0:
-        validated = (
-            f", validation accuracy {last['validation_accuracy']:.3f}"
-            if "validation_accuracy" in last
-            else ""
-        )
-        print(
-            f"{settings.out}: the trained reward model{validated}; metrics in {settings.out}/metrics.jsonl"
-        )
-        data.say_next("04_eval.py", model=data.unless_default(settings, "out"))
+        print(f"{settings.out}: the trained reward model; metrics in {settings.out}/metrics.jsonl")
+        print("Next: torchrun --standalone --nproc_per_node=2 04_eval.py")
 
 
 if __name__ == "__main__":
