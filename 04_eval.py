@@ -1,552 +1,440 @@
-"""Stage 4 · scoring a reward model on benchmarks
+"""Stage 4 · Score reward models on benchmarks
 
-    torchrun --standalone --nproc_per_node=2 04_eval.py                          # artifacts/reward on the held-out sets
-    torchrun --standalone --nproc_per_node=2 04_eval.py --model A --model B --benchmark artifacts/data/mine
-    torchrun --standalone --nproc_per_node=2 04_eval.py --benchmark artifacts/data/mine --scores_from theirs.jsonl
-    torchrun --standalone --nproc_per_node=2 04_eval.py --score mine.jsonl      # the same lines with scores, no tables
+    torchrun --standalone --nproc_per_node=2 04_eval.py
+    torchrun --standalone --nproc_per_node=2 04_eval.py --model A --model B --benchmark FOLDER
+    torchrun --standalone --nproc_per_node=2 04_eval.py --scores_from FILE --benchmark FOLDER
+    torchrun --standalone --nproc_per_node=2 04_eval.py --score FILE
 
-In    Reward models (03) and prepared benchmarks (01), or another system's scores instead of a model.
-Out   artifacts/scores/<model>/: <benchmark>.safetensors, the raw float32 scores (rounded ones make false ties),
-      summary.json, cost.json, and report.html to look at: learning curves, bars, margins, what is most confidently
-      wrong. Printed: a table for each benchmark, and how much of it the training data holds. Of several models also one
-      table of all: so one sees what each source of training data is worth, by training a model on each and scoring all
-      on everything (the paper's Table 4).
-      With --score, artifacts/scores/<model>/<FILE> and nothing else.
+In    Reward models (03) and prepared benchmarks (01); by default artifacts/reward and the held-out
+      sets of the embedded world. --scores_from replaces the model by another system's scores,
+      --score the benchmarks by a JSONL file, which comes back with scores.
+Out   A table per benchmark. In artifacts/scores/<model>/ the raw scores, <benchmark>.safetensors,
+      summary.json, cost.json (what a comparison costs the model) and report.html (learning curves,
+      margins, the most confidently wrong answers).
 
-What is counted. A pair is two responses to one prompt of which one is ranked better; it is right if the better one
-scores strictly higher, so a tie is wrong. `overall` is right pairs / pairs; `macro` the plain mean over categories;
-`Acc+` the share of groups with every pair right, a group being what shares the field "group" (one picture of the
-embedded world, one id of MM-RLHF-RewardBench), otherwise one comparison. Beside the model stand `longer wins`, which a
-benchmark should not reward, and `random`, the mean of 200 draws.
+A reward model learns order alone: its scores tell which of two responses to one prompt is better,
+and nothing else. So a benchmark asks for order. A pair is two responses to one prompt, one of them
+ranked better; it is right if that one scores strictly higher. A tie is wrong, because a model that
+scores everything alike has no opinion. Scores are saved as they are: rounding would make ties.
 
-A published benchmark (a source of 01 that has a metric) is scored by its own metric instead: METRICS, below. A table's
-title says where the benchmark was prepared without images or with lines rejected, so that its numbers are others.
-
-Printed and in cost.json is also what a comparison costs the model, so that the kinds of reward model (02, --kind) can
-be compared: tokens that it reads and writes, floating-point operations, seconds. That is why the paper chooses naive.
-
-The 95% intervals are Wilson's, with as many independent items as the pairs are worth given that those of one group go
-right and wrong together; the macro's are put together from the categories' (Zou & Donner, Statistics in Medicine 2008).
-The paper gives no intervals.
+An accuracy needs two companions, which the paper does not give. A baseline: `longer wins` alone
+gets 71.8% of MM-RLHF-RewardBench. An interval: with 46 groups, 78% and 80% are the same.
 """
 
 import base64
 import importlib
-import io
+import itertools
 import json
-import re
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from html import escape
-from itertools import chain, islice, zip_longest
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
-option, Comparison, Comparisons, UserError = (
-    data.option,
-    data.Comparison,
-    data.Comparisons,
-    data.UserError,
-)
+option = data.option
+UserError = data.UserError
 Reward = model_stage.Reward
 
-DEFAULT_BENCHMARKS = [
-    "artifacts/data/new_scenes",
-    "artifacts/data/unseen_combinations",
-    "artifacts/data/new_text",
-]
+HELD_OUT = ("new_scenes", "unseen_combinations", "new_text")
+DEFAULT_BENCHMARKS = [f"artifacts/data/{name}" for name in HELD_OUT]
+
+Scores = list[np.ndarray]  # one array [N] per comparison, in the benchmark's order
+Rows = dict[str, dict]  # {row of a table: {"accuracy", "items", and perhaps "low", "high"}}
 
 
 @dataclass
 class Settings:
-    model: list[str] = option(
-        [], "reward model to score with, repeatable, then side by side; none: artifacts/reward"
-    )
-    benchmark: list[str] = option(
-        [], "prepared comparisons to score, repeatable; none: the embedded held-out sets"
-    )
-    scores_from: str = option(
-        "",
-        "another system's scores instead of a model: one JSON list of N numbers a line, in the benchmark's order",
-    )
-    text_model: str = option(
-        "", "text-only reward model for what has no image (the paper's advice); '' for none"
-    )
-    score: str = option(
-        "",
-        "instead of benchmarks a JSONL file, lines with prompt, images if any, and responses or chosen and rejected; "
-        "out come the same lines with their scores, or the error that kept one from being scored",
-    )
-    out: str = option(
-        "artifacts/scores", "folder that receives one folder for each model, or system"
-    )
-    micro_tokens: int = option(
-        8192, "budget of one forward on one rank, in tokens of the packed row"
-    )
-    max_length: int = option(
-        4096, "--score: longest prompt + response, in tokens; longer ones get an error"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores: a list of one float array [N] for each comparison, in the benchmark's order.
-
-
-def short_names(models: list[str]) -> list[str]:
-    """What models are called in tables and files: by their folder, or by their whole path where two have the same."""
-    names = [Path(model).name for model in models]
-    if len(set(models)) < len(models):
-        raise UserError(f"the same model is given twice: {', '.join(models)}")
-    return [
-        model.strip("/").replace("/", "-") if names.count(name) > 1 else name
-        for name, model in zip(names, models)
-    ]
-
-
-def models_of(settings: Settings) -> dict[str, str]:
-    """{name in tables and files: folder} of every --model."""
-    models, text = settings.model or ["artifacts/reward"], settings.text_model
-    return {
-        f"{name}+{Path(text).name}" if text else name: model
-        for name, model in zip(short_names(models), models)
-    }
+    model: list[str] = option([], "reward model, repeatable; none: artifacts/reward")
+    benchmark: list[str] = option([], "prepared comparisons, repeatable; none: the held-out sets")
+    scores_from: str = option("", "file of another system's scores: one JSON list a comparison")
+    text_model: str = option("", "text-only reward model for comparisons without images")
+    score: str = option("", "JSONL to score: prompt, images, and responses or chosen and rejected")
+    out: str = option("artifacts/scores", "folder that receives one folder per model")
+    micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens")
+    max_length: int = option(4096, "--score: longest prompt + response, in tokens")
 
 
 @torch.inference_mode()
 def score_comparisons(
-    model: Reward, comparisons: Comparisons, device: torch.device, micro_tokens: int = 8192
-) -> list[np.ndarray]:
-    """Scores every comparison; all ranks share the work, every rank returns all scores."""
+    model: Reward, comparisons: data.Comparisons, device: torch.device, micro_tokens: int = 8192
+) -> Scores:
+    """Score a benchmark: the ranks share the work, and every rank returns all scores, float64.
+
+    Raises UserError if a text-only model meets images.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     model_stage.place(model, device)
     data.use_pixel_limits(model.processors, [comparisons])
-    tokens, patches = comparisons.sizes()
+    tokens, patches = comparisons.sizes()  # [n] each
     if model.processors.image is None and patches.any():
-        raise UserError(
-            f"{comparisons.folder}: {(patches > 0).sum()} comparisons have images, the model is text-only"
-        )
-    batches = training.plan(
-        [list(range(len(comparisons)))], tokens, patches, micro_tokens, rank, world
-    )
-    starts = np.cumsum([0, *comparisons.response_counts()])
-    flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)
-    work, name = (
-        sum(sum(batch.loads) for batch in batches),
-        comparisons.info["name"],
-    )  # work of all ranks
-    progress = tqdm(
-        total=work, desc=name, unit=" tokens", unit_scale=True, disable=rank > 0, mininterval=1
-    )
-    for batch in batches:
-        if batch.indices:
-            where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.indices])
-            scores = model.score_encoded([comparisons[i] for i in batch.indices], micro_tokens)
-            flat[torch.from_numpy(where).to(device)] = scores.double()
-        progress.update(sum(batch.loads))
-    progress.close()
-    dist.all_reduce(flat)  # every score was written by one rank and is zero on the others
+        raise UserError(f"{comparisons.folder}: has images, but the model is text-only")
+
+    # Bin packing as in training: in each micro-batch all ranks have about equal work.
+    everything = [list(range(len(comparisons)))]
+    micro_batches = training.plan(everything, tokens, patches, micro_tokens, rank, world)
+    starts = np.cumsum([0, *comparisons.response_counts()])  # [n + 1]
+    flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)  # [all responses]
+    work = sum(sum(batch.loads) for batch in micro_batches)  # tokens of all ranks
+    name = comparisons.info["name"]
+    with tqdm(total=work, desc=name, unit=" tokens", unit_scale=True, disable=rank > 0) as bar:
+        for batch in micro_batches:
+            if batch.indices:  # none, if there are fewer comparisons than ranks
+                chosen = [comparisons[i] for i in batch.indices]
+                scores = model.score_encoded(chosen, micro_tokens)
+                counts = [len(comparison.responses) for comparison in chosen]
+                for i, part in zip(batch.indices, scores.split(counts)):
+                    flat[starts[i] : starts[i + 1]] = part
+            bar.update(sum(batch.loads))
+    dist.all_reduce(flat)  # a sum: each score is zero on all ranks but one
     return np.split(flat.cpu().numpy(), starts[1:-1])
 
 
-def cost_of(
-    model: Reward, comparisons: int, seconds: float, device: torch.device
-) -> dict[str, float]:
-    """What so many comparisons have cost the model on all ranks, divided by their number; the next call counts anew.
-
-    Tokens read (a critic's twice, to write a critique and to score it) and written, image patches, operations and
-    seconds of one rank. A token or patch is 2 FLOP for each weight of the matrices that it goes through in decoder or
-    vision tower; attention's own operations are not counted, nor are heads.
-    """
-    size = lambda module: (
-        sum(p.numel() for p in module.parameters() if p.ndim > 1) if module is not None else 0
-    )
-    spent = torch.tensor([0, 0, 0, 0, seconds], dtype=torch.float64)
-    for part in model.modules():
-        if isinstance(part, model_stage.RewardModel):  # a router has two
-            read, written, patches = (
-                part.cost.pop(what, 0) for what in ("read", "written", "patches")
-            )
-            parts = model_stage.parts_of(part.backbone)
-            decoder = size(parts.language) - size(parts.language.get_input_embeddings())
-            flop = 2 * (decoder * (read + written) + size(parts.vision) * patches)
-            spent += torch.tensor([read, written, patches, flop / 1e9, 0])
-    spent = spent.to(device)
-    dist.all_reduce(spent)
-    return dict(
-        zip(("read", "written", "patches", "GFLOP", "seconds"), (spent / comparisons).tolist())
-    )
-
-
-def read_scores(path: str, comparisons: Comparisons) -> list[np.ndarray]:
-    """Another system's scores: one JSON list of N numbers a line. Raises UserError with the line that does not fit."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--scores_from {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    counts, scores = comparisons.response_counts(), []
-    if len(lines) != len(counts):
-        raise UserError(
-            f"--scores_from {path}: {len(lines)} lines, but {comparisons.folder} has {len(counts)} comparisons "
-            f"(and {comparisons.info['rejected']} rejected lines, which need none)"
-        )
-    largest = np.finfo(np.float32).max  # they are saved as float32
-    for number, (line, count) in enumerate(zip(lines, counts), 1):
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            values = None
-        are_numbers = isinstance(values, list) and all(
-            type(v) in (int, float) and abs(v) <= largest for v in values
-        )
-        if not are_numbers or len(values) != count:
-            what = f"not a JSON list of {count} finite numbers: {line[:60]!r}"
-            raise UserError(f"--scores_from {path}, line {number}: {what}")
-        scores.append(np.array(values, float))
-    return scores
-
-
-def save_scores(path: Path, scores: list[np.ndarray], comparisons: Comparisons, model: str) -> None:
-    flat, offsets = data.flatten(scores, np.float32)
-    made_of = {
-        "model": model,
-        "benchmark": str(comparisons.folder),
-        "made": comparisons.info["tokenizer"],
-    }
-    # One key of metadata: the order of several is not fixed.
-    data.write_tensors(path, {"scores": flat, "offsets": offsets}, {"made_of": json.dumps(made_of)})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics: numpy in, numbers out, and nothing needed but what stands from here to METRICS. A metric is a function of
-# scores, one array [N] for each comparison, and Items; it returns {row of the table: {"accuracy", "items", and where it
-# has an interval "low", "high"}}. The first row, "overall", is the number that is quoted.
+# ---- A metric: scores and items in, rows out
 
 
 @dataclass
 class Items:
-    """What the metrics need to know of a benchmark: one entry a comparison."""
+    """What metrics must know of a benchmark: one entry per comparison, in the order of scores."""
 
     ranks: list[list[int]]  # of its responses; 1 is best, equal ranks tie
     categories: list[str]
-    groups: list[str]  # what goes right and wrong together, like questions about one picture
-    characters: list[list[int]] = field(
-        default_factory=list
-    )  # length of each response; only `baselines` asks
+    groups: list[str]  # comparisons that go right and wrong together, like those of one picture
+    characters: list[list[int]] = field(default_factory=list)  # length of each response
     subsets: list[str] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)  # they need not be unique
+    ids: list[str] = field(default_factory=list)  # not always unique
+    weights: np.ndarray | None = None  # [..., items] how often each counts; None: once
+
+    def __post_init__(self):
+        if self.weights is None:
+            self.weights = np.ones(len(self.ranks))
 
     @classmethod
-    def of(cls, comparisons: Iterable) -> "Items":
-        read = [
-            (comparison.ranks, comparison.record) for comparison in comparisons
-        ]  # not the images
-        records = [record for _, record in read]
-        return cls(
-            ranks=[ranks for ranks, _ in read],
-            categories=[record.get("category", "all") for record in records],
-            groups=[
-                f"group {r['group']}" if "group" in r else f"comparison {i}"
-                for i, r in enumerate(records)
-            ],
-            characters=[record["characters"] for record in records],
-            subsets=[record.get("subset", "") for record in records],
-            ids=[str(record.get("id", "")) for record in records],
-        )
+    def of(cls, comparisons: Iterable[data.Comparison]) -> "Items":
+        """Read the items of prepared comparisons; without a `group` each is a group of its own."""
+        items = cls([], [], [])
+        for i, comparison in enumerate(comparisons):
+            record = comparison.record
+            items.ranks.append(comparison.ranks)
+            items.categories.append(record.get("category", "all"))
+            items.groups.append(f"group {record['group']}" if "group" in record else f"item {i}")
+            items.characters.append(record["characters"])
+            items.subsets.append(record.get("subset", ""))
+            items.ids.append(str(record.get("id", "")))
+        return replace(items, weights=None)
 
 
-def right_pairs(
-    scores: list[np.ndarray], items: Items
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each pair of responses of which one is ranked better, [pairs] each: whether that one scores higher, the pair's
-    category, and a number for its group. A tie is wrong, and so is a score of nan."""
-    right, of = [], []
+def right_pairs(scores: Scores, items: Items) -> tuple[np.ndarray, ...]:
+    """Judge each pair of responses of which one is ranked better.
+
+    Returns right [pairs], whether that one scores strictly higher; and each pair's category
+    [pairs], group [pairs] and weight [..., pairs]. Raises ValueError if a score is missing.
+    """
+    right, places = [], []
     for i, (score, ranks) in enumerate(zip(scores, items.ranks, strict=True)):
         if len(score) != len(ranks):
             raise ValueError(f"item {i}: {len(score)} scores of {len(ranks)} responses")
-        better, worse = np.nonzero(np.less.outer(ranks, ranks))
-        right += (score[better] > score[worse]).tolist()
-        of += [i] * len(better)
-    _, groups = np.unique(items.groups, return_inverse=True)
-    return np.array(right, bool), np.array(items.categories)[of], groups[of]
+        for better, worse in data.ordered_pairs(ranks):
+            right.append(score[better] > score[worse])  # False for a tie and for nan
+            places.append(i)
+    categories, groups = np.array(items.categories), np.array(items.groups)
+    return np.array(right), categories[places], groups[places], items.weights[..., places]
 
 
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """95% interval of a share p of n independent items (Wilson 1927), z = 1.96:
-
-    (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
-    """
-    if n == 0:
-        return 0.0, 1.0
-    z2 = 1.959964**2
-    centre, half = share + z2 / (2 * n), np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
-    return float(max(0, (centre - half) / (1 + z2 / n))), float(
-        min(1, (centre + half) / (1 + z2 / n))
-    )
+def accuracy(right: np.ndarray, weights: np.ndarray) -> dict:
+    """Give the share of right pairs, nan of none; right [pairs], weights [..., pairs]."""
+    with np.errstate(invalid="ignore"):
+        share = (weights @ right) / weights.sum(-1)
+    return {"accuracy": share, "items": len(right)}
 
 
-def with_interval(share: float, items: int, independent: float) -> dict:
-    """A share of so many items, with the interval of so many independent ones."""
-    low, high = wilson(share, independent)
-    return {"accuracy": share, "low": low, "high": high, "items": items}
-
-
-def accuracy(right: np.ndarray, groups: np.ndarray) -> dict:
-    """The share of right pairs, both [pairs], and its interval.
-
-    The pairs of a group are not independent. Wilson's n is their number divided by the design effect (Kish, Survey
-    Sampling, 1965), how much more the share p varies over the G groups than over as many independent pairs:
-
-    n = p (1 - p) / v, within [G, pairs];  v = G / (G - 1) sum over groups (right in it - p pairs in it)^2 / pairs^2
-    """
-    if not len(right):
-        return with_interval(float("nan"), 0, 0)
-    _, group = np.unique(groups, return_inverse=True)
-    right_in, pairs_in = np.bincount(group, right), np.bincount(group)  # [groups]
-    pairs, G, share = len(right), len(pairs_in), float(right.mean())
-    v = ((right_in - share * pairs_in) ** 2).sum() / pairs**2 * G / max(1, G - 1)
-    return with_interval(share, pairs, np.clip(share * (1 - share) / v, G, pairs) if v > 0 else G)
-
-
-def acc_plus(right: np.ndarray, groups: np.ndarray) -> dict:
-    """The share of groups with every pair right, and its interval; both [pairs]."""
-    _, group = np.unique(groups, return_inverse=True)
+def acc_plus(right: np.ndarray, groups: np.ndarray, weights: np.ndarray | None = None) -> dict:
+    """Give the share of groups with every pair right. All pairs of a group have one weight."""
+    weights = np.ones(len(right)) if weights is None else weights
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
     all_right = np.bincount(group, np.logical_not(right)) == 0  # [groups]
-    return with_interval(
-        float(all_right.mean()) if len(all_right) else float("nan"), len(all_right), len(all_right)
-    )
+    return accuracy(all_right, weights[..., first])
 
 
-def mean_of(rows: list[dict], weights: list[float] | None = None) -> dict:
-    """The weighted mean m of accuracies a of different items; `items` is how many.
-
-    Its interval, if all have one, is put together from theirs (Zou & Donner, Statistics in Medicine 2008), with weights
-    w that sum to 1: low = m - sqrt(sum of (w (a - low of a))^2), and high likewise.
-    """
-    accuracies = np.array([row["accuracy"] for row in rows])
-    weights = np.ones(len(rows)) if weights is None else np.array(weights, float)
-    mean = {"accuracy": float((weights * accuracies).sum() / weights.sum()), "items": len(rows)}
-    if all("low" in row for row in rows):
-        for end, sign in (("low", -1), ("high", 1)):
-            away = weights * (np.array([row[end] for row in rows]) - accuracies)
-            mean[end] = mean["accuracy"] + sign * float(np.sqrt((away**2).sum()) / weights.sum())
-    return mean
+def by_category(right: np.ndarray, categories: np.ndarray, weights: np.ndarray) -> Rows:
+    """Give the accuracy of each category."""
+    rows = {}
+    for name in np.unique(categories).tolist():
+        mask = categories == name  # [pairs]
+        rows[name] = accuracy(right[mask], weights[..., mask])
+    return rows
 
 
-def by_category(
-    right: np.ndarray, categories: np.ndarray, groups: np.ndarray, measure: Callable = accuracy
-) -> dict:
-    """{category: accuracy (or acc_plus) of its pairs}, in the order of the names; all [pairs]."""
-    parts = {name: categories == name for name in np.unique(categories).tolist()}
-    return {name: measure(right[part], groups[part]) for name, part in parts.items()}
+def mean_of(rows: Iterable[dict], weights: list[float] | None = None) -> dict:
+    """Average rows, by `weights` if given. A row without items does not count."""
+    shares = np.stack([row["accuracy"] for row in rows], -1)  # [..., rows]
+    weights = ~np.isnan(shares) * (1 if weights is None else np.array(weights))
+    mean = (weights * np.nan_to_num(shares)).sum(-1) / weights.sum(-1)
+    return {"accuracy": mean, "items": len(rows)}
 
 
-def metrics(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
-    """What has no official metric: accuracy over all pairs, its mean over the categories, Acc+, and each category."""
-    right, categories, groups = right_pairs(scores, items)
-    each = by_category(right, categories, groups)
+def metrics(scores: Scores, items: Items) -> Rows:
+    """Measure a set that has no official metric: accuracy over all pairs, its plain mean over the
+    categories, the share of groups with every pair right, and the accuracy of each category."""
+    right, categories, groups, weights = right_pairs(scores, items)
+    rows = by_category(right, categories, weights)
     return {
-        "overall": accuracy(right, groups),
-        "macro": mean_of([*each.values()]),
-        "Acc+": acc_plus(right, groups),
-        **each,
+        "overall": accuracy(right, weights),
+        "macro": mean_of(rows.values()),
+        "Acc+": acc_plus(right, groups, weights),
+        **rows,
     }
 
 
-# The official metrics of published benchmarks. A section or domain without items is left out of the means.
+def with_intervals(measure: Callable, scores: Scores, items: Items, draws: int = 1000) -> Rows:
+    """Measure, and add to each row "low" and "high", a 95% interval: a bootstrap over groups.
 
-
-def overall_and_categories(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
-    """Multimodal RewardBench (github.com/facebookresearch/multimodal_rewardbench, 2_get_accuracy.py) and LLMBar
-    (arXiv 2310.07641): accuracy over all pairs and of each category."""
-    right, categories, groups = right_pairs(scores, items)
-    return {"overall": accuracy(right, groups), **by_category(right, categories, groups)}
-
-
-def vl_rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
-    """VL-RewardBench (github.com/vl-rewardbench/VL_RewardBench, cal.py): right pairs / pairs, and the plain mean of the
-    three groups.
-
-    BaseReward's tables, like R1-Reward's, group otherwise: the authors' script (github.com/yfzhang114/r1_reward,
-    VL-Reward-Bench/get_acc.py) looks for "rlhf" and "rlaif", but the ids are written RLHF and RLAIF, so 301 items on
-    hallucination count as general. Overall is the same, the mean is not; compare with those papers by these rows.
+    A draw takes as many groups as there are, with replacement: the benchmark as it might have been.
+    Groups, not pairs, because the pairs of a group go right and wrong together. A group drawn twice
+    counts twice, so draws are weights [draws, items], and any metric measures all of them at once.
+    The seed is fixed. A row that is right throughout does not vary: its interval has no width.
     """
+    rows = measure(scores, items)
+    _, group = np.unique(items.groups, return_inverse=True)  # [items]
+    count = group.max() + 1
+    draws = min(draws, 10**8 // len(group))  # bounds memory; large benchmarks vary little
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
+    weights = drawn[:, group].astype(np.float32)
+    drawn_rows = measure(scores, replace(items, weights=weights))
+    for name, row in rows.items():
+        shares = drawn_rows[name]["accuracy"]  # [draws]; nan where a category was not drawn
+        if not np.isnan(shares).all():
+            row["low"], row["high"] = np.nanpercentile(shares, [2.5, 97.5]).tolist()
+    return rows
 
-    def group_in_the_paper(id: str) -> str:
-        if "mmmu" in id or "mathverse" in id:
-            return "reasoning"
-        return (
-            "hallucination" if "hallucination" in id or "rlhf" in id or "rlaif" in id else "general"
-        )
 
-    official = metrics(scores, items)
-    paper = metrics(scores, replace(items, categories=[group_in_the_paper(id) for id in items.ids]))
-    del official["Acc+"], paper["Acc+"], paper["overall"]
-    return official | {f"{name}, as BaseReward groups": row for name, row in paper.items()}
+def baselines(items: Items, measure: Callable = metrics, draws: int = 200) -> dict[str, Rows]:
+    """Measure systems that know nothing: `longer wins`, and `random`, the mean of some draws."""
+    lengths = [np.array(characters) for characters in items.characters]
+    rng = np.random.default_rng(0)
+    results = []
+    for _ in range(draws):
+        noise = [rng.random(len(ranks)) for ranks in items.ranks]
+        results.append(measure(noise, items))
+    random = {}
+    for name, row in results[0].items():
+        shares = [rows[name]["accuracy"] for rows in results]
+        random[name] = row | {"accuracy": float(np.mean(shares))}
+    return {"longer wins": with_intervals(measure, lengths, items), "random": random}
 
 
-def mm_rlhf_rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
-    """MM-RLHF-RewardBench (github.com/yfzhang114/r1_reward, MM-RLHF-Reward/get_acc.py): Acc, the share of right pairs,
-    and Acc+, the share of ids with every pair right, of all and of each category."""
-    right, categories, groups = right_pairs(scores, items)
-    rows, plus = {}, by_category(right, categories, groups, acc_plus)
-    for name, of_category in by_category(right, categories, groups).items():
-        rows |= {name: of_category, f"{name}, Acc+": plus[name]}
-    return {"overall": accuracy(right, groups), "Acc+": acc_plus(right, groups), **rows}
+# ---- The stage
+
+
+def main(settings: Settings) -> None:
+    if settings.score:
+        return score_file(settings)
+    rank, _, device = data.start_distributed()
+    folders = settings.benchmark or DEFAULT_BENCHMARKS
+    check_names(folders)
+
+    # 1. All ranks score every benchmark with every model.
+    results = read_results(settings)  # {system: {benchmark: scores}}; empty without --scores_from
+    for name, path in models_of(settings).items():
+        model = model_stage.place(model_stage.load_reward(path, settings.text_model), device)
+        results[name] = {}
+        for folder in folders:
+            comparisons = data.Comparisons(folder, model.fingerprint)
+            with measuring_cost(name, model, comparisons, settings.out):
+                scores = score_comparisons(model, comparisons, device, settings.micro_tokens)
+            results[name][folder] = scores
+    if rank > 0:
+        return
+
+    # 2. Rank 0 measures every system and sets the baselines beside it.
+    tables = {}  # {title of the benchmark: {system: rows}}
+    for folder in folders:
+        comparisons = data.Comparisons(folder)
+        items = Items.of(comparisons)
+        measure = METRICS[comparisons.info["metric"]]  # the benchmark's own, or `metrics`
+        columns = {}
+        for name, scores in results.items():
+            columns[name] = with_intervals(measure, scores[folder], items)
+            flat, offsets = data.flatten(scores[folder], np.float32)
+            path = Path(settings.out, name, f"{comparisons.info['name']}.safetensors")
+            data.write_tensors(path, {"scores": flat, "offsets": offsets}, {"benchmark": folder})
+        title = benchmark_title(comparisons)
+        tables[title] = columns | baselines(items, measure)
+        print(f"\n{table(title, tables[title])}")
+    if len(results) > 1:
+        print(f"\n{overall_table(tables)}")
+    for name, scores in results.items():
+        out = Path(settings.out, name)
+        data.write_file(out / "summary.json", json.dumps(tables, indent=1))
+        write_report(out, scores, settings)
+        print(f"\n{out}: scores, summary.json, and report.html to open in a browser")
+    print("Next: torchrun --standalone --nproc_per_node=2 05_ensemble.py")
+
+
+# Appendix: official metrics of published benchmarks. Means leave out sections without items.
+
+
+def overall_and_categories(scores: Scores, items: Items) -> Rows:
+    """Multimodal RewardBench (github.com/facebookresearch/multimodal_rewardbench) and LLMBar (arXiv
+    2310.07641): accuracy over all pairs, and by category."""
+    right, categories, _, weights = right_pairs(scores, items)
+    return {"overall": accuracy(right, weights), **by_category(right, categories, weights)}
+
+
+def vl_rewardbench(scores: Scores, items: Items) -> Rows:
+    """VL-RewardBench (github.com/vl-rewardbench/VL_RewardBench, cal.py): accuracy over all pairs,
+    and its mean over three categories.
+
+    BaseReward and R1-Reward count 301 items on hallucination as general: their script
+    (github.com/yfzhang114/r1_reward, VL-Reward-Bench/get_acc.py) looks for "rlhf" and "rlaif", the
+    ids say RLHF and RLAIF. Compare with those papers by the rows "as BaseReward groups".
+    """
+    categories = []
+    for name in items.ids:
+        if "mmmu" in name or "mathverse" in name:
+            categories.append("reasoning")
+        elif "hallucination" in name or "rlhf" in name or "rlaif" in name:
+            categories.append("hallucination")
+        else:
+            categories.append("general")
+    rows = metrics(scores, items)
+    paper = metrics(scores, replace(items, categories=categories))
+    del rows["Acc+"], paper["Acc+"], paper["overall"]
+    return rows | {f"{name}, as BaseReward groups": row for name, row in paper.items()}
+
+
+def mm_rlhf_rewardbench(scores: Scores, items: Items) -> Rows:
+    """MM-RLHF-RewardBench (github.com/yfzhang114/r1_reward, MM-RLHF-Reward/get_acc.py): the share
+    of right pairs, and Acc+, the share of ids with every pair right; both also by category."""
+    right, categories, groups, weights = right_pairs(scores, items)
+    rows = {"overall": accuracy(right, weights), "Acc+": acc_plus(right, groups, weights)}
+    for name, row in by_category(right, categories, weights).items():
+        mask = categories == name
+        rows[name] = row
+        rows[f"{name}, Acc+"] = acc_plus(right[mask], groups[mask], weights[..., mask])
+    return rows
 
 
 # fmt: off
-REWARDBENCH = {  # sections, their subsets and what those weigh: their pairs, but for math-prm, which has 447
+REWARDBENCH = {  # sections, their subsets, and the subsets' weights: their pairs, but for math-prm
     "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
              "mt-bench-easy": 28, "mt-bench-med": 40},
     "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
                   "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100,
-               "xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136},
-    "Reasoning": {"math-prm": 984,  # as much as the code subsets together
-                  "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164},
-    "Prior Sets": {"anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1},  # alike, and all of it half
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "donotanswer": 136,
+               "xstest-should-refuse": 154, "xstest-should-respond": 250},
+    "Reasoning": {"math-prm": 984,  # 447 pairs that weigh as much as all code subsets
+                  "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
+                  "hep-python": 164, "hep-rust": 164},
+    "Prior Sets": {"anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1},
 }
 # fmt: on
-SAFETY_IN_THE_CODE = REWARDBENCH["Safety"] | {
-    "xstest-should-refuse": 250,
-    "xstest-should-respond": 154,
-}
+SAFETY_IN_THE_CODE = {"xstest-should-refuse": 250, "xstest-should-respond": 154}
 
 
-def rewardbench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
-    """RewardBench (arXiv 2403.13787; github.com/allenai/reward-bench, analysis/get_benchmark_results.py): the mean of
-    four sections and, at half their weight, the plain mean of the prior sets, where those are there.
+def rewardbench(scores: Scores, items: Items) -> Rows:
+    """RewardBench (arXiv 2403.13787; github.com/allenai/reward-bench): the mean of four sections
+    and, at half weight, the prior sets.
 
-    The paper weighs a section's subsets by their pairs. The code (rewardbench/constants.py) has the numbers of two
-    subsets of Safety interchanged; what comes of that has its own rows, for comparing with numbers made by the code.
+    The code (rewardbench/constants.py) has two weights of Safety interchanged; compare with its
+    results by the rows "as the code weighs".
     """
-    subsets = by_category(*right_pairs(scores, items))
-
-    def sections(weights: dict[str, dict[str, int]]) -> dict[str, dict]:
-        rows = {}
-        for section, parts in weights.items():
-            if there := [name for name in parts if name in subsets]:
-                rows[section] = mean_of(
-                    [subsets[name] for name in there], [parts[name] for name in there]
-                )
-        overall = mean_of([*rows.values()], [0.5 if name == "Prior Sets" else 1.0 for name in rows])
-        return {"overall": overall, **rows}
-
-    code = sections(REWARDBENCH | {"Safety": SAFETY_IN_THE_CODE})
-    as_code = {
-        f"{name}, as the code weighs": code[name] for name in ("overall", "Safety") if name in code
-    }
-    return sections(REWARDBENCH) | as_code | subsets
-
-
-def best_of(score: np.ndarray, ranks: list[int]) -> float:
-    """1 if a right response scores highest, shared with as many as score the same; else 0. Both [responses]."""
-    highest = score == score.max()
-    return float(
-        highest[np.array(ranks) == 1].any() / max(1, highest.sum())
-    )  # none is highest where one is nan
-
-
-def ties_score(scores: list[np.ndarray], ranks: list[list[int]], ids: list[str]) -> float:
-    """The subset Ties of RewardBench 2: the right responses should lie above the wrong ones, and close together.
-
-    Each question is there twice, as "tied:7", where many responses are right, and as "ref:7", where one is. Of the
-    former, the gap from the worst right to the best wrong one is to be wider than the right ones' spread.
-    """
-    mean = lambda values: float(np.mean(values)) if len(values) else 0.0
-    found = defaultdict(
-        dict
-    )  # {"tied" or "ref": {number: (worst right - best wrong, best right - worst right)}}
-    for score, rank, id in zip(scores, ranks, ids):
-        kind, _, number = id.partition(":")
-        right, wrong = score[np.array(rank) == 1], score[np.array(rank) != 1]
-        found[kind][number] = right.min() - wrong.max(), right.max() - right.min()
-    tied, ref = found["tied"], found["ref"]
-    both = [number for number in tied if number in ref]
-    gap, width = (np.array([tied[number][i] for number in both]) for i in (0, 1))
-    smaller = np.minimum(gap, [ref[number][0] for number in both])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        margin = np.nan_to_num(np.tanh(smaller / width - 1), nan=0.0)
-    above = [mean([gap > 0 for gap, _ in questions.values()]) for questions in (tied, ref)]
-    close = [mean(gap > width), mean(smaller > width)]
-    return (
-        0.30 * above[0] + 0.30 * above[1] + 0.20 * close[0] + 0.20 * close[1] + 0.01 * mean(margin)
-    )
-
-
-def rewardbench_2(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
-    """RewardBench 2 (arXiv 2506.01937; github.com/allenai/reward-bench, rewardbench/utils.py): the plain mean of six
-    subsets, best of four in five of them, and a formula of its own, which has no interval here, in Ties."""
+    right, categories, _, weights = right_pairs(scores, items)
+    subsets = by_category(right, categories, weights)
+    code = REWARDBENCH | {"Safety": REWARDBENCH["Safety"] | SAFETY_IN_THE_CODE}
     rows = {}
-    for name in sorted(set(items.categories)):
-        places = [i for i, category in enumerate(items.categories) if category == name]
-        chosen, ranks = [scores[i] for i in places], [items.ranks[i] for i in places]
-        if name == "Ties":
-            rows[name] = {
-                "accuracy": ties_score(chosen, ranks, [items.ids[i] for i in places]),
-                "items": len(places),
-            }
-        else:
-            share = float(np.mean([best_of(*each) for each in zip(chosen, ranks)]))
-            rows[name] = with_interval(share, len(places), len(places))
-    return {"overall": mean_of([*rows.values()]), **rows}
+    for suffix, sections in {"": REWARDBENCH, ", as the code weighs": code}.items():
+        means = {}
+        for section, sizes in sections.items():
+            present = [name for name in sizes if name in subsets]
+            if present:
+                weights = [sizes[name] for name in present]
+                means[section] = mean_of([subsets[name] for name in present], weights)
+        halves = [0.5 if section == "Prior Sets" else 1.0 for section in means]
+        rows[f"overall{suffix}"] = mean_of(means.values(), halves)
+        for section, row in means.items():
+            if section == "Safety" or not suffix:
+                rows[f"{section}{suffix}"] = row
+    return rows | subsets
 
 
-def rm_bench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
-    """RM-Bench (arXiv 2410.16184; github.com/THU-KEG/RM-Bench, its README): chosen i against rejected j, both concise,
-    detailed plain, detailed markdown. Easy is where the chosen one is the fancier (i > j), normal where both are
-    alike, hard where the rejected one is the fancier. A domain's accuracy is the mean of the three, and all others are
-    means over the domains.
-    """
-    right = np.array(
-        [s[np.array(r) == 1][:, None] > s[np.array(r) == 2] for s, r in zip(scores, items.ranks)]
-    )
-    all_cells, domains = (
-        np.ones((3, 3), bool),
-        np.array(items.categories),
-    )  # right: [prompts, chosen, rejected]
-    levels = {
-        "easy": np.tril(all_cells, -1),
-        "normal": np.eye(3, dtype=bool),
-        "hard": np.triu(all_cells, 1),
-    }
-
-    def of_domain(name: str, cells: np.ndarray) -> dict:
-        pairs = right[domains == name][:, cells]  # [prompts, cells]
-        return accuracy(pairs.flatten(), np.arange(len(pairs)).repeat(cells.sum()))
-
-    rows = {name: of_domain(name, all_cells) for name in sorted(set(items.categories))}
-    over_domains = {
-        level: mean_of([of_domain(name, cells) for name in rows]) for level, cells in levels.items()
-    }
-    return {"overall": mean_of([*rows.values()]), **over_domains, **rows}
+def rewardbench_2(scores: Scores, items: Items) -> Rows:
+    """RewardBench 2 (arXiv 2506.01937; github.com/allenai/reward-bench, rewardbench/utils.py): the
+    mean of six subsets. Best of four: 1 if the right response scores highest, shared by ties."""
+    best = []
+    for score, ranks in zip(scores, items.ranks):
+        highest = score == score.max()  # none, if one is nan
+        share = highest[np.array(ranks) == 1].any() / max(1, highest.sum())
+        best.append(share)
+    rows = by_category(np.array(best), np.array(items.categories), items.weights)
+    if "Ties" in rows:
+        rows["Ties"] = ties(scores, items)
+    return {"overall": mean_of(rows.values()), **rows}
 
 
-def judgebench(scores: list[np.ndarray], items: Items) -> dict[str, dict]:
-    """JudgeBench (github.com/ScalerLab/JudgeBench, run_judge.py): accuracy over all pairs and of each kind of source.
+def ties(scores: Scores, items: Items) -> dict:
+    """The subset Ties of RewardBench 2: right responses should lie above the wrong ones, and close
+    together. A question is there as "tied:7" with many right responses and "ref:7" with one."""
+    gaps, spreads, places = {}, {}, {}  # right to wrong, right to right; by id
+    for i, name in enumerate(items.ids):
+        if items.categories[i] == "Ties":
+            mask = np.array(items.ranks[i]) == 1
+            right, wrong = scores[i][mask], scores[i][~mask]
+            gaps[name] = right.min() - wrong.max()
+            spreads[name] = right.max() - right.min()
+            places[name] = i
+    points, counted = [], []
+    for name in gaps:
+        other = name.replace("tied:", "ref:")
+        if name != other and other in gaps:
+            gap, ref_gap, spread = gaps[name], gaps[other], spreads[name]
+            smaller = np.minimum(gap, ref_gap)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                margin = np.nan_to_num(np.tanh(smaller / spread - 1))  # 0 / 0 counts 0
+            above = 0.30 * (gap > 0) + 0.30 * (ref_gap > 0)
+            close = 0.20 * (gap > spread) + 0.20 * (smaller > spread)
+            points.append(above + close + 0.01 * margin)
+            counted.append(places[name])
+    return accuracy(np.array(points), items.weights[..., counted])
 
-    The paper's tables are of GPT-4o's 350 pairs; where the others are there too, each model's have a row. Two equal
-    scores, which that code counts as "B>A", are wrong here, so that no position decides.
-    """
-    models = by_category(*right_pairs(scores, replace(items, categories=items.subsets)))
-    return overall_and_categories(scores, items) | (models if len(models) > 1 else {})
+
+def rm_bench(scores: Scores, items: Items) -> Rows:
+    """RM-Bench (arXiv 2410.16184; github.com/THU-KEG/RM-Bench): chosen i against rejected j, each
+    concise, detailed, detailed in Markdown; all means are over domains. Easy: the chosen one is the
+    fancier, i > j; normal: both have one style; hard: the rejected one is the fancier."""
+    right = []  # [prompts, chosen, rejected]
+    for score, ranks in zip(scores, np.array(items.ranks)):
+        right.append(np.greater.outer(score[ranks == 1], score[ranks == 2]))
+    i, j = np.indices((3, 3))
+    levels = {"easy": i > j, "normal": i == j, "hard": i < j, "overall": i < 3}
+    rows = {"overall": {}}  # first in the table
+    for level, mask in levels.items():
+        shares = np.array(right)[:, mask].mean(1)  # [prompts]
+        domains = by_category(shares, np.array(items.categories), items.weights)
+        rows[level] = mean_of(domains.values())
+    return rows | domains  # those of all levels
 
 
-METRICS: dict[str, Callable[[list[np.ndarray], Items], dict[str, dict]]] = {
-    "": metrics,  # of whatever has no official one
+def judgebench(scores: Scores, items: Items) -> Rows:
+    """JudgeBench (github.com/ScalerLab/JudgeBench, run_judge.py): accuracy over all pairs, by kind
+    of source, and by model if there are several; the paper's tables have GPT-4o alone. That code
+    counts a tie as "B>A", by its position; here a tie is wrong."""
+    rows = overall_and_categories(scores, items)
+    models = overall_and_categories(scores, replace(items, categories=items.subsets))
+    del models["overall"]
+    return rows | models if len(models) > 1 else rows
+
+
+METRICS = {
+    "": metrics,  # of sets without an official one
     "vl-rewardbench": vl_rewardbench,
     "mm-rlhf-rewardbench": mm_rlhf_rewardbench,
     "multimodal-rewardbench": overall_and_categories,
@@ -558,547 +446,376 @@ METRICS: dict[str, Callable[[list[np.ndarray], Items], dict[str, dict]]] = {
 }
 
 
-def baselines(items: Items, measure: Callable = metrics, draws: int = 200) -> dict[str, dict]:
-    """What stands beside every model: 'longer wins' and 'random'."""
-    rng, longer = (
-        np.random.default_rng(0),
-        [np.array(lengths, float) for lengths in items.characters],
-    )
-    drawn = [
-        measure([rng.random(len(ranks)) for ranks in items.ranks], items) for _ in range(draws)
-    ]
-    mean = {name: float(np.mean([each[name]["accuracy"] for each in drawn])) for name in drawn[0]}
-    random = {
-        name: {"accuracy": mean[name], "items": row["items"]} for name, row in drawn[0].items()
-    }
-    return {"longer wins": measure(longer, items), "random": random}
+# ---- Tables, and the names in them
 
 
-def benchmark_title(comparisons: Comparisons) -> str:
-    """A benchmark's name in tables and summaries, with what makes its numbers other than the published benchmark's."""
-    info, but = comparisons.info, []
-    if info["without_images"]:
-        but.append("without images")
+def table(title: str, systems: dict[str, Rows], counts: bool = True) -> str:
+    """Format rows as Markdown, systems across; with `counts`, also n, the number of items."""
+    lines = [[title, "n", *systems]]
+    for name in dict.fromkeys(name for rows in systems.values() for name in rows):
+        line = [name, ""]
+        for rows in systems.values():
+            row = rows.get(name, {})
+            line[1] = str(row.get("items", line[1]))
+            cell = f"{100 * row['accuracy']:.1f}" if row else "-"
+            if "low" in row:
+                cell += f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+            line.append(cell)
+        lines.append(line)
+    if not counts:
+        lines = [[line[0], *line[2:]] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def overall_table(benchmarks: dict[str, dict[str, Rows]]) -> str:
+    """Format overall accuracies: systems down, benchmarks across, and the mean over all of them."""
+    columns, shares = {}, {}
+    for title, systems in benchmarks.items():
+        columns[title] = {name: rows["overall"] for name, rows in systems.items()}
+        for name, row in columns[title].items():
+            shares.setdefault(name, []).append(row["accuracy"])
+    columns["mean"] = {}
+    for name, values in shares.items():
+        if len(values) == len(benchmarks):  # a text-only model may have missed some
+            columns["mean"][name] = {"accuracy": float(np.mean(values))}
+    return table("overall accuracy", columns, counts=False)
+
+
+def benchmark_title(comparisons: data.Comparisons) -> str:
+    """Name a benchmark, and say why its numbers are not those of the published one."""
+    info = comparisons.info
+    title = info["name"] + (", without images" if info["without_images"] else "")
     if info["metric"] and info["rejected"]:
-        but.append(f"without {info['rejected']} of {info['read']} lines")
-    return ", ".join([info["name"], *but])
-
-
-def table(title: str, systems: dict[str, dict[str, dict]], counts: bool = True) -> str:
-    """Metrics down, systems across, as Markdown; the interval where there is one, a dash where there is nothing. With
-    `counts`, a column n has the number of items of each metric."""
-
-    def cell(value: dict | None) -> str:
-        if value is None:
-            return "-"
-        interval = (
-            f" [{100 * value['low']:.1f}, {100 * value['high']:.1f}]" if "low" in value else ""
-        )
-        return f"{100 * value['accuracy']:.1f}{interval}"
-
-    first = next(iter(systems.values()))
-    rows = [[title, *(["n"] if counts else []), *systems]]
-    for name in dict.fromkeys(name for system in systems.values() for name in system):
-        count = [str(first[name]["items"])] if counts else []
-        rows.append([name, *count, *(cell(system.get(name)) for system in systems.values())])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
-
-
-def overall_table(benchmarks: dict[str, dict[str, dict]]) -> str:
-    """The overall accuracy of every system on every benchmark, and its mean where a system was on all of them."""
-    overall = {
-        title: {name: each["overall"] for name, each in found.items()}
-        for title, found in benchmarks.items()
-    }
-    names = [
-        name
-        for name in next(iter(overall.values()))
-        if all(name in each for each in overall.values())
-    ]
-    mean = {
-        name: float(np.mean([each[name]["accuracy"] for each in overall.values()]))
-        for name in names
-    }
-    overall["mean"] = {name: {"accuracy": value} for name, value in mean.items()}
-    return table("overall accuracy", overall, counts=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What training data and a benchmark share.
-
-
-def overlap(comparisons: Comparisons, training: list[str], distance: int = 2) -> dict[str, int]:
-    """How many of a benchmark's comparisons share with prepared training sets: the exact text of a prompt without
-    pictures, the exact bytes of a picture, the look of a picture (a perceptual hash that differs in at most `distance`
-    of 64 bits: scaled or recompressed copies, and drawings that are alike)."""
-    seen = [data.Comparisons(folder) for folder in training]
-    prompts, images, looks = (
-        np.unique(np.concatenate([each.hashes(name) for each in seen])) for name in data.HASHES
-    )
-    found = {"prompt": 0, "picture": 0, "picture that looks alike": 0}
-    for comparison in comparisons:
-        found["prompt"] += (
-            not comparison.images and data.prompt_hash(comparison.prompt, None) in prompts
-        )
-        found["picture"] += any(data.hash_of(image) in images for image in comparison.images)
-        alike = (
-            np.bitwise_count(looks ^ np.uint64(data.look_of(image))) <= distance
-            for image in comparison.images
-        )
-        found["picture that looks alike"] += any(near.any() for near in alike)
-    return {what: int(count) for what, count in found.items()}
-
-
-def warn_of_overlap(name: str, model: Reward, comparisons: Comparisons) -> None:
-    """Prints what a benchmark shares with the data its model was trained on, where that is still there."""
-    there = [
-        folder
-        for folder in model.trained_with.get("data", [])
-        if Path(folder, "dataset.json").is_file()
-    ]
-    try:
-        shared = overlap(comparisons, there) if there else {}
-    except UserError as error:  # scores are not lost over this
-        print(
-            f"{name}: whether {comparisons.folder} and the training data overlap is not known: {error}"
-        )
-        return
-    for what, count in shared.items():
-        if count:
-            of = f"{count} of {len(comparisons)} in {comparisons.folder}"
-            print(f"{name}: {of} share a {what} with {', '.join(there)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The report: one page to look at, without scripts, fonts or pictures from elsewhere. What came from data is escaped.
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8886; --bar: #47a; --other: #bbbb; --up: 46, 139, 87; --down: 205, 60, 60 }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
-.bar { display: grid; grid-template-columns: 11rem 1fr 4rem; gap: .5rem; align-items: center }
-.bar > div { position: relative; height: .8rem; background: #8882 }
-.bar i { position: absolute; height: 100%; left: 0 }
-.bar b { position: absolute; top: 35%; height: 30%; border: solid currentColor; border-width: 0 1px; opacity: .7;
-         background: linear-gradient(currentColor, currentColor) center / 100% 1px no-repeat }
-.bar span { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
-h3 { margin: 1rem 0 .2rem } svg { width: 100%; max-width: 40rem; font-size: 15px } svg text { fill: currentColor }
-article { border: 1px solid var(--line); border-radius: .4rem; padding: .8rem; margin: 1rem 0 }
-article img { max-width: min(100%, 16rem); max-height: 16rem; margin: 0 .5rem .5rem 0 }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1rem }
-.text { white-space: pre-wrap; max-height: 24rem; overflow: auto } small { opacity: .75 }
-"""
-
-
-def bars(systems: dict[str, dict[str, dict]]) -> str:
-    """A bar for each metric and system, with its interval where it has one."""
-    made = []
-    for name in next(iter(systems.values())):
-        made.append(f"<h3>{escape(name)}</h3>")
-        for i, (system, values) in enumerate(systems.items()):
-            if name not in values:
-                continue
-            value, colour = values[name], "var(--other)" if i else "var(--bar)"
-            bar = f'<i style="width:{100 * value["accuracy"]:.2f}%;background:{colour}"></i>'
-            if "low" in value:
-                low, high = (100 * value[end] for end in ("low", "high"))
-                bar += f'<b style="left:{low:.2f}%;width:{high - low:.2f}%"></b>'
-            label = f"<span>{escape(system)}</span>"
-            made.append(
-                f"<div class=bar>{label}<div>{bar}</div><span>{100 * value['accuracy']:.1f}</span></div>"
-            )
-    return "\n".join(made)
-
-
-def round_numbers(low: float, high: float) -> np.ndarray:
-    """About five of them from low to high, to stand at an axis."""
-    if low == high:
-        return np.array([low])
-    power = 10 ** np.floor(np.log10((high - low) / 5))
-    step = power * min((1, 2, 5, 10), key=lambda size: abs(size * power - (high - low) / 5))
-    return np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0  # no -0
-
-
-def plot(marks: list[tuple[list[tuple], str, str]], x_label: str, y_label: str) -> str:
-    """An SVG with axes. A mark is a line through points (x, y), how it looks, and what it says to who points at it."""
-    xs, ys = zip(*chain.from_iterable(points for points, _, _ in marks))
-    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-    across = lambda x: 60 + 530 * (x - left) / (right - left or 1)
-    up = lambda y: 175 - 150 * (y - low) / (high - low or 1)
-    made = [
-        f'<text x="60" y="14">{y_label}</text><text x="590" y="214" text-anchor="end">{x_label}</text>'
-    ]
-    for x in round_numbers(left, right):
-        made.append(
-            f'<text class=x x="{across(x):.2f}" y="194" text-anchor="middle">{x:,.10g}</text>'
-        )
-    for y in round_numbers(low, high):
-        made.append(f'<path d="M60 {up(y):.2f}H590" stroke="var(--line)"/>')
-        made.append(
-            f'<text class=y x="54" y="{up(y):.2f}" dy=".35em" text-anchor="end">{y:,.10g}</text>'
-        )
-    for points, look, title in marks:
-        places = " ".join(f"{across(x):.2f},{up(y):.2f}" for x, y in points)
-        made.append(f'<polyline points="{places}" {look}><title>{escape(title)}</title></polyline>')
-    return f'<svg viewBox="0 0 600 220" role="img">{"".join(made)}</svg>'
-
-
-def histogram(margins: np.ndarray, bins: int = 40) -> str:
-    """How far apart the scores of pairs are: better minus worse, so what is left of zero is wrong."""
-    reach = float(np.abs(margins).max(initial=0)) or 1.0
-    counts, edges = np.histogram(margins, bins, (-reach, reach))
-    marks = []
-    for count, left, right in zip(counts, edges, edges[1:]):
-        look = f'fill="rgb(var(--{"up" if left + right > 0 else "down"}))"'
-        bar = [(left, 0), (left, count), (right, count), (right, 0)]
-        marks.append((bar, look, f"{count} pairs from {left:.2f} to {right:.2f}"))
-    return plot(marks, "score of the better response - that of the worse", "pairs")
-
-
-def learning_curves(model: str) -> str:
-    """Loss and accuracy over the steps of a model's training, from the metrics.jsonl beside it; "" if there is none."""
-    log, lines, made = Path(model, "metrics.jsonl"), [], []
-    for line in log.read_bytes().splitlines() if log.is_file() else []:
-        with suppress(data.Unusable):  # the last one of a killed run may be half written
-            lines.append(data.read_json(line))
-    for what in ("loss", "accuracy"):
-        names = sorted(
-            {name for line in lines for name in line if re.match(rf"(validation_)?{what}", name)}
-        )
-        marks, legend = [], ""
-        for name, colour in zip(names, ('"#888"', '"var(--bar)"')):
-            there = [
-                line
-                for line in lines
-                if all(type(line.get(key)) in (int, float) for key in ("step", name))
-            ]
-            points = [
-                (line["step"], line[name]) for line in there
-            ]  # none at a step that was skipped
-            marks += [(points, f'stroke={colour} fill="none"', name)] if points else []
-            dot = f'stroke={colour} stroke-width="7" stroke-linecap="round"'
-            marks += [
-                ([each, each], dot, "step {}: {:.4f}".format(*each))
-                for each in points
-                if len(points) < 100
-            ]
-            legend += f'<tspan fill={colour} dx="8">{escape(name)}</tspan>'
-        if marks:
-            made.append(plot(marks, "step", legend))
-    return (
-        f"<h1>Training of {escape(model)}</h1><div class=side>{''.join(made)}</div>" if made else ""
-    )
-
-
-def shaded(tokens: np.ndarray, scores: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A response's words, coloured by how the score moves when they are read: [R] token ids, [1 + R] scores."""
-    moves = np.diff(scores)[:-1]  # without the end-of-turn token
-    strongest = np.abs(moves).max(initial=0) or 1.0
-    made, read = [], ""
-    for i, move in enumerate(moves):
-        text = tokenizer.decode(tokens[: i + 1].tolist())
-        if text.endswith("\ufffd"):  # the first bytes of a character
-            continue
-        colour = f"rgba(var(--{'up' if move > 0 else 'down'}), {abs(move) / strongest:.2f})"
-        made.append(f'<span style="background:{colour}">{escape(text[len(read) :])}</span>')
-        read = text
-    return "".join(made)
-
-
-@torch.inference_mode()
-def scores_while_reading(model: Reward, comparison: Comparison) -> list[np.ndarray]:
-    """The head applied at the prompt's last token and at every token of each response, N x [1 + R], in one forward.
-
-    It was trained at a response's last token only; elsewhere it is an aid to look with, no measurement."""
-    model = model.model_for(bool(comparison.images))
-    row = model_stage.pack([comparison], model.processors).to(model.device)
-    read = model.head(model.hidden_states(row))[len(comparison.prompt) - 1 :].float().cpu().numpy()
-    responses = np.split(
-        read[1:], np.cumsum([len(response) for response in comparison.responses])[:-1]
-    )
-    return [np.concatenate([read[:1], response]) for response in responses]
-
-
-def article(
-    comparison: Comparison,
-    scores: np.ndarray,
-    margin: float,
-    model: Reward,
-    tokenizer: PreTrainedTokenizerBase,
-) -> str:
-    """One comparison: pictures, prompt, and its responses from the best ranked to the worst, with their scores."""
-    prompt = tokenizer.decode(comparison.prompt.tolist()).replace("\ufffd", "")
-    prompt = re.sub(r"(<\|image_pad\|>|<IMG_CONTEXT>)+", "[picture]", prompt)
-    for token in tokenizer.added_tokens_decoder.values():
-        prompt = prompt.replace(token.content, "") if token.special else prompt
-    made = [
-        f"<article><p><b>{margin:.2f}</b> <small>{escape(str(comparison.record.get('id', '')))}</small></p>"
-    ]
-    for image in comparison.images:
-        data.open_image(image)  # raises where it is none
-        kind = data.Image.open(io.BytesIO(image)).get_format_mimetype() or "image/png"
-        made.append(f'<img alt="" src="data:{kind};base64,{base64.b64encode(image).decode()}">')
-    made.append(f"<div class=text>{escape(prompt.strip())}</div><div class=side>")
-    naive = (
-        model and model.model_for(bool(comparison.images)).kind == "naive"
-    )  # others' heads have not read responses
-    reading = scores_while_reading(model, comparison) if naive else [None] * len(scores)
-    for i in sorted(range(len(scores)), key=lambda i: comparison.ranks[i]):
-        tokens = comparison.responses[i]
-        if reading[i] is None:
-            text = escape(tokenizer.decode(tokens[:-1].tolist()))
-        else:
-            text = shaded(tokens, reading[i], tokenizer)
-        made.append(
-            f"<div><p>rank {comparison.ranks[i]}, score {scores[i]:.3f}</p><div class=text>{text}</div></div>"
-        )
-    return "".join([*made, "</div></article>"])
-
-
-def section(
-    title: str,
-    systems: dict,
-    scores: list[np.ndarray],
-    comparisons: Comparisons,
-    model: Reward,
-    tokenizer: PreTrainedTokenizerBase,
-    worst: int = 12,
-) -> str:
-    """What the page shows of one benchmark. `model` is None where only scores are known."""
-    margins, wrong = [], []
-    for i, (score, comparison) in enumerate(zip(scores, comparisons)):
-        found = [score[a] - score[b] for a, b in comparison.pairs]
-        margins += found
-        if min(found) < 0:
-            wrong.append((min(found), i))
-    margins = np.array(margins)
-    finite = margins[np.isfinite(margins)]
-    lost = len(margins) - len(finite)
-    of = f"{len(margins):,} pairs" + (f", {lost:,} not finite" if lost else "")
-    gallery = [
-        article(comparisons[i], scores[i], margin, model, tokenizer)
-        for margin, i in sorted(wrong)[:worst]
-    ]
-    aid = "Words are shaded by how the score moves while they are read (green up, red down): an aid to look with."
-    return f"""<h1>{escape(title)}</h1>
-{bars(systems)}
-<h2>Margins</h2>
-<p>Score of the better response minus that of the worse, of {of}; left of 0 is wrong.</p>
-{histogram(finite)}
-<h2>Most confidently wrong</h2><p>{aid if any("<span style" in each for each in gallery) else ""}</p>
-{"".join(gallery) or "<p>None is wrong.</p>"}"""
-
-
-def page(title: str, sections: list[str]) -> str:
-    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f"<meta charset=utf-8>{viewport}<title>{escape(title)}</title><style>{STYLE}</style>"
-    return (
-        f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(sections)}</body></html>"
-    )
+        title += f", without {info['rejected']} of {info['read']} lines"
+    return title
 
 
 def check_names(folders: list[str]) -> None:
-    """Raises UserError where results of two benchmarks would stand under one name."""
-    names = [data.Comparisons(folder).info["name"] for folder in folders]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(
-            f"--benchmark: two are named {', '.join(twice)}; prepare one of them with another --name"
-        )
-
-
-def evaluate(
-    name: str, path: str, folders: list[str], settings: Settings, device: torch.device
-) -> dict[str, dict]:
-    """Scores every benchmark with one model, or reads the scores that take its place (`path` empty), and writes what
-    belongs to it. Returns, on rank 0, {title of the benchmark: {name and baselines: metrics}}."""
-    model = (
-        model_stage.place(model_stage.load_reward(path, settings.text_model), device)
-        if path
-        else None
-    )
-    out, found, costs = Path(settings.out, name), {}, {}
-    sections = [learning_curves(each) for each in (path, settings.text_model) if each]
+    """Raise UserError if two benchmarks have one name, or one has prompts without responses."""
+    names = set()
     for folder in folders:
-        comparisons = data.Comparisons(folder, model.fingerprint if model else None)
+        comparisons = data.Comparisons(folder)
+        name = comparisons.info["name"]
+        if name in names:
+            raise UserError(f"--benchmark: two are named {name}; prepare one with another --name")
         if not len(comparisons) or not all(comparisons.response_counts()):
-            raise UserError(
-                f"{folder}: has prompts without responses; a benchmark is made of pairs or rankings"
-            )
-        title = benchmark_title(comparisons)
-        if model:
-            dist.barrier()  # rank 0 comes from the metrics of the benchmark before
-            began = time.perf_counter()
-            scores = score_comparisons(model, comparisons, device, settings.micro_tokens)
-            costs[title] = cost_of(model, len(comparisons), time.perf_counter() - began, device)
-        else:
-            scores = read_scores(settings.scores_from, comparisons)
-        if dist.get_rank() > 0:
-            continue
-        save_scores(
-            out / f"{comparisons.info['name']}.safetensors",
-            scores,
-            comparisons,
-            path or settings.scores_from,
-        )
-        items, measure = Items.of(comparisons), METRICS[comparisons.info["metric"]]
-        found[title] = {name: measure(scores, items), **baselines(items, measure)}
-        if model:
-            cost = ", ".join(f"{value:.4g} {what}" for what, value in costs[title].items())
-            print(f"{name} on {title}: a comparison costs {cost}", flush=True)
-            warn_of_overlap(name, model, comparisons)
-        processors = (
-            model.processors if model else data.load_processors(comparisons.info["backbone"])
-        )
-        sections.append(
-            section(title, found[title], scores, comparisons, model, processors.tokenizer)
-        )
-    if dist.get_rank() == 0:
-        data.write_file(out / "summary.json", json.dumps(found, indent=1))
-        if model:
-            data.write_file(out / "cost.json", json.dumps(costs, indent=1))
-        data.write_file(out / "report.html", page(f"{name}: {', '.join(found)}", sections))
-    return found
+            raise UserError(f"{folder}: has prompts without responses, nothing to score")
+        names.add(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --score: a file of one's own instead of benchmarks, line by line.
+def short_names(models: list[str]) -> list[str]:
+    """Name models by their folders, or by their whole paths where two folders have one name."""
+    if len(set(models)) < len(models):
+        raise UserError(f"the same model is given twice: {', '.join(models)}")
+    folders = [Path(model).name for model in models]
+    names = []
+    for model, folder in zip(models, folders):
+        whole = model.strip("/").replace("/", "-")
+        names.append(folder if folders.count(folder) == 1 else whole)
+    return names
 
 
-def to_score(record: dict) -> tuple[list, list[str], list]:
-    """Prompt, responses and images of a record in the JSON form of 01, which here needs no ranks. Raises Unusable."""
-    named = {key: record[key] for key in ("chosen", "rejected") if key in record}
-    if isinstance(record.get("responses"), list):
-        named = {f"responses[{i}]": response for i, response in enumerate(record["responses"])}
-    elif len(named) < 2:
-        raise data.Unusable("missing field: responses, or chosen and rejected")
-    if "prompt" not in record:
-        raise data.Unusable("missing field: prompt")
-    images = data.images_in(record)
-    return (
-        record["prompt"],
-        [data.text_of(response, name) for name, response in named.items()],
-        images,
+def models_of(settings: Settings) -> dict[str, str]:
+    """{name in tables and files: folder} of every --model; none with --scores_from."""
+    models = [] if settings.scores_from else settings.model or ["artifacts/reward"]
+    suffix = f"+{Path(settings.text_model).name}" if settings.text_model else ""
+    return {name + suffix: model for name, model in zip(short_names(models), models)}
+
+
+# ---- Another system's scores: --scores_from
+
+
+def read_results(settings: Settings) -> dict[str, dict[str, Scores]]:
+    """{system: {benchmark: scores}} of --scores_from, one JSON list of N numbers per comparison.
+
+    Empty without --scores_from. Raises UserError with the line that does not fit.
+    """
+    file = Path(settings.scores_from)
+    if not settings.scores_from:
+        return {}
+    if len(settings.benchmark) != 1 or settings.model:
+        raise UserError("--scores_from: needs the one --benchmark of its scores, and no --model")
+    comparisons = data.Comparisons(settings.benchmark[0])
+    counts, scores = comparisons.response_counts(), []
+    with data.reading(file, "it should be text in UTF-8"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+    if len(lines) != len(counts):
+        reason = f"{len(lines)} lines, but {comparisons.folder} has {len(counts)} comparisons"
+        raise UserError(f"{file}: {reason}; its rejected lines need no scores")
+    for number, (line, count) in enumerate(zip(lines, counts), 1):
+        values = []
+        with suppress(ValueError, RecursionError):
+            values = json.loads(line)
+        numbers = isinstance(values, list) and {int, float}.issuperset(map(type, values))
+        if not numbers or len(values) != count or not np.isfinite(np.float32(values)).all():
+            reason = f"not a JSON list of {count} finite numbers: {line[:60]!r}"
+            raise UserError(f"{file}, line {number}: {reason}")
+        scores.append(np.array(values, float))
+    return {file.stem: {settings.benchmark[0]: scores}}
+
+
+# ---- What a comparison costs, and what the model has seen in training
+
+
+@contextmanager
+def measuring_cost(name: str, model: Reward, comparisons: data.Comparisons, out: str) -> Iterator:
+    """Print and save in cost.json what the model spends within, per comparison.
+
+    Tokens read and written (by critics), image patches, GFLOP, and seconds of one rank. A token
+    (patch) takes 2 FLOP per weight of the decoder's (vision tower's) matrices, without attention.
+    """
+    cost = {"read": 0, "written": 0, "patches": 0, "GFLOP": 0, "seconds": -time.perf_counter()}
+    yield
+    cost["seconds"] += time.perf_counter()
+    for part in model.modules():
+        if isinstance(part, model_stage.RewardModel):  # a router has two
+            language, vision, _ = model_stage.parts_of(part.backbone)
+            decoder = matrix_size(language) - matrix_size(language.get_input_embeddings())
+            cost["GFLOP"] += 2e-9 * decoder * (part.cost["read"] + part.cost["written"])
+            cost["GFLOP"] += 2e-9 * matrix_size(vision) * part.cost["patches"]
+            for unit, count in part.cost.items():
+                cost[unit] += count
+            part.cost.clear()
+    total = torch.tensor(
+        list(cost.values()), dtype=torch.float64, device=next(model.parameters()).device
     )
+    dist.all_reduce(total)
+    if dist.get_rank() > 0:
+        return
+    cost = dict(zip(cost, (total / len(comparisons)).tolist()))
+    title, path = benchmark_title(comparisons), Path(out, name, "cost.json")
+    costs = json.loads(path.read_text()) if path.is_file() else {}  # of other benchmarks
+    data.write_file(path, json.dumps(costs | {title: cost}, indent=1))
+    per_comparison = ", ".join(f"{value:.4g} {unit}" for unit, value in cost.items())
+    print(f"{name} on {title}: a comparison costs {per_comparison}")
+    print_overlap(f"{name} on {title}", model.trained_with.get("data", []), comparisons)
 
 
-def scored_lines(
-    model: Reward, lines: Iterable[bytes], folder: Path, micro_tokens: int, max_length: int = 4096
-) -> Iterator[dict]:
-    """The records of JSONL lines, in order, each with `scores`, one for each of `responses` or for chosen and rejected,
-    or with `error`, why it has none. Image paths are relative to `folder`. As many lines are held as make some rows."""
-    waiting, tokens = [], 0  # [(record, comparison, or None where there is an error)]
+def matrix_size(module: torch.nn.Module | None) -> int:
+    matrices = [] if module is None else [p for p in module.parameters() if p.ndim > 1]
+    return sum(matrix.numel() for matrix in matrices)
 
-    def scored() -> Iterator[dict]:
-        comparisons = [comparison for _, comparison in waiting if comparison is not None]
-        scores = iter(model.score_encoded(comparisons, micro_tokens).tolist())
-        for record, comparison in waiting:
-            yield (
-                record
-                if comparison is None
-                else record | {"scores": list(islice(scores, len(comparison.responses)))}
-            )
 
-    for line in lines:
-        record, comparison = {"line": line.decode(errors="replace")}, None
-        try:
-            record = data.read_json(line)
-            record = {key: value for key, value in record.items() if key not in ("scores", "error")}
-            encoded = model.encode(*to_score(record), folder)
-            data.check_length(encoded.prompt, encoded.responses, max_length)
-            comparison = encoded  # only now: it will be scored
-            tokens += comparison.length
-        except data.Unusable as error:
-            record["error"] = str(error)
-        waiting.append((record, comparison))
-        if tokens >= 4 * micro_tokens or len(waiting) == 1000:
-            yield from scored()
-            waiting, tokens = [], 0
-    yield from scored()
+def print_overlap(system: str, trained_on: list[str], comparisons: data.Comparisons) -> None:
+    """Print one line if the model was trained on this benchmark or on some of it."""
+    folders = [folder for folder in trained_on if Path(folder, "dataset.json").is_file()]
+    if str(comparisons.folder) in folders:
+        return print(f"{system}: the model was trained on it")
+    shared = overlap(comparisons, folders)
+    if any(shared.values()):
+        counts = " and ".join(f"{count} share a {kind}" for kind, count in shared.items())
+        print(f"{system}: of {len(comparisons)} comparisons {counts} with {', '.join(folders)}")
+
+
+def overlap(comparisons: data.Comparisons, folders: list[str]) -> dict[str, int]:
+    """Count comparisons that share the text of a prompt without pictures, or a picture, with
+    training sets, byte for byte."""
+    prompts, pictures = set(), set()
+    for folder in folders:
+        seen = data.Comparisons(folder)
+        prompts.update(seen.hashes("prompt_hashes").tolist())
+        pictures.update(seen.hashes("image_hashes").tolist())
+    shared = {"prompt": 0, "picture": 0}
+    for comparison in comparisons:
+        if comparison.images:
+            shared["picture"] += any(data.hash_of(image) in pictures for image in comparison.images)
+        else:
+            shared["prompt"] += data.prompt_hash(comparison.prompt, None) in prompts
+    return shared
+
+
+# ---- A file instead of benchmarks: --score
 
 
 def score_file(settings: Settings) -> None:
-    """Scores a JSONL file; every rank takes every world-th line, and rank 0 puts the lines together in their order."""
-    rank, world, device = data.start_distributed()
-    source = Path(settings.score)
-    if settings.benchmark or settings.scores_from:
-        raise UserError("--score: instead of --benchmark and --scores_from, not beside them")
+    """Write the lines of --score again, in their order, with `scores` or `error`."""
+    rank, _, device = data.start_distributed()
+    source, models = Path(settings.score), models_of(settings)
+    if settings.benchmark or len(models) != 1:
+        raise UserError("--score: takes one --model, and neither --benchmark nor --scores_from")
     if not source.is_file():
         raise UserError(f"--score {source}: no such file")
-    (name, folder), *others = models_of(settings).items()
-    if others:
-        raise UserError("--score takes one --model")
-    model = model_stage.place(model_stage.load_reward(folder, settings.text_model), device)
+    ((name, path),) = models.items()
+    model = model_stage.place(model_stage.load_reward(path, settings.text_model), device)
     out = Path(settings.out, name, source.name)
-    parts = [out.with_name(f".{out.name}.{each}.tmp") for each in range(world)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    counts = torch.zeros(2, dtype=torch.long)  # lines, and those without scores
-    with open(source, "rb") as lines, open(parts[rank], "w") as part:
-        total = sum(1 for _ in lines)
-        lines.seek(0)
-        progress = tqdm(lines, source.name, total, unit=" lines", disable=rank > 0, mininterval=1)
-        mine = islice(progress, rank, None, world)
-        for record in scored_lines(
-            model, mine, source.parent, settings.micro_tokens, settings.max_length
-        ):
-            part.write(json.dumps(record) + "\n")
-            counts += torch.tensor([1, "error" in record])
-    dist.all_reduce(counts)  # so all have written
-    if rank == 0:
-        with (
-            data.in_place_of(out) as temporary,
-            open(temporary, "w") as whole,
-            ExitStack() as stack,
-        ):
-            dealt = [stack.enter_context(open(part)) for part in parts]
-            for together in zip_longest(*dealt, fillvalue=""):  # the i-th line of every rank
-                whole.writelines(together)
-        for part in parts:
-            part.unlink()
-        print(
-            f"{out}: {counts[0]} lines, {counts[1]} of them without scores but with the reason as `error`"
-        )
+    count = errors = 0
+    with open(source, "rb") as lines:
+        records = scored_lines(model, lines, source.parent, settings)
+        if rank > 0:
+            return list(records)  # there are none, but this rank does its share
+        with data.in_place_of(out) as temporary, open(temporary, "w") as file:
+            for record in tqdm(records, source.name, unit=" lines"):
+                file.write(json.dumps(record) + "\n")
+                count += 1
+                errors += "error" in record
+    print(f"{out}: {count} lines, {errors} of them without scores but with the reason as `error`")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All that this stage does.
+def scored_lines(
+    model: Reward, lines: Iterator[bytes], folder: Path, settings: Settings
+) -> Iterator[dict]:
+    """Score JSONL lines, a block at a time; every rank takes every world-th line of it.
+
+    All ranks have to iterate; rank 0 gets the records, in order.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    while block := list(itertools.islice(lines, 256 * world)):
+        parts = [None] * world if rank == 0 else None
+        dist.gather_object(score_lines(model, block[rank::world], folder, settings), parts)
+        for i in range(len(block) if rank == 0 else 0):
+            yield parts[i % world][i // world]
 
 
-def main(settings: Settings) -> None:
-    if settings.score:
-        return score_file(settings)
-    rank, _, device = data.start_distributed()
-    if settings.scores_from:
-        if len(settings.benchmark) != 1 or settings.model:
-            raise UserError(
-                "--scores_from: in place of --model, and with one --benchmark, whose scores these are"
-            )
-        systems = {Path(settings.scores_from).stem: ""}
-    else:
-        systems = models_of(settings)
-    folders = settings.benchmark or DEFAULT_BENCHMARKS
-    check_names(folders)
-    found = {
-        name: evaluate(name, path, folders, settings, device) for name, path in systems.items()
+def score_lines(model: Reward, lines: list[bytes], folder: Path, settings: Settings) -> list[dict]:
+    """Score lines in the JSON form of 01, which need no ranks here; image paths are relative to
+    `folder`. Adds `scores` of `responses`, or of chosen and rejected, or the reason as `error`."""
+    records, encoded = [], []
+    for line in lines:
+        record = {"line": line.decode(errors="replace")}
+        try:
+            record = data.read_json(line)
+            record.pop("scores", None)
+            record.pop("error", None)  # of an earlier run
+            responses = record.get("responses")
+            if isinstance(responses, list):
+                responses = {f"responses[{i}]": text for i, text in enumerate(responses)}
+            else:
+                responses = {key: record.get(key) for key in ("chosen", "rejected")}
+                fine = None not in responses.values()
+                data.require(fine, "missing field: responses, or chosen and rejected")
+            data.require("prompt" in record, "missing field: prompt")
+            texts = [data.text_of(response, key) for key, response in responses.items()]
+            comparison = model.encode(record["prompt"], texts, data.images_in(record), folder)
+            data.check_length(comparison.prompt, comparison.responses, settings.max_length)
+            encoded.append((record, comparison))
+        except data.Unusable as error:
+            record["error"] = str(error)
+        records.append(record)
+    comparisons = [comparison for _, comparison in encoded]
+    scores = iter(model.score_encoded(comparisons, settings.micro_tokens).tolist())
+    for record, comparison in encoded:
+        record["scores"] = list(itertools.islice(scores, len(comparison.responses)))
+    return records
+
+
+# ---- The report: a page without scripts; jinja2 escapes whatever comes from data
+
+PAGE = """<!doctype html>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ name }}</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
+svg { width: 100%; height: 9rem } svg, article { border: 1px solid #8886; margin: .5rem 0 }
+polyline { stroke: currentColor; stroke-width: 2; vector-effect: non-scaling-stroke; fill: none }
+.c1 { color: #c54 } .c2 { color: #48b } img { max-height: 16rem }
+p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem }
+</style>
+<h1>{{ name }}</h1>
+{% macro draw(curves, x_label, y_label) %}
+{% set left, low, right, high = corners(curves) %}
+<div>{{ y_label }} from {{ "%.4g" % low }} to {{ "%.4g" % high }},
+{{ x_label }} from {{ "%.4g" % left }} to {{ "%.4g" % right }}:
+{% for name in curves %}<b class="c{{ loop.index }}">{{ name }}</b> {% endfor %}</div>
+<svg viewBox="{{ left }} {{ -high }} {{ right - left }} {{ high - low }}"
+ preserveAspectRatio="none">
+{% for name, points in curves.items() %}
+<polyline class="c{{ loop.index }}" points="{% for x, y in points %}{{ x }},{{ -y }} {% endfor %}">
+<title>{{ name }}</title></polyline>
+{% endfor %}
+</svg>
+{% endmacro %}
+{% for quantity, curves in learning.items() %}{{ draw(curves, "step", quantity) }}{% endfor %}
+{% for benchmark in benchmarks %}
+<h2>{{ benchmark.title }}</h2>
+{{ draw(benchmark.histogram, "score of the better response - that of the worse", "pairs") }}
+<p>{{ benchmark.lost }} pairs have scores that are not finite.</p>
+<h3>Most confidently wrong</h3>
+{% for margin, comparison, scores in benchmark.wrong %}
+<article><p><b>{{ "%.2f" % margin }}</b> {{ comparison.record.id }}</p>
+{% for image in comparison.images %}
+<img src="data:image/png;base64,{{ encode(image) }}">
+{% endfor %}
+<p>{{ decode(comparison.prompt) }}</p>
+{% for rank, score, response in zip(comparison.ranks, scores, comparison.responses) %}
+<p><b>rank {{ rank }}, score {{ "%.3f" % score }}</b> {{ decode(response) }}</p>
+{% endfor %}
+</article>
+{% else %}None is wrong.
+{% endfor %}
+{% endfor %}
+"""
+
+
+def write_report(out: Path, results: dict[str, Scores], settings: Settings) -> None:
+    """Write report.html: learning curves, and per benchmark margins and the worst comparisons."""
+    path = models_of(settings).get(out.name, "")
+    benchmarks = []
+    for folder, scores in results.items():
+        comparisons = data.Comparisons(folder)
+        benchmarks.append({"title": benchmark_title(comparisons), **margins(scores, comparisons)})
+    processors = data.load_processors(path or comparisons.info["backbone"])
+    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
+    html = page.render(
+        name=out.name,
+        learning=learning_curves(path),
+        benchmarks=benchmarks,
+        corners=corners,
+        encode=lambda image: base64.b64encode(image).decode(),
+        decode=lambda tokens: decode(tokens, processors),
+        zip=zip,
+    )
+    data.write_file(out / "report.html", html)
+
+
+def margins(scores: Scores, comparisons: data.Comparisons, worst: int = 12) -> dict:
+    """Gather the scores of better responses minus those of worse ones, and the lowest of these."""
+    differences, wrong = [], []
+    for i, (score, comparison) in enumerate(zip(scores, comparisons)):
+        own = np.array([score[better] - score[worse] for better, worse in comparison.pairs])
+        differences.append(own)
+        if own.min() < 0:  # not if one is nan
+            wrong.append((own.min(), i))
+    flat = np.concatenate(differences)
+    finite = flat[np.isfinite(flat)]
+    reach = np.abs(finite).max(initial=1e-9)
+    counts, edges = np.histogram(finite, 40, (-reach, reach))
+    steps = np.stack([edges.repeat(2)[1:-1], counts.repeat(2)], 1).tolist()  # two corners per bin
+    return {
+        "lost": len(flat) - len(finite),
+        "histogram": {"wrong": steps[:40], "right": steps[40:]},
+        "wrong": [(margin, comparisons[i], scores[i]) for margin, i in sorted(wrong)[:worst]],
     }
-    if rank > 0:
-        return
-    first = next(iter(found.values()))  # for the baselines, which are everyone's
-    together = {
-        title: {name: each[title][name] for name, each in found.items()} | first[title]
-        for title in first
-    }
-    for title, columns in together.items():
-        print(f"\n{table(title, columns)}")
-    if len(systems) > 1:
-        print(f"\n{overall_table(together)}")
-    print()
-    for name, path in systems.items():
-        cost = "cost.json, " if path else ""
-        files = f"scores of {len(folders)} benchmark(s), summary.json, {cost}and report.html to open in a browser"
-        print(f"{Path(settings.out, name)}: {files}")
-    if not settings.model:
-        data.say_next("05_ensemble.py")
+
+
+def learning_curves(model: str) -> dict[str, dict[str, list]]:
+    """{quantity: {curve: [(step, value)]}} of a model's training, from metrics.jsonl beside it."""
+    log, lines = Path(model, "metrics.jsonl"), []
+    for line in log.read_bytes().splitlines() if log.is_file() else []:
+        with suppress(data.Unusable):  # the last line of a killed run may be half written
+            lines.append(data.read_json(line))
+    quantities = {}
+    for name in ("loss", "accuracy", "validation_loss", "validation_accuracy"):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            quantities.setdefault(name.removeprefix("validation_"), {})[name] = points
+    return quantities
+
+
+def corners(curves: dict[str, list]) -> list[float]:
+    """Left, low, right, high of the box around curves, lists of points (x, y)."""
+    points = np.concatenate(list(curves.values()))  # [points, 2]
+    return [*points.min(0).tolist(), *(points.max(0) + 1e-9).tolist()]
+
+
+def decode(tokens: np.ndarray, processors: data.Processors) -> str:
+    """Give the text of a prompt or response, with [picture] where a picture's tokens are."""
+    parts = []
+    for picture, run in itertools.groupby(tokens.tolist(), lambda t: t == processors.image_token):
+        text = processors.tokenizer.decode(list(run), skip_special_tokens=True)
+        parts.append("[picture]" if picture else text)
+    return "".join(parts)
 
 
 if __name__ == "__main__":
