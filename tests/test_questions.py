@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from conftest import picture, prepare_here, stages, torchrun, write_jsonl
 
 data, grpo = stages.data, stages.grpo
@@ -421,7 +422,7 @@ def test_a_row_without_a_published_field_names_it():
             data.convert_row(lambda: row, data.SOURCES[source].convert)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rules.
 
 GLOVE = {"kind": "letter", "options": ["rubber", "cotton", "kevlar", "leather"]}
@@ -562,34 +563,55 @@ def test_an_unknown_rule_and_an_answer_that_it_cannot_check_are_rejected(
         data.encode_record({"prompt": "q", "answer": answer, "rule": rule}, processors, 4096)
 
 
-def test_a_question_without_a_rule_is_matched_as_before(processors):
-    record = data.encode_record({"prompt": "q", "answer": "a circle"}, processors, 4096).record
-    assert (
-        "rule" not in record
-        and grpo.is_right("A circle.", record)
-        and not grpo.is_right("square", record)
-    )
-    assert not grpo.is_right("A circle.", {"truth": {}})
+def test_a_question_without_a_rule_is_matched_exactly(processors):
+    question = data.encode_record({"prompt": "q", "answer": "a circle"}, processors, 4096)
+    assert "rule" not in question.record
+    open_question = data.Comparison(question.prompt, [], [], record={"truth": {}})
+    closed, match = grpo.matches([question, open_question], [["A circle.", "square"]] * 2)
+    assert closed.tolist() == [[True], [False]]
+    assert match.tolist() == [[1, 0], [0, 0]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, answer, same",
+    [
+        ("A red circle.", "a red circle", True),
+        ("red circle", "a red circle", True),
+        ("2", 2, True),
+        (" Yes!", "Yes", True),
+        ("a.", "A", True),
+        ("B", "A", False),
+        ("", "A", False),
+        ("12", "1 2", False),
+        ("-3", "3", False),
+        ("2.5", "25", False),
+        ("red", "red circle", False),
+    ],
+)
+def test_an_exact_match_ignores_case_punctuation_and_a_leading_article(text, answer, same):
+    assert grpo.is_match(text, answer) == same
+
+
+# --------------------------------------------------------------------------------------------------
 # Scores.
 
 
+def metrics_of(name: str, outcomes: list[tuple]) -> dict:
+    """The metric of outcomes (category, group, whether the response is right)."""
+    questions = []
+    for category, group, _ in outcomes:
+        record = {"category": category, "group": group, "answer": "A"}
+        questions.append(data.Comparison(None, [], [], record=record))
+    match = torch.tensor([[float(right)] for _, _, right in outcomes])
+    return grpo.benchmark_metrics(name, questions, match)
+
+
 def test_mmes_score_is_accuracy_plus_accuracy_plus_summed_over_categories():
-    outcomes = [
-        ("existence", 1, True),
-        ("existence", 1, True),
-        ("existence", 2, True),
-        ("existence", 2, False),
-    ]
-    outcomes += [
-        ("count", 1, False),
-        ("count", 1, True),
-        ("code_reasoning", 1, True),
-        ("code_reasoning", 1, True),
-    ]
-    assert grpo.mme(outcomes) == {
+    outcomes = [("existence", 1, True), ("existence", 1, True)]
+    outcomes += [("existence", 2, True), ("existence", 2, False)]
+    outcomes += [("count", 1, False), ("count", 1, True)]
+    outcomes += [("code_reasoning", 1, True), ("code_reasoning", 1, True)]
+    assert metrics_of("mme", outcomes) == {
         "existence": 0.75 + 0.5,
         "count": 0.5 + 0,
         "code_reasoning": 1 + 1,
@@ -597,21 +619,17 @@ def test_mmes_score_is_accuracy_plus_accuracy_plus_summed_over_categories():
         "cognition": 2.0,
         "total": 3.75,
     }
-    names = [f"category {i}" for i in range(10)] + list(grpo.MME_COGNITION)
-    best = grpo.mme([(name, picture, True) for name in names for picture in (1, 1, 2, 2)])
-    assert [100 * best[name] for name in ("perception", "cognition", "total")] == [2000, 800, 2800]
+    names = [f"category {i}" for i in range(10)] + grpo.MME_COGNITION.split()
+    best = [(name, picture, True) for name in names for picture in (1, 1, 2, 2)]
+    points = metrics_of("mme", best)
+    assert (points["perception"], points["cognition"], points["total"]) == (20, 8, 28)
 
 
 def test_a_question_of_mmbench_counts_if_every_rotation_is_answered_right():
-    outcomes = [
-        ("AR", 1, True),
-        ("AR", 1, True),
-        ("AR", 2, True),
-        ("AR", 2, False),
-        ("LR", 3, True),
-    ]
-    assert grpo.circular(outcomes) == {"circular": 2 / 3, "AR": 0.5, "LR": 1.0}
-    assert grpo.accuracy(outcomes) == {"AR": 0.75, "LR": 1.0}
+    outcomes = [("AR", 1, True), ("AR", 1, True), ("AR", 2, True), ("AR", 2, False)]
+    outcomes += [("LR", 3, True)]
+    assert metrics_of("circular", outcomes) == {"circular": 2 / 3, "AR": 0.5, "LR": 1.0}
+    assert metrics_of("accuracy", outcomes) == {"AR": 0.75, "LR": 1.0}
 
 
 def test_every_benchmark_has_a_metric_or_a_judge_and_no_training_set_has():
@@ -631,121 +649,66 @@ def prepared(folder: Path, *names: str) -> Path:
     return folder / "_".join(names)
 
 
-def test_a_question_whose_answer_is_null_is_open(tmp_path):
-    write_jsonl(
-        tmp_path / "mine.jsonl",
-        [{"prompt": "Tell me of red.", "answer": null} for null in [None] * 4],
-    )
-    prepare_here(source=[str(tmp_path / "mine.jsonl")], out=str(tmp_path))
-    few = [
-        "--steps",
-        1,
-        "--batch_size",
-        2,
-        "--group_size",
-        2,
-        "--max_new_tokens",
-        8,
-        "--reward",
-        "rule",
-    ]
-    where = [
-        "--data",
-        tmp_path / "mine",
-        "--benchmark",
-        tmp_path / "mine",
-        "--out",
-        tmp_path / "policy",
-    ]
-    torchrun("06_grpo.py", *where, *few, ranks=1)
-    assert json.loads((tmp_path / "policy/evaluation.json").read_text())["after"] == {
-        "closed": 0,
-        "open": 0,
-    }
-    assert json.loads((tmp_path / "policy/metrics.jsonl").read_text())["phantom"] == 0
-
-
-def test_06_trains_on_questions_with_rules_and_evaluates_by_the_benchmarks_own_score(tmp_path):
-    questions, benchmark = prepared(tmp_path, "arxivqa", "thinklite-vl"), prepared(tmp_path, "mme")
-    few = [
-        "--steps",
-        2,
-        "--batch_size",
-        3,
-        "--group_size",
-        2,
-        "--max_new_tokens",
-        8,
-        "--evaluate_size",
-        0,
-    ]
-    where = [
-        "--data",
-        questions,
-        "--benchmark",
-        benchmark,
-        "--out",
-        tmp_path / "policy",
-        "--reward",
-        "rule",
-    ]
-    printed = torchrun("06_grpo.py", *where, *few).stdout
-    result = json.loads((tmp_path / "policy/evaluation.json").read_text())["after"]
-    answers = [json.loads(line)["after"] for line in open(tmp_path / "policy/samples.jsonl")]
-    right = [
-        grpo.is_match(text, answer, "yes_no")
-        for text, answer in zip(answers, ("Yes", "No") * 2, strict=True)
-    ]
-    assert result["closed"] == 4 and result["exact_match"] == sum(right) / 4
-    assert result["perception"] == result["existence"] == sum(right[:2]) / 2 + all(right[:2])
-    assert result["total"] == result["perception"] + result["cognition"] and "| total" in printed
-    assert len(open(tmp_path / "policy/metrics.jsonl").readlines()) == 2
+def improve(questions: Path, benchmark: Path, out: Path, options: str, ranks: int = 1) -> str:
+    """Run 06 with the reward by rule; return what it prints."""
+    folders = ["--data", questions, "--benchmark", benchmark, "--out", out]
+    sizes = ["--reward", "rule", "--group_size", 2, "--max_new_tokens", 8]
+    return torchrun("06_grpo.py", *folders, *sizes, *options.split(), ranks=ranks).stdout
 
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in open(path)]
 
 
+def test_a_question_whose_answer_is_null_is_open(tmp_path):
+    write_jsonl(tmp_path / "mine.jsonl", [{"prompt": "Tell me of red.", "answer": None}] * 4)
+    prepare_here(source=[str(tmp_path / "mine.jsonl")], out=str(tmp_path))
+    out = tmp_path / "policy"
+    improve(tmp_path / "mine", tmp_path / "mine", out, "--steps 1 --batch_size 2")
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert evaluation["after"] == {"closed": 0, "open": 4}
+    (line,) = read_lines(out / "metrics.jsonl")
+    assert line["phantom"] == 0
+
+
+def test_06_trains_on_questions_with_rules_and_evaluates_by_the_benchmarks_own_score(tmp_path):
+    questions, benchmark = prepared(tmp_path, "arxivqa", "thinklite-vl"), prepared(tmp_path, "mme")
+    out = tmp_path / "policy"
+    options = "--steps 2 --batch_size 3 --evaluate_size 0"
+    printed = improve(questions, benchmark, out, options, ranks=2)
+    result = json.loads((out / "evaluation.json").read_text())["after"]
+    responses = [sample["after"] for sample in read_lines(out / "samples.jsonl")]
+    right = []
+    for text, answer in zip(responses, ("Yes", "No") * 2, strict=True):
+        right.append(grpo.is_match(text, answer, "yes_no"))
+    assert result["closed"] == 4 and result["exact_match"] == sum(right) / 4
+    assert result["perception"] == result["existence"] == sum(right[:2]) / 2 + all(right[:2])
+    assert result["total"] == result["perception"] + result["cognition"] and "| total" in printed
+    assert len(read_lines(out / "metrics.jsonl")) == 2
+
+
 def test_06_writes_answers_in_the_form_that_llavas_judge_reads(tmp_path):
     questions, benchmark = prepared(tmp_path, "mmstar"), prepared(tmp_path, "llava-in-the-wild")
-    few = [
-        "--steps",
-        1,
-        "--batch_size",
-        1,
-        "--group_size",
-        2,
-        "--max_new_tokens",
-        8,
-        "--reward",
-        "rule",
-    ]
-    where = ["--data", questions, "--benchmark", benchmark, "--out", tmp_path / "mine"]
-    printed = torchrun("06_grpo.py", *where, *few, ranks=1).stdout
-    samples = read_lines(tmp_path / "mine/samples.jsonl")
+    out = tmp_path / "mine"
+    printed = improve(questions, benchmark, out, "--steps 1 --batch_size 1")
+    samples = read_lines(out / "samples.jsonl")
     for when, model in (("before", "tiny"), ("after", "mine")):
-        lines = read_lines(tmp_path / f"mine/answers_{when}.jsonl")
+        lines = read_lines(out / f"answers_{when}.jsonl")
         assert [line.pop("text") for line in lines] == [sample[when] for sample in samples]
         named = {"answer_id": f"{model}-1", "model_id": model, "metadata": {}}
         assert lines[1] == {"question_id": 1, "prompt": "Describe it.", **named}
-    assert (
-        "2 of the 2 questions of llava-in-the-wild, for its judge model" in printed
-        and "nan" not in printed
-    )
-    assert (
-        "exact_match" not in json.loads((tmp_path / "mine/evaluation.json").read_text())["after"]
-    )  # none is closed
+    assert "2 of the 2 questions of llava-in-the-wild, for its judge model" in printed
+    assert "nan" not in printed
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert "exact_match" not in evaluation["after"]  # none is closed
 
 
 def test_answers_to_wildvision_are_in_the_form_that_its_judge_reads(tmp_path, processors):
     questions = data.Comparisons(str(prepared(tmp_path, "wildvision")))
     assert questions.info["metric"] == "wildvision"
-    grpo.write_for_judge(
-        tmp_path / "answers", questions, [{"answer": "Ein Bär"}], "mine", processors.tokenizer
-    )
-    (line,) = read_lines(tmp_path / "answers")
-    assert line.pop("token_len") == len(
-        processors.tokenizer.encode("Ein Bär", add_special_tokens=False)
-    )
+    judged = questions[0].record["judged"]
+    line = grpo.judge_line("wildvision", judged, "Ein Bär", "mine", processors.tokenizer)
+    tokens = processors.tokenizer.encode("Ein Bär", add_special_tokens=False)
     asked = {"question_id": "2db1", "instruction": "What is this?", "language": "English"}
-    assert line == {**asked, "output": "Ein Bär", "model": "mine"}
+    named = {"output": "Ein Bär", "model": "mine", "token_len": len(tokens)}
+    assert line == {**asked, **named}
