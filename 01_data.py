@@ -116,8 +116,7 @@ def encode_record(
     prompt, files, grids = encode_prompt(messages, images, processors, folder, within)
     responses = [encode_response(text, processors) for text in texts]
     check_length(prompt, responses, max_length)
-    carried = carried_fields(record, texts)
-    return Comparison(prompt, responses, ranks, files, grids, carried)
+    return Comparison(prompt, responses, ranks, files, grids, carried_fields(record, texts))
 
 
 def encode_prompt(messages, images, processors, folder=Path(), within=None):
@@ -314,10 +313,11 @@ class Comparisons(torch.utils.data.Dataset):
                 raise UserError(f"{folder}: {reason}; {hint}")
             sizes = [size for _, size in self.info["shards"]]
             self.starts = np.cumsum([0, *sizes])  # [shards + 1]
-        with reading(self.folder / "index.safetensors"):
-            self.index = load_file(self.folder / "index.safetensors")  # see INDEX
-        if len(self.index["tokens"]) != self.starts[-1]:
-            raise UserError(f"{folder}: index.safetensors is of other shards; run 01_data.py again")
+        path = self.folder / "index.safetensors"
+        with reading(path):
+            self.index = load_file(path)  # see INDEX
+            entries, expected = len(self.index["tokens"]), self.starts[-1]
+            require(entries == expected, f"{entries} entries for {expected} comparisons")
         self.chosen = np.arange(self.starts[-1])  # [len(self)], numbers in the order of shards
         if text_only:
             self.chosen = np.flatnonzero(self.index["patches"] == 0)
@@ -403,7 +403,7 @@ def prepare(name: str, lines, processors, settings, holdout: float, within=None)
                 old.unlink(missing_ok=True)
     dist.barrier()
 
-    shards = []  # names of files
+    shards = []  # file names
     progress = tqdm(desc=name, unit=" lines", disable=rank > 0, mininterval=1)
     while chunk := list(itertools.islice(lines, settings.shard_size)):
         progress.update(len(chunk))
@@ -693,7 +693,7 @@ CARRIED = {  # what a comparison keeps in its `record`
     "group?": LABEL,  # of comparisons that belong together, as two questions about one picture
     "critiques?": [str],  # one of each response, for critics (02)
     "answer?": LABEL,  # to a question for a policy (06); null: an open question
-    "rule?": (str, dict),  # how 06 checks an answer
+    "rule?": object,  # how 06 checks an answer, see check_rule
     "truth?": object,  # what the embedded world knows
     "judged?": dict,  # what a judge model gets to see
 }
@@ -881,13 +881,14 @@ def read_image(image: object, folder: Path, within: list[Path] | None = None) ->
         image.convert("RGB").save(file, "PNG")
         return file.getvalue()
     require(isinstance(image, str), f"images: a {type(image).__name__} where a path should be")
-    with explaining(f"unreadable image: {image}", Exception, Unusable):
+    reason = f"unreadable image: {image[:200]}"
+    with explaining(reason, Exception, Unusable):
         path = (folder / image).resolve()
         outside = within is not None and not any(path.is_relative_to(root) for root in within)
         require(not outside, f"image outside the data's folder: {image}; --allow_outside reads it")
         size = path.stat().st_size
-        require(path.is_file(), f"unreadable image: {image}: not a file")  # a pipe would block
-        require(size <= 2**28, f"unreadable image: {image}: a file of more than 256 MB")
+        require(path.is_file(), f"{reason}: not a file")  # a pipe would block
+        require(size <= 2**28, f"{reason}: a file of more than 256 MB")
         return path.read_bytes()
 
 

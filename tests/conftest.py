@@ -1,4 +1,4 @@
-"""What the tests share: the stages as modules, a torchrun helper, small comparisons with and without pictures."""
+"""The tests share the stages as modules, a torchrun helper, and small comparisons."""
 
 import ctypes
 import gc
@@ -42,8 +42,10 @@ def torchrun(
     fresh: bool = False,
     **more,
 ) -> subprocess.CompletedProcess:
-    """Runs a script on ranks of one thread each and returns what they printed: `fresh` by torchrun, as a user would,
-    and with `more` in the environment; else by forks.py, which is the same for much less work."""
+    """Run a script on ranks of one thread each; return what they printed.
+
+    `fresh`, or with `more` in the environment, by torchrun, as a user would; else by forks.py, the
+    same for much less work."""
     command, environment = (
         [str(script), *map(str, arguments)],
         {**os.environ, **ENVIRONMENT, **more},
@@ -84,7 +86,7 @@ def torchrun(
 
 @cache
 def forks() -> subprocess.Popen:
-    """The process that ranks are forked from. It ends with this one, when its standard input does."""
+    """The process that ranks are forked from. It ends with this one, as its input does."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(
         [sys.executable, ROOT / "tests/forks.py"], env={**os.environ, **ENVIRONMENT}, **pipes
@@ -142,8 +144,7 @@ RESPONSES = ["A red circle.", "I see a blue square at the top left, and much els
 
 @pytest.fixture(scope="module", autouse=True)
 def _clean():
-    """After each file, a process group that its tests have joined is left, what only cycles of references hold is
-    freed, and what malloc keeps of it given back."""
+    """After each file, leave a process group that its tests have joined, and give memory back."""
     yield
     gc.collect()
     if torch.distributed.is_initialized():

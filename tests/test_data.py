@@ -1,4 +1,4 @@
-"""Stage 1: nothing is lost, nothing depends on the number of ranks, and the embedded world is what it says."""
+"""Stage 1 loses nothing, its result does not depend on the ranks, and the world is as described."""
 
 import hashlib
 import json
@@ -7,21 +7,51 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assistant, picture, stages, torchrun, write_jsonl
+from conftest import assistant, picture, stages, torchrun, write_jsonl
 
 data = stages.data
 world_of = data.embedded_world()
+QUESTION = [{"role": "user", "content": "What is it?"}]
 PAIR = {
-    "prompt": [{"role": "user", "content": "What is it?"}],
+    "prompt": QUESTION,
     "chosen": [assistant("A circle.")],
     "rejected": [assistant("A square.")],
 }
-IMAGE_PROMPT = [
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+SEE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+VIDEO = [{"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "video"}]}]
+
+GOOD = [
+    PAIR,
+    {**PAIR, "prompt": "a plain string"},
+    {**PAIR, "prompt": SEE, "images": ["good.png"], "id": 7, "category": "c", "unknown": [1]},
+    {**PAIR, "images": ["good.png"]},  # an image without a place comes first
+    {"prompt": QUESTION, "responses": ["one", "two", [assistant("three")]], "ranks": [1, 2, 2]},
+    {"prompt": QUESTION, "answer": "a circle"},
 ]
+BAD = {  # reason: line
+    "not a line of JSON": '{"prompt": [',
+    "not a JSON object": "[1, 2]",
+    "not a line of JSON: Expecting value": "",
+    "missing field: prompt": {"chosen": "a", "rejected": "b"},
+    "missing field: rejected": {"prompt": "q", "chosen": "a"},
+    "missing field: chosen and rejected": {"prompt": "q"},
+    "unreadable image: none.png": {**PAIR, "prompt": SEE, "images": ["none.png"]},
+    "unreadable image: ": {**PAIR, "prompt": SEE, "images": ["cut.png"]},
+    "unreadable image: none of PNG": {**PAIR, "prompt": SEE, "images": ["page.png"]},
+    "images: 0 given, but the prompt has 1": {**PAIR, "prompt": SEE},
+    "images: 2 given, but the prompt has 1": {**PAIR, "prompt": SEE, "images": ["good.png"] * 2},
+    "chosen and rejected are identical": {**PAIR, "rejected": PAIR["chosen"]},
+    "rejected: empty response": {**PAIR, "rejected": [assistant(" \n")]},
+    "chosen[0].role: 'user', not one of": {**PAIR, "chosen": [{"role": "user", "content": "x"}]},
+    "prompt: ends with the role 'assistant'": {**PAIR, "prompt": [*QUESTION, assistant("x")]},
+    "prompt[0].content[1].type: 'video', not one of": {**PAIR, "prompt": VIDEO},
+    "not two lists of the same length": {"prompt": "q", "responses": ["a", "b"], "ranks": [1]},
+    "ranks: all equal": {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]},
+    "tokens, more than --max_length": {**PAIR, "chosen": [assistant("x " * 3000)]},
+}
 
 
-def contents(folder: Path) -> dict[str, str]:
+def hashes_of_files(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
@@ -34,140 +64,73 @@ def test_every_unusable_line_is_reported_with_its_reason(tmp_path):
     (tmp_path / "good.png").write_bytes(picture())
     (tmp_path / "cut.png").write_bytes(picture()[:100])
     (tmp_path / "page.png").write_text("<html>")
-    good = [
-        PAIR,
-        {**PAIR, "prompt": "a plain string"},
-        {
-            **PAIR,
-            "prompt": IMAGE_PROMPT,
-            "images": ["good.png"],
-            "id": 7,
-            "category": "c",
-            "unknown": [1],
-        },
-        {**PAIR, "images": ["good.png"]},  # an image without a place stands first
-        {
-            "prompt": PAIR["prompt"],
-            "responses": ["one", "two", [assistant("three")]],
-            "ranks": [1, 2, 2],
-        },
-        {"prompt": PAIR["prompt"], "answer": "a circle"},
-    ]
-    bad = {
-        "not a line of JSON": '{"prompt": [',
-        "not a JSON object": "[1, 2]",
-        "": "",
-        "missing field: prompt": {"chosen": "a", "rejected": "b"},
-        "missing field: rejected": {"prompt": "q", "chosen": "a"},
-        "missing field: chosen and rejected": {"prompt": "q"},
-        "unreadable image: no_such.png": {
-            **PAIR,
-            "prompt": IMAGE_PROMPT,
-            "images": ["no_such.png"],
-        },
-        "unreadable image: ": {**PAIR, "prompt": IMAGE_PROMPT, "images": ["cut.png"]},
-        "unreadable image: none of PNG": {**PAIR, "prompt": IMAGE_PROMPT, "images": ["page.png"]},
-        "images: 0 given, but the prompt has 1": {**PAIR, "prompt": IMAGE_PROMPT},
-        "images: 2 given, but the prompt has 1": {
-            **PAIR,
-            "prompt": IMAGE_PROMPT,
-            "images": ["good.png", "good.png"],
-        },
-        "chosen and rejected are identical": {**PAIR, "rejected": PAIR["chosen"]},
-        "rejected: empty response": {**PAIR, "rejected": [assistant(" \n")]},
-        "chosen: role is 'user'": {**PAIR, "chosen": [{"role": "user", "content": "x"}]},
-        "prompt: ends with the role 'assistant'": {
-            **PAIR,
-            "prompt": [*PAIR["prompt"], assistant("x")],
-        },
-        "prompt: a part of type 'video'": {
-            **PAIR,
-            "prompt": [{"role": "user", "content": [{"type": "video"}]}],
-        },
-        "responses and ranks: not two lists": {
-            "prompt": "q",
-            "responses": ["a", "b"],
-            "ranks": [1],
-        },
-        "ranks: all equal": {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]},
-        "tokens, more than --max_length": {**PAIR, "chosen": [assistant("x " * 3000)]},
-    }
-    lines = [line for pair in zip(bad.values(), good + [PAIR] * len(bad)) for line in pair]
+    lines = []
+    for bad, good in zip(BAD.values(), GOOD + [PAIR] * len(BAD)):
+        lines += [bad, good]
     file = write_jsonl(tmp_path / "mixed.jsonl", lines)
-    out = torchrun(
-        "01_data.py",
-        "--source",
-        file,
-        "--out",
-        tmp_path / "out",
-        "--holdout",
-        0,
-        "--shard_size",
-        4,
-        ranks=2,
-    ).stdout
-    rejected = [json.loads(line) for line in open(tmp_path / "out/mixed/rejected.jsonl")]
-    assert [line["line"] for line in rejected] == list(range(1, 2 * len(bad), 2))
-    for line, reason in zip(rejected, bad):
+    options = ["--source", file, "--out", tmp_path / "out", "--holdout", 0, "--shard_size", 4]
+    printed = torchrun("01_data.py", *options, ranks=2).stdout
+
+    folder = tmp_path / "out/mixed"
+    rejected = [json.loads(line) for line in open(folder / "rejected.jsonl")]
+    assert [line["line"] for line in rejected] == list(range(1, 2 * len(BAD), 2))
+    for line, reason in zip(rejected, BAD):
         assert reason in line["reason"] and line["file"] == str(file), line
-    info = json.loads((tmp_path / "out/mixed/dataset.json").read_text())
-    kept = read_all(tmp_path / "out/mixed")
-    assert info["read"] == len(lines) == len(kept) + len(rejected) and info["comparisons"] == len(
-        kept
-    )
-    assert f"read {len(lines)} = kept {len(kept)} + rejected {len(rejected)}" in out
-    assert [len(c.responses) for c in kept[:6]] == [2, 2, 2, 2, 3, 0] and kept[4].ranks == [1, 2, 2]
-    assert (
-        kept[2].record["id"] == 7
-        and len(kept[2].images) == len(kept[3].images) == 1
-        and kept[2].images[0] == picture()
-    )
+    kept = read_all(folder)
+    info = json.loads((folder / "dataset.json").read_text())
+    assert info["read"] == len(lines) == len(kept) + len(rejected)
+    assert f"read {len(lines)} = kept {len(kept)} + rejected {len(rejected)}" in printed
+    assert [len(comparison.responses) for comparison in kept[:6]] == [2, 2, 2, 2, 3, 0]
+    assert kept[4].ranks == [1, 2, 2]
+    assert kept[2].record["id"] == 7 and kept[2].images == kept[3].images == [picture()]
     assert np.array_equal(kept[2].prompt, kept[3].prompt)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_result_does_not_depend_on_the_number_of_ranks(ranks, world, tmp_path):
-    torchrun("01_data.py", "--out", tmp_path, "--world_size", 0.05, "--shard_size", 64, ranks=ranks)
+    options = ["--out", tmp_path, "--world_size", 0.05, "--shard_size", 64]
+    torchrun("01_data.py", *options, ranks=ranks)
     for folder in (world / "data").iterdir():
-        assert contents(folder) == contents(tmp_path / folder.name), folder.name
+        assert hashes_of_files(folder) == hashes_of_files(tmp_path / folder.name), folder.name
+
+
+def test_pictures_that_were_mended_are_read_when_a_finished_set_is_prepared_again(tmp_path):
+    file = write_jsonl(tmp_path / "pairs.jsonl", [{**PAIR, "images": ["late.png"]}])
+    options = ["--source", file, "--out", tmp_path, "--holdout", 0]
+    assert "kept 0 + rejected 1" in torchrun("01_data.py", *options, ranks=1).stdout
+    (tmp_path / "late.png").write_bytes(picture())
+    assert "kept 1 + rejected 0" in torchrun("01_data.py", *options, ranks=1).stdout
 
 
 def test_no_prompt_is_both_in_training_and_in_its_holdout(world):
-    key = lambda c: (c.prompt.tobytes(), *c.images)
-    train, held_out = (
-        {key(c) for c in read_all(world / "data" / name)} for name in ("train", "train_holdout")
-    )
+    def prompts(name: str) -> set:
+        return {(c.prompt.tobytes(), *c.images) for c in read_all(world / "data" / name)}
+
+    train, held_out = prompts("train"), prompts("train_holdout")
     assert train and held_out and not train & held_out
 
 
 def test_an_image_that_several_comparisons_share_is_stored_once(tmp_path, processors):
     image = picture(280, 280)
-    made = [
-        data.encode_record({**PAIR, "prompt": f"Question {i}", "images": [image]}, processors, 4096)
-        for i in range(10)
-    ]
-    data.write_shard(tmp_path / "shard", made)
-    shard = data.Shard(tmp_path / "shard")
-    assert (
-        len(shard.grids) == 1
-        and shard[3].images == [image]
-        and (tmp_path / "shard").stat().st_size < 2 * len(image) + 20_000
-    )
+    comparisons = []
+    for i in range(10):
+        record = {**PAIR, "prompt": f"Question {i}", "images": [image]}
+        comparisons.append(data.encode_record(record, processors, 4096))
+    data.write_shard(tmp_path / "shard", comparisons)
+    assert data.Shard(tmp_path / "shard")[3].images == [image]
+    assert (tmp_path / "shard").stat().st_size < 2 * len(image) + 20_000
 
 
-def test_shards_hold_exactly_what_was_written(tmp_path, processors, comparisons):
+def test_shards_hold_exactly_the_comparisons_that_were_written(tmp_path, processors, comparisons):
     data.write_shard(tmp_path / "shard", comparisons)
     shard = data.Shard(tmp_path / "shard")
     for i, comparison in enumerate(comparisons):
-        read = shard[i]
-        assert (
-            np.array_equal(read.prompt, comparison.prompt)
-            and read.ranks == comparison.ranks
-            and read.images == comparison.images
-        )
-        assert np.array_equal(read.grids, comparison.grids) and all(
-            map(np.array_equal, read.responses, comparison.responses)
-        )
+        stored = shard[i]
+        assert np.array_equal(stored.prompt, comparison.prompt)
+        assert all(map(np.array_equal, stored.responses, comparison.responses))
+        assert np.array_equal(stored.grids, comparison.grids)
+        assert stored.grids.dtype == stored.prompt.dtype == np.int32
+        assert stored.ranks == comparison.ranks and stored.images == comparison.images
 
 
 def test_shards_of_another_tokenizer_are_refused(world):
@@ -178,13 +141,9 @@ def test_shards_of_another_tokenizer_are_refused(world):
 def test_a_data_set_can_be_read_by_a_loader_process_that_does_not_fork(world):
     comparisons = data.Comparisons(str(world / "data/train"))
     here = comparisons[0]  # opens a shard
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(comparisons, [0]),
-        batch_size=None,
-        num_workers=1,
-        multiprocessing_context="spawn",
-    )
-    (there,) = loader
+    first = torch.utils.data.Subset(comparisons, [0])
+    options = {"batch_size": None, "num_workers": 1, "multiprocessing_context": "spawn"}
+    (there,) = torch.utils.data.DataLoader(first, **options)
     assert np.array_equal(here.prompt, there.prompt) and here.images == there.images
 
 
@@ -193,44 +152,55 @@ def test_lengths_known_for_planning_are_the_rows_lengths(world, processors):
     tokens, patches = comparisons.sizes()
     for i in (0, 1, len(comparisons) - 1):
         row = stages.model.pack([comparisons[i]], processors)
-        assert tokens[i] == row.input_ids.shape[1] and patches[i] == (
-            0 if row.images is None else len(row.images.pixel_values)
-        )
+        assert tokens[i] == row.input_ids.shape[1]
+        assert patches[i] == (len(row.images.pixel_values) if row.images else 0)
+
+
+def test_max_pixels_bounds_the_cost_of_an_image(tmp_path, processors):
+    (tmp_path / "large.png").write_bytes(picture(1400, 1400))
+    file = write_jsonl(tmp_path / "one.jsonl", [{**PAIR, "images": ["large.png"]}])
+    for tokens in (100, 16):
+        out = tmp_path / str(tokens)
+        options = ["--source", file, "--out", out, "--max_pixels", 28 * 28 * tokens]
+        torchrun("01_data.py", *options, "--holdout", 0, ranks=1)
+        (comparison,) = read_all(out / "one")
+        assert (comparison.prompt == processors.image_token).sum() == tokens
+
+
+# ---- the embedded world
+
+
+def records(source: str, split: str, count: int, seed: int = 0) -> list[dict]:
+    return [world_of.record(source, split, seed, i) for i in range(count)]
 
 
 def test_the_world_is_a_function_of_its_seed():
-    again = [world_of.record("scenes", "train", 3, i) for i in range(50)]
-    assert (
-        again
-        == [world_of.record("scenes", "train", 3, i) for i in range(50)]
-        != [world_of.record("scenes", "train", 4, i) for i in range(50)]
-    )
+    assert records("scenes", "train", 50, 3) == records("scenes", "train", 50, 3)
+    assert records("scenes", "train", 50, 3) != records("scenes", "train", 50, 4)
 
 
 def test_held_out_scenes_and_combinations_never_occur_in_training():
-    def cells(split):
-        return [
-            world_of.draw_cells(world_of.random.Random(f"{split}{i}"), split) for i in range(1500)
-        ]
+    def scenes(split: str) -> list:
+        seeds = (f"{split}{i}" for i in range(1500))
+        return [world_of.draw_cells(world_of.random.Random(seed), split) for seed in seeds]
 
-    train, new, unseen = (cells(split) for split in ("train", "new", "unseen"))
-    things = lambda scenes: {thing for scene in scenes for row in scene for thing in row if thing}
-    assert not {repr(scene) for scene in train} & {repr(scene) for scene in new + unseen}
+    def things(scenes: list) -> set:
+        return {thing for scene in scenes for row in scene for thing in row if thing}
+
+    train, new, unseen = scenes("train"), scenes("new"), scenes("unseen")
+    assert not set(map(repr, train)) & set(map(repr, new + unseen))
     assert not things(train + new) & world_of.UNSEEN and things(unseen) >= world_of.UNSEEN
-    texts = [str(world_of.record("scenes", "train", 0, i)) for i in range(1500)]
-    assert not [
-        text for text in texts for colour, shape in world_of.UNSEEN if f"{colour} {shape}" in text
-    ]
+    text = str(records("scenes", "train", 1500))
+    assert not [thing for thing in world_of.UNSEEN if " ".join(thing) in text]
 
 
 @pytest.mark.parametrize("split", ["new", "unseen"])
 def test_longer_wins_is_near_chance_on_the_held_out_sets(split):
     longer = shorter = 0
-    for i in range(3000):
-        record = world_of.record("benchmark", split, 0, i)
-        texts = record.get("responses") or [
-            record[key][0]["content"] for key in ("chosen", "rejected")
-        ]
+    for record in records("benchmark", split, 3000):
+        texts = record.get("responses")
+        if not texts:
+            texts = [record[key][0]["content"] for key in ("chosen", "rejected")]
         for better in range(len(texts)):
             for worse in range(better + 1, len(texts)):
                 longer += len(texts[better]) > len(texts[worse])
@@ -239,62 +209,35 @@ def test_longer_wins_is_near_chance_on_the_held_out_sets(split):
 
 
 def test_the_flawed_sources_have_their_flaws():
-    def longer_share(source):
-        pairs = [
-            r
-            for r in (world_of.record(source, "train", 0, i) for i in range(2000))
-            if "chosen" in r
-        ]
-        lengths = [
-            (len(r["chosen"][0]["content"]), len(r["rejected"][0]["content"])) for r in pairs
-        ]
-        return sum(a > b for a, b in lengths) / sum(a != b for a, b in lengths)
+    def longer_share(source: str) -> float:
+        longer = shorter = 0
+        for record in records(source, "train", 2000):
+            if "chosen" in record:
+                chosen, rejected = (
+                    len(record[key][0]["content"]) for key in ("chosen", "rejected")
+                )
+                longer += chosen > rejected
+                shorter += chosen < rejected
+        return longer / (longer + shorter)
 
     assert longer_share("wordy") > 0.7 > 0.6 > longer_share("scenes")
-    noisy = [
-        r
-        for r in (world_of.record("noisy", "train", 0, i) for i in range(2000))
-        if r["category"] == "yes_no"
-    ]
-    wrong = np.mean([not r["chosen"][0]["content"].startswith(r["answer"]) for r in noisy])
-    assert 0.18 < wrong < 0.32
+    noisy = [r for r in records("noisy", "train", 2000) if r["category"] == "yes_no"]
+    wrong = [not record["chosen"][0]["content"].startswith(record["answer"]) for record in noisy]
+    assert 0.18 < np.mean(wrong) < 0.32
 
 
 def test_the_grade_of_a_description_is_1_for_the_truth_and_falls_with_errors():
     for i in range(200):
         rng = world_of.random.Random(i)
         cells = world_of.draw_cells(rng, "new")
-        truth = {
-            place: list(thing) for place, thing in world_of.places(cells).items() if thing
-        }  # as JSON gives it back
-        grades = [
-            world_of.grade(world_of.describe(cells, errors, rng, "new"), truth)
-            for errors in (0, 1, 2)
-        ]
+        places = world_of.places(cells).items()
+        truth = {place: list(thing) for place, thing in places if thing}  # as JSON gives it back
+        grades = []
+        for errors in (0, 1, 2):
+            text = world_of.describe(cells, errors, rng, "new")
+            grades.append(world_of.grade(text, truth))
         assert grades[0] == 1 > grades[1] and grades[2] < 1
     assert world_of.grade("", truth) == world_of.grade("I see nothing at all.", truth) == 0
-    fact = "at row 1 column 2 a red circle"
-    assert world_of.grade(
-        f"{fact}, {fact}", {"row 1 column 2": ["red", "circle"]}
-    ) == pytest.approx(2 / 3)  # saying it twice does not help
-
-
-def test_max_pixels_bounds_what_an_image_costs(tmp_path):
-    (tmp_path / "large.png").write_bytes(picture(1400, 1400))
-    file = write_jsonl(tmp_path / "one.jsonl", [{**PAIR, "images": ["large.png"]}])
-    for limit, tokens in ((28 * 28 * 100, 100), (28 * 28 * 16, 16)):
-        torchrun(
-            "01_data.py",
-            "--source",
-            file,
-            "--out",
-            tmp_path / str(limit),
-            "--max_pixels",
-            limit,
-            "--holdout",
-            0,
-            ranks=1,
-        )
-        (comparison,) = read_all(tmp_path / str(limit) / "one")
-        processors = data.load_processors(TINY)
-        assert (comparison.prompt == processors.image_token).sum() == tokens
+    fact = "at row 1 column 2 a red circle"  # saying it twice does not help
+    grade = world_of.grade(f"{fact}, {fact}", {"row 1 column 2": ["red", "circle"]})
+    assert grade == pytest.approx(2 / 3)

@@ -1,14 +1,15 @@
 """Preparing pairs with pictures, and waiting for them in training
 
-    python tests/bench/data.py                       # 20,000 pairs, each with its own JPEG of about 280 x 210 pixels
+    python tests/bench/data.py                  # 20,000 pairs, each with a JPEG of about 280 x 210
 
-`01_data.py` under torchrun with 2 ranks against `datasets.map` with 2 processes, both from the command line to the
-finished files. The map does what preference trainers do before training: chat template, image processor for the number
-of image tokens, tokens of prompt + chosen and of prompt + rejected; pictures stay where they are. 01 also copies the
-pictures into its shards and checks that each can be decoded to its end. Token ids are compared first.
+`01_data.py` on 2 ranks against `datasets.map` with 2 processes, both from the command line to the
+finished files. The map does what preference trainers do before training: chat template, image
+processor for the number of image tokens, tokens of prompt + chosen and of prompt + rejected; pictures
+stay where they are. 01 also copies the pictures into its shards and decodes each to its end. Token
+ids are compared first.
 
-Then `03_train.py` on these shards, on 1 rank with 1 thread and on 2 ranks, with the pictures decoded by a worker
-process for each rank: what share of a step's time the step waits for data.
+Then `03_train.py` on these shards, on 1 rank and on 2, with a worker process for each rank that
+decodes pictures: which share of a step's time it waits for data.
 """
 
 import argparse
@@ -24,31 +25,33 @@ import common
 import numpy as np
 from PIL import Image
 
-WORDS = "the a red blue large small cat dog sits stands on under near house tree not very and with of in picture".split()
+WORDS = (
+    "the a red blue large small cat dog sits stands on under near house tree not very and with of"
+)
+WORDS = [*WORDS.split(), "in", "picture"]
 
 
 def write_pairs(folder: Path, count: int) -> Path:
-    """Pairs in the JSONL form, prompts of 8-30 words, responses of 15-100, a photograph-like JPEG each."""
+    """Write JSONL of pairs: prompts of 8-30 words, responses of 15-100, a photograph-like JPEG."""
     rng = np.random.default_rng(0)
     (folder / "pictures").mkdir(parents=True)
-    text = lambda low, high: " ".join(rng.choice(WORDS, rng.integers(low, high)))
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(low, high)))
+
+    def answer() -> list[dict]:
+        return [{"role": "assistant", "content": f"{text(15, 100)} {rng.integers(1000)}"}]
+
     with open(folder / "pairs.jsonl", "w") as file:
         for i in range(count):
-            coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
             size = (int(rng.integers(240, 320)), int(rng.integers(180, 240)))
-            Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(
-                folder / f"pictures/{i}.jpg", quality=90
-            )
-            prompt = [{"type": "image"}, {"type": "text", "text": text(8, 30)}]
-            answer = lambda: [
-                {"role": "assistant", "content": f"{text(15, 100)} {rng.integers(1000)}"}
-            ]
-            pair = {
-                "prompt": [{"role": "user", "content": prompt}],
-                "chosen": answer(),
-                "rejected": answer(),
-            }
-            file.write(json.dumps(pair | {"images": [f"pictures/{i}.jpg"]}) + "\n")
+            image = coarse.resize(size, Image.Resampling.BICUBIC)
+            image.save(folder / f"pictures/{i}.jpg", quality=90)
+            content = [{"type": "image"}, {"type": "text", "text": text(8, 30)}]
+            pair = {"prompt": [{"role": "user", "content": content}], "chosen": answer()}
+            pair |= {"rejected": answer(), "images": [f"pictures/{i}.jpg"]}
+            file.write(json.dumps(pair) + "\n")
     return folder / "pairs.jsonl"
 
 
@@ -62,19 +65,18 @@ def map_pairs(source: Path, out: Path) -> None:
     def encode(pair: dict) -> dict:
         picture = Image.open(source.parent / pair["images"][0]).convert("RGB")
         grid = image([picture], return_tensors="np")["image_grid_thw"][0]
-        content = [
-            {key: value for key, value in part.items() if value}
-            for part in pair["prompt"][0]["content"]
-        ]
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        prompt = prompt.replace(
-            "<|image_pad|>", "<|image_pad|>" * (int(grid.prod()) // image.merge_size**2)
-        )
-        row = lambda answer: tokenizer.encode(
-            prompt + answer[0]["content"] + "<|im_end|>", add_special_tokens=False
-        )
+        parts = pair["prompt"][0]["content"]
+        content = [{key: value for key, value in part.items() if value} for part in parts]
+        messages = [{"role": "user", "content": content}]
+        options = {"tokenize": False, "add_generation_prompt": True}
+        prompt = tokenizer.apply_chat_template(messages, **options)
+        tokens = int(grid.prod()) // image.merge_size**2
+        prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens)
+
+        def row(answer: list[dict]) -> list[int]:
+            text = prompt + answer[0]["content"] + "<|im_end|>"
+            return tokenizer.encode(text, add_special_tokens=False)
+
         return {"chosen_ids": row(pair["chosen"]), "rejected_ids": row(pair["rejected"])}
 
     rows = load_dataset("json", data_files=str(source), split="train", cache_dir=str(out / "cache"))
@@ -128,13 +130,16 @@ def main() -> None:
         folder = Path(temporary)
         source = write_pairs(folder / "source", arguments.pairs)
         counter = iter(range(1000))
-        prepare = lambda: run(
-            "01_data.py", "--source", source, "--holdout", 0, "--out", folder / "ours"
-        )
-        theirs = lambda: run(__file__, "--map", source, folder / f"theirs{next(counter)}", ranks=0)
-        seconds = common.alternate(
-            {"ours": prepare, "theirs": theirs}, arguments.repetitions, warm_up=0
-        )
+
+        def prepare() -> float:
+            options = ["--source", source, "--holdout", 0, "--out", folder / "ours"]
+            return run("01_data.py", *options)
+
+        def theirs() -> float:
+            return run(__file__, "--map", source, folder / f"theirs{next(counter)}", ranks=0)
+
+        ways = {"ours": prepare, "theirs": theirs}
+        seconds = common.alternate(ways, arguments.repetitions, warm_up=0)
         assert_same_tokens(folder / "ours/pairs", folder / "theirs0/mapped")
         print(f"\n{common.machine()}\n")
         table = [

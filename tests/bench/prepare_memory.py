@@ -2,8 +2,8 @@
 
     python tests/bench/prepare_memory.py [--lines 10000 1000000]
 
-For each number a JSONL file of short text-only pairs, every tenth of which cannot be used, is prepared by one rank;
-the peak is that of the process's anonymous memory, looked at every 20 ms.
+One rank prepares a JSONL file of short text-only pairs, every tenth of them unusable. The peak is
+that of the process's anonymous memory, looked at every 20 ms.
 """
 
 import argparse
@@ -21,16 +21,14 @@ import common
 def write_lines(path: Path, count: int) -> Path:
     with open(path, "w") as file:
         for i in range(count):
-            rejected = (
-                f"{i + 1}" if i % 10 else f"{i}"
-            )  # as chosen, which is a reason to reject the line
+            rejected = f"{i + 1}" if i % 10 else f"{i}"  # equal responses are unusable
             pair = {"prompt": f"Which number is {i}?", "chosen": f"{i}", "rejected": rejected}
             file.write(json.dumps(pair) + "\n")
     return path
 
 
 def peak_memory(command: list[str]) -> tuple[float, float, str]:
-    """Runs a command; returns its peak of anonymous memory in MiB, its seconds and what it printed."""
+    """Run a command; return its peak of anonymous memory in MiB, its seconds and its output."""
     began, peak = time.perf_counter(), 0
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
