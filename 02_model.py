@@ -359,7 +359,7 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
-    # A critic or a judge (appendix) has other ones.
+    # A critic or a judge (appendix) has its own:
     kind = "naive"
     pack = staticmethod(pack)
     rewrite = None
@@ -379,9 +379,8 @@ class RewardModel(nn.Module):
     def score(self, messages, responses: list[str], images=()) -> Tensor:
         """Score N responses to one prompt: [N] float32 on the CPU.
 
-        `messages` are the prompt's turns. An image is {"type": "image", "image": path, bytes or PIL
-        image}, or {"type": "image"} with the pictures in order in `images`. Raises ValueError with
-        the reason if the prompt, an image or a response is unusable.
+        `messages` are the prompt's turns; an image is {"type": "image", "image": path, bytes or PIL
+        image}, or {"type": "image"} with the pictures in order in `images`. Raises ValueError.
         """
         data.require(not isinstance(responses, str), "responses: a text, not a list of texts")
         texts = [data.text_of(text, f"responses[{i}]") for i, text in enumerate(responses)]
@@ -396,8 +395,7 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def score_encoded(self, comparisons: list, micro_tokens=8192) -> Tensor:
-        """Score all responses of all comparisons, [N] float32 on the model's device, in forwards
-        of at most `micro_tokens` tokens."""
+        """Score all responses, [N] float32, in forwards of at most `micro_tokens` tokens."""
         scores = [torch.zeros(0, device=self.device)]
         for part in split_into_rows(comparisons, micro_tokens):
             scores.append(self(self.row_of(part)))
@@ -427,8 +425,7 @@ class RewardModel(nn.Module):
         if settings.kind != cls.kind:
             return KINDS[settings.kind].from_backbone(path, settings, max_pixels)
         backbone = load_backbone(path)
-        head = new_head(backbone, settings)
-        return cls(backbone, head, data.load_processors(path, max_pixels))
+        return cls(backbone, new_head(backbone, settings), data.load_processors(path, max_pixels))
 
     @classmethod
     def from_pretrained(cls, folder: str, empty: bool = False):
@@ -453,7 +450,7 @@ def load_head(folder: str) -> tuple[type, RewardHead | None, dict]:
     path = Path(folder, HEAD_FILE)
     if not path.is_file():
         raise UserError(f"{folder}: no reward model there; run 02_model.py or 03_train.py first")
-    with data.reading(path, "write it again"), safe_open(path, framework="pt") as file:
+    with data.reading(path, "run 02 or 03 again"), safe_open(path, framework="pt") as file:
         description = {"kind": "naive"} | json.loads(file.metadata()["reward_head"])
         kind = KINDS[description["kind"]]
         head = None
@@ -550,17 +547,24 @@ class ImageSegments(Segments):
     """Images, or windows of images: each patch attends to all patches of its segment."""
 
     def varlen(self, query, key, value, scale):
-        q, k, v = torch.cat([query, key, value]).transpose(1, 2)  # [patches, heads, d] each
+        q = query[0].transpose(0, 1)  # [patches, heads, d]
+        k = key[0].transpose(0, 1)
+        v = value[0].transpose(0, 1)
         return call_varlen(self, q, k, v, scale=scale)
 
     def one_by_one(self, query, key, value, scale):
         """On a CPU, neighbours of equal length are one batch."""
         runs = [list(run) for _, run in itertools.groupby(self.lengths)]
-        qkv = torch.cat([query, key, value])  # [3, heads, patches, d]
+        sizes = list(map(sum, runs))
+        queries = query[0].split(sizes, dim=1)
+        keys = key[0].split(sizes, dim=1)
+        values = value[0].split(sizes, dim=1)
         outputs = []
-        for run, part in zip(runs, qkv.split(list(map(sum, runs)), dim=2)):
-            part = part.unflatten(2, (len(run), run[0]))
-            q, k, v = part.transpose(1, 2)  # [windows, heads, length, d] each
+        for run, q, k, v in zip(runs, queries, keys, values):
+            shape = (len(run), run[0])
+            q = q.unflatten(1, shape).transpose(0, 1)  # [windows, heads, length, d]
+            k = k.unflatten(1, shape).transpose(0, 1)
+            v = v.unflatten(1, shape).transpose(0, 1)
             output = F.scaled_dot_product_attention(q, k, v, scale=scale)
             outputs.append(output.transpose(0, 1).flatten(1, 2))  # [heads, windows * length, d]
         return torch.cat(outputs, dim=1)[None]
@@ -784,10 +788,10 @@ def export(model, processors, folder, dtype=torch.float32, file_size="5GB", head
         (out / name).unlink(missing_ok=True)
     for file in out.glob("model-*.safetensors"):
         file.unlink()
-    for file in sorted(
-        temporary.iterdir(), key=lambda file: file.name in last
-    ):  # False sorts first
-        os.replace(file, out / file.name)
+    others = [name for name in os.listdir(temporary) if name not in last]
+    for name in others + last:
+        if (temporary / name).exists():
+            os.replace(temporary / name, out / name)
     temporary.rmdir()
 
 

@@ -184,7 +184,7 @@ def test_packed_scores_and_gradients_are_those_of_plain_forwards(name, checkpoin
 
 
 def test_on_two_ranks_the_sharded_load_gives_the_weights_and_buffers_of_a_plain_load(checkpoints):
-    """With and without the LM head, from the published names of tensors, in one file and in several."""
+    """With and without the LM head, from published names of tensors, in one file and in several."""
     done = torchrun("tests/sharded_load.py", *checkpoints.values())
     assert done.stdout.count("same as a plain load") == 2 * 3 * len(checkpoints)
 
