@@ -8,9 +8,8 @@
 In    Reward models (03) and prepared benchmarks (01); by default artifacts/reward and the held-out
       sets of the embedded world. --scores_from replaces the model by another system's scores,
       --score the benchmarks by a JSONL file, which comes back with scores.
-Out   A table per benchmark. In artifacts/scores/<model>/ the raw scores, <benchmark>.safetensors,
-      summary.json, cost.json (what a comparison costs the model) and report.html (learning curves,
-      margins, the most confidently wrong answers).
+Out   A table per benchmark. In artifacts/scores/<model>/ raw scores, <benchmark>.safetensors,
+      summary.json, cost.json (of a comparison) and report.html (curves, margins, worst errors).
 
 A reward model learns order alone: its scores tell which of two responses to one prompt is better,
 and nothing else. So a benchmark asks for order. A pair is two responses to one prompt, one of them
@@ -41,13 +40,15 @@ data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
 option = data.option
+Comparisons = data.Comparisons
 UserError = data.UserError
 Reward = model_stage.Reward
 
 HELD_OUT = ("new_scenes", "unseen_combinations", "new_text")
 DEFAULT_BENCHMARKS = [f"artifacts/data/{name}" for name in HELD_OUT]
 
-Scores = list[np.ndarray]  # one array [N] per comparison, in the benchmark's order
+Array = np.ndarray
+Scores = list[Array]  # one array [N] per comparison, in the benchmark's order
 Rows = dict[str, dict]  # {row of a table: {"accuracy", "items", and perhaps "low", "high"}}
 
 
@@ -65,12 +66,10 @@ class Settings:
 
 @torch.inference_mode()
 def score_comparisons(
-    model: Reward, comparisons: data.Comparisons, device: torch.device, micro_tokens: int = 8192
+    model: Reward, comparisons: Comparisons, device: torch.device, micro_tokens: int = 8192
 ) -> Scores:
-    """Score a benchmark: the ranks share the work, and every rank returns all scores, float64.
-
-    Raises UserError if a text-only model meets images.
-    """
+    """Score a benchmark: the ranks share the work, and every rank returns all scores, in float64.
+    Raises UserError if a text-only model meets images."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model_stage.place(model, device)
     data.use_pixel_limits(model.processors, [comparisons])
@@ -111,7 +110,7 @@ class Items:
     characters: list[list[int]] = field(default_factory=list)  # length of each response
     subsets: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # not always unique
-    weights: np.ndarray | None = None  # [..., items] how often each counts; None: once
+    weights: Array | None = None  # [..., items] how often each counts; None: once
 
     def __post_init__(self):
         if self.weights is None:
@@ -132,7 +131,7 @@ class Items:
         return replace(items, weights=None)
 
 
-def right_pairs(scores: Scores, items: Items) -> tuple[np.ndarray, ...]:
+def right_pairs(scores: Scores, items: Items) -> tuple[Array, ...]:
     """Judge each pair of responses of which one is ranked better.
 
     Returns right [pairs], whether that one scores strictly higher; and each pair's category
@@ -149,14 +148,14 @@ def right_pairs(scores: Scores, items: Items) -> tuple[np.ndarray, ...]:
     return np.array(right), categories[places], groups[places], items.weights[..., places]
 
 
-def accuracy(right: np.ndarray, weights: np.ndarray) -> dict:
+def accuracy(right: Array, weights: Array) -> dict:
     """Give the share of right pairs, nan of none; right [pairs], weights [..., pairs]."""
     with np.errstate(invalid="ignore"):
         share = (weights @ right) / weights.sum(-1)
     return {"accuracy": share, "items": len(right)}
 
 
-def acc_plus(right: np.ndarray, groups: np.ndarray, weights: np.ndarray | None = None) -> dict:
+def acc_plus(right: Array, groups: Array, weights: Array | None = None) -> dict:
     """Give the share of groups with every pair right. All pairs of a group have one weight."""
     weights = np.ones(len(right)) if weights is None else weights
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)
@@ -164,7 +163,7 @@ def acc_plus(right: np.ndarray, groups: np.ndarray, weights: np.ndarray | None =
     return accuracy(all_right, weights[..., first])
 
 
-def by_category(right: np.ndarray, categories: np.ndarray, weights: np.ndarray) -> Rows:
+def by_category(right: Array, categories: Array, weights: Array) -> Rows:
     """Give the accuracy of each category."""
     rows = {}
     for name in np.unique(categories).tolist():
@@ -205,10 +204,9 @@ def with_intervals(measure: Callable, scores: Scores, items: Items, draws: int =
     rows = measure(scores, items)
     _, group = np.unique(items.groups, return_inverse=True)  # [items]
     count = group.max() + 1
-    draws = min(draws, 10**8 // len(group))  # bounds memory; large benchmarks vary little
+    draws = min(draws, 5 * 10**7 // len(group))  # bounds memory
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
-    weights = drawn[:, group].astype(np.float32)
-    drawn_rows = measure(scores, replace(items, weights=weights))
+    drawn_rows = measure(scores, replace(items, weights=drawn[:, group].astype(float)))
     for name, row in rows.items():
         shares = drawn_rows[name]["accuracy"]  # [draws]; nan where a category was not drawn
         if not np.isnan(shares).all():
@@ -247,7 +245,7 @@ def main(settings: Settings) -> None:
         model = model_stage.place(model_stage.load_reward(path, settings.text_model), device)
         results[name] = {}
         for folder in folders:
-            comparisons = data.Comparisons(folder, model.fingerprint)
+            comparisons = Comparisons(folder, model.fingerprint)
             with measuring_cost(name, model, comparisons, settings.out):
                 scores = score_comparisons(model, comparisons, device, settings.micro_tokens)
             results[name][folder] = scores
@@ -257,7 +255,7 @@ def main(settings: Settings) -> None:
     # 2. Rank 0 measures every system and sets the baselines beside it.
     tables = {}  # {title of the benchmark: {system: rows}}
     for folder in folders:
-        comparisons = data.Comparisons(folder)
+        comparisons = Comparisons(folder)
         items = Items.of(comparisons)
         measure = METRICS[comparisons.info["metric"]]  # the benchmark's own, or `metrics`
         columns = {}
@@ -470,20 +468,17 @@ def table(title: str, systems: dict[str, Rows], counts: bool = True) -> str:
 
 
 def overall_table(benchmarks: dict[str, dict[str, Rows]]) -> str:
-    """Format overall accuracies: systems down, benchmarks across, and the mean over all of them."""
-    columns, shares = {}, {}
+    """Format overall accuracies: systems down, benchmarks across, and the mean of all of them."""
+    columns = {}
     for title, systems in benchmarks.items():
         columns[title] = {name: rows["overall"] for name, rows in systems.items()}
-        for name, row in columns[title].items():
-            shares.setdefault(name, []).append(row["accuracy"])
-    columns["mean"] = {}
-    for name, values in shares.items():
-        if len(values) == len(benchmarks):  # a text-only model may have missed some
-            columns["mean"][name] = {"accuracy": float(np.mean(values))}
-    return table("overall accuracy", columns, counts=False)
+    means = {}
+    for name in set.intersection(*map(set, columns.values())):  # a text-only model misses some
+        means[name] = mean_of([column[name] for column in columns.values()])
+    return table("overall accuracy", columns | {"mean": means}, counts=False)
 
 
-def benchmark_title(comparisons: data.Comparisons) -> str:
+def benchmark_title(comparisons: Comparisons) -> str:
     """Name a benchmark, and say why its numbers are not those of the published one."""
     info = comparisons.info
     title = info["name"] + (", without images" if info["without_images"] else "")
@@ -496,7 +491,7 @@ def check_names(folders: list[str]) -> None:
     """Raise UserError if two benchmarks have one name, or one has prompts without responses."""
     names = set()
     for folder in folders:
-        comparisons = data.Comparisons(folder)
+        comparisons = Comparisons(folder)
         name = comparisons.info["name"]
         if name in names:
             raise UserError(f"--benchmark: two are named {name}; prepare one with another --name")
@@ -507,14 +502,9 @@ def check_names(folders: list[str]) -> None:
 
 def short_names(models: list[str]) -> list[str]:
     """Name models by their folders, or by their whole paths where two folders have one name."""
-    if len(set(models)) < len(models):
-        raise UserError(f"the same model is given twice: {', '.join(models)}")
-    folders = [Path(model).name for model in models]
-    names = []
-    for model, folder in zip(models, folders):
-        whole = model.strip("/").replace("/", "-")
-        names.append(folder if folders.count(folder) == 1 else whole)
-    return names
+    names = [Path(model).name for model in models]
+    paths = [model.strip("/").replace("/", "-") for model in models]
+    return [name if names.count(name) == 1 else path for name, path in zip(names, paths)]
 
 
 def models_of(settings: Settings) -> dict[str, str]:
@@ -537,7 +527,7 @@ def read_results(settings: Settings) -> dict[str, dict[str, Scores]]:
         return {}
     if len(settings.benchmark) != 1 or settings.model:
         raise UserError("--scores_from: needs the one --benchmark of its scores, and no --model")
-    comparisons = data.Comparisons(settings.benchmark[0])
+    comparisons = Comparisons(settings.benchmark[0])
     counts, scores = comparisons.response_counts(), []
     with data.reading(file, "it should be text in UTF-8"):
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -560,7 +550,7 @@ def read_results(settings: Settings) -> dict[str, dict[str, Scores]]:
 
 
 @contextmanager
-def measuring_cost(name: str, model: Reward, comparisons: data.Comparisons, out: str) -> Iterator:
+def measuring_cost(name: str, model: Reward, comparisons: Comparisons, out: str) -> Iterator:
     """Print and save in cost.json what the model spends within, per comparison.
 
     Tokens read and written (by critics), image patches, GFLOP, and seconds of one rank. A token
@@ -578,9 +568,8 @@ def measuring_cost(name: str, model: Reward, comparisons: data.Comparisons, out:
             for unit, count in part.cost.items():
                 cost[unit] += count
             part.cost.clear()
-    total = torch.tensor(
-        list(cost.values()), dtype=torch.float64, device=next(model.parameters()).device
-    )
+    device = next(model.parameters()).device
+    total = torch.tensor(list(cost.values()), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     if dist.get_rank() > 0:
         return
@@ -594,36 +583,32 @@ def measuring_cost(name: str, model: Reward, comparisons: data.Comparisons, out:
 
 
 def matrix_size(module: torch.nn.Module | None) -> int:
-    matrices = [] if module is None else [p for p in module.parameters() if p.ndim > 1]
-    return sum(matrix.numel() for matrix in matrices)
+    total = 0
+    for parameter in module.parameters() if module is not None else []:
+        total += parameter.numel() if parameter.ndim > 1 else 0
+    return total
 
 
-def print_overlap(system: str, trained_on: list[str], comparisons: data.Comparisons) -> None:
-    """Print one line if the model was trained on this benchmark or on some of it."""
+def print_overlap(system: str, trained_on: list[str], comparisons: Comparisons) -> None:
+    """Print one line if the training data has this benchmark, or the text of some of its prompts
+    without pictures, or some of its pictures; byte for byte."""
     folders = [folder for folder in trained_on if Path(folder, "dataset.json").is_file()]
     if str(comparisons.folder) in folders:
-        return print(f"{system}: the model was trained on it")
-    shared = overlap(comparisons, folders)
-    if any(shared.values()):
-        counts = " and ".join(f"{count} share a {kind}" for kind, count in shared.items())
-        print(f"{system}: of {len(comparisons)} comparisons {counts} with {', '.join(folders)}")
-
-
-def overlap(comparisons: data.Comparisons, folders: list[str]) -> dict[str, int]:
-    """Count comparisons that share the text of a prompt without pictures, or a picture, with
-    training sets, byte for byte."""
+        return print(f"{system}: this is training data")
     prompts, pictures = set(), set()
     for folder in folders:
-        seen = data.Comparisons(folder)
+        seen = Comparisons(folder)
         prompts.update(seen.hashes("prompt_hashes").tolist())
         pictures.update(seen.hashes("image_hashes").tolist())
-    shared = {"prompt": 0, "picture": 0}
+    text = picture = 0
     for comparison in comparisons:
         if comparison.images:
-            shared["picture"] += any(data.hash_of(image) in pictures for image in comparison.images)
+            picture += not pictures.isdisjoint(map(data.hash_of, comparison.images))
         else:
-            shared["prompt"] += data.prompt_hash(comparison.prompt, None) in prompts
-    return shared
+            text += data.prompt_hash(comparison.prompt, None) in prompts
+    if text or picture:
+        shared = f"{text} share their text and {picture} a picture with {', '.join(folders)}"
+        print(f"{system}: of {len(comparisons)} comparisons {shared}")
 
 
 # ---- A file instead of benchmarks: --score
@@ -714,11 +699,13 @@ p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem }
 </style>
 <h1>{{ name }}</h1>
 {% macro draw(curves, x_label, y_label) %}
-{% set left, low, right, high = corners(curves) %}
+{% set points = curves.values()|sum(start=[]) %}
+{% set left, right = points|map("first")|min, points|map("first")|max %}
+{% set low, high = points|map("last")|min, points|map("last")|max %}
 <div>{{ y_label }} from {{ "%.4g" % low }} to {{ "%.4g" % high }},
 {{ x_label }} from {{ "%.4g" % left }} to {{ "%.4g" % right }}:
 {% for name in curves %}<b class="c{{ loop.index }}">{{ name }}</b> {% endfor %}</div>
-<svg viewBox="{{ left }} {{ -high }} {{ right - left }} {{ high - low }}"
+<svg viewBox="{{ left }} {{ -high }} {{ right - left + 1e-9 }} {{ high - low + 1e-9 }}"
  preserveAspectRatio="none">
 {% for name, points in curves.items() %}
 <polyline class="c{{ loop.index }}" points="{% for x, y in points %}{{ x }},{{ -y }} {% endfor %}">
@@ -753,23 +740,26 @@ def write_report(out: Path, results: dict[str, Scores], settings: Settings) -> N
     path = models_of(settings).get(out.name, "")
     benchmarks = []
     for folder, scores in results.items():
-        comparisons = data.Comparisons(folder)
+        comparisons = Comparisons(folder)
         benchmarks.append({"title": benchmark_title(comparisons), **margins(scores, comparisons)})
     processors = data.load_processors(path or comparisons.info["backbone"])
-    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    html = page.render(
-        name=out.name,
-        learning=learning_curves(path),
-        benchmarks=benchmarks,
-        corners=corners,
-        encode=lambda image: base64.b64encode(image).decode(),
-        decode=lambda tokens: decode(tokens, processors),
-        zip=zip,
-    )
+    html = render(out.name, learning_curves(path), benchmarks, processors)
     data.write_file(out / "report.html", html)
 
 
-def margins(scores: Scores, comparisons: data.Comparisons, worst: int = 12) -> dict:
+def render(name: str, learning: dict, benchmarks: list[dict], processors: data.Processors) -> str:
+    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
+    return page.render(
+        name=name,
+        learning=learning,
+        benchmarks=benchmarks,
+        zip=zip,
+        encode=lambda image: base64.b64encode(image).decode(),
+        decode=lambda tokens: decode(tokens, processors),
+    )
+
+
+def margins(scores: Scores, comparisons: Comparisons, worst: int = 12) -> dict:
     """Gather the scores of better responses minus those of worse ones, and the lowest of these."""
     differences, wrong = [], []
     for i, (score, comparison) in enumerate(zip(scores, comparisons)):
@@ -803,13 +793,7 @@ def learning_curves(model: str) -> dict[str, dict[str, list]]:
     return quantities
 
 
-def corners(curves: dict[str, list]) -> list[float]:
-    """Left, low, right, high of the box around curves, lists of points (x, y)."""
-    points = np.concatenate(list(curves.values()))  # [points, 2]
-    return [*points.min(0).tolist(), *(points.max(0) + 1e-9).tolist()]
-
-
-def decode(tokens: np.ndarray, processors: data.Processors) -> str:
+def decode(tokens: Array, processors: data.Processors) -> str:
     """Give the text of a prompt or response, with [picture] where a picture's tokens are."""
     parts = []
     for picture, run in itertools.groupby(tokens.tolist(), lambda t: t == processors.image_token):

@@ -770,11 +770,11 @@ def test_a_damaged_or_hostile_model_is_refused_with_its_reason_and_runs_no_code(
 def test_scores_from_elsewhere_that_do_not_fit_are_refused_with_their_line(
     line, good_set, tmp_path
 ):
-    (tmp_path / "scores.jsonl").write_text(f"[1, 2]\n{line}\n")
-    with pytest.raises(
-        data.UserError, match="scores.jsonl, line 2: not a JSON list of 2 finite numbers"
-    ):
-        stages.eval.read_scores(str(tmp_path / "scores.jsonl"), data.Comparisons(str(good_set)))
+    file = tmp_path / "scores.jsonl"
+    file.write_text(f"[1, 2]\n{line}\n")
+    settings = stages.eval.Settings(scores_from=str(file), benchmark=[str(good_set)])
+    with pytest.raises(data.UserError, match="line 2: not a JSON list of 2 finite numbers"):
+        stages.eval.read_results(settings)
 
 
 def test_a_benchmark_is_no_training_data(good_set, good_model, tmp_path):

@@ -272,47 +272,35 @@ def test_a_jsonl_comes_back_line_by_line_with_scores_or_the_reason_for_none(
     reward, folders, tmp_path
 ):
     (tmp_path / "a.png").write_bytes(picture())
-    write_jsonl(tmp_path / "mine.jsonl", LINES)
-    scored = [
-        "--score",
-        tmp_path / "mine.jsonl",
-        "--model",
-        folders / "reward",
-        "--out",
-        tmp_path / "scores",
-    ]
-    done = torchrun("04_eval.py", *scored, "--micro_tokens", 60, ranks=3)
-    assert f"mine.jsonl: {len(LINES)} lines, {len(ERRORS)} of them without scores" in done.stdout
-    assert [path.name for path in (tmp_path / "scores/reward").iterdir()] == ["mine.jsonl"]
-    found = [
-        json.loads(line)
-        for line in (tmp_path / "scores/reward/mine.jsonl").read_text().splitlines()
-    ]
-    assert len(found) == len(LINES)
-    for i, (line, result) in enumerate(zip(LINES, found)):
+    file = write_jsonl(tmp_path / "mine.jsonl", LINES)
+    run = ["04_eval.py", "--score", file, "--model", folders / "reward", "--micro_tokens", 60]
+    printed = torchrun(*run, "--out", tmp_path / "scores", ranks=3).stdout
+    assert f"mine.jsonl: {len(LINES)} lines, {len(ERRORS)} of them without scores" in printed
+    (out,) = (tmp_path / "scores/reward").iterdir()
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert out.name == "mine.jsonl" and len(results) == len(LINES)
+    for i, (line, result) in enumerate(zip(LINES, results)):
         assert (i in ERRORS) == ("error" in result) == ("scores" not in result), (i, result)
-        if i in ERRORS:
-            assert ERRORS[i] in result["error"]
+        assert ERRORS.get(i, "") in result.get("error", "")
         if isinstance(line, dict):
-            kept = {key: value for key, value in result.items() if key not in ("scores", "error")}
-            assert kept == {key: value for key, value in line.items() if key != "error"}
-    assert found[2]["line"] == "not json\n"
+            same = {key: value for key, value in line.items() if key != "error"}
+            added = {"scores", "error"} & result.keys()
+            assert {key: result[key] for key in result if key not in added} == same
+    assert results[2]["line"] == "not json\n"
     expected = reward.score([user("What is 2 + 3?")], ["5", "6", "7"]).tolist()
-    assert found[0]["scores"] == pytest.approx(expected, abs=1e-5)
+    assert results[0]["scores"] == pytest.approx(expected, abs=1e-5)
     expected = reward.score([user("What do you see?")], ["A dog", "A cat"], [picture()]).tolist()
-    assert found[1]["scores"] == pytest.approx(expected, abs=1e-5)
-    assert found[9]["scores"] == []
+    assert results[1]["scores"] == pytest.approx(expected, abs=1e-5)
+    assert results[9]["scores"] == []
 
 
 def test_a_jsonl_is_scored_by_two_models_with_their_own_tokenizers(
     reward, foreign_reward, tmp_path
 ):
     (tmp_path / "a.png").write_bytes(picture())
-    lines, router = (
-        [json.dumps(line).encode() for line in LINES[:2]],
-        model.RewardRouter(reward, foreign_reward),
-    )
-    text, image = evaluation.scored_lines(router, lines, tmp_path, 8192)
+    lines = [json.dumps(line).encode() for line in LINES[:2]]
+    router = model.RewardRouter(reward, foreign_reward)
+    text, image = evaluation.score_lines(router, lines, tmp_path, evaluation.Settings())
     expected = foreign_reward.score([user("What is 2 + 3?")], ["5", "6", "7"]).tolist()
     assert text["scores"] == pytest.approx(expected, abs=1e-5)
     expected = reward.score([user("What do you see?")], ["A dog", "A cat"], [picture()]).tolist()
@@ -320,7 +308,7 @@ def test_a_jsonl_is_scored_by_two_models_with_their_own_tokenizers(
 
 
 def test_lines_are_scored_as_they_come(reward):
-    """So that a file may be larger than memory: long before the last is read, the first is there."""
+    """A file may be larger than memory: the first record comes long before the last line is read."""
     read = []
 
     def lines():
@@ -328,8 +316,9 @@ def test_lines_are_scored_as_they_come(reward):
             read.append(i)
             yield json.dumps({"prompt": "What is 2 + 3?", "responses": [str(i), "5"]}).encode()
 
-    first = next(evaluation.scored_lines(reward, lines(), ROOT, 1000))
-    assert len(first["scores"]) == 2 and len(read) < 200
+    data.start_distributed()
+    first = next(evaluation.scored_lines(reward, lines(), ROOT, evaluation.Settings()))
+    assert len(first["scores"]) == 2 and len(read) < 300
 
 
 # ---- TRL
