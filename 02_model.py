@@ -617,7 +617,7 @@ def pack_images_of(comparisons: list, processors: Processors) -> Images | None:
     return pack_images(pixels, grids, processors.vision)
 
 
-def pack_images(pixel_values: Tensor, grids: np.ndarray, shape: "data.VisionShape") -> Images:
+def pack_images(pixel_values: Tensor, grids, shape: "data.VisionShape") -> Images:
     """Lay out the patches of images for a Qwen vision tower."""
     grids = np.asarray(grids)
     positions, orders, sizes, windows = [], [], [], []
@@ -633,14 +633,12 @@ def pack_images(pixel_values: Tensor, grids: np.ndarray, shape: "data.VisionShap
     if shape.window:
         layout["image_window_index"] = torch.cat(orders)  # [merged patches]
     if shape.table:  # Qwen3-VL: a patch mixes its 4 neighbours in a table of learned positions
-        layout["image_interp_indices"], layout["image_interp_weights"] = (
-            vision_utils.get_vision_interpolation_indices_and_weights(
-                torch.from_numpy(grids),
-                shape.table,
-                align_corners=True,
-                spatial_merge_size=shape.merge,
-            )
+        options = {"align_corners": True, "spatial_merge_size": shape.merge}
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            torch.from_numpy(grids), shape.table, **options
         )
+        layout["image_interp_indices"] = indices  # [patches, 4]
+        layout["image_interp_weights"] = weights
     images = Images(pixel_values, grids, layout, image_segments(sizes))
     if windows:
         images.windows = image_segments(windows)
@@ -652,7 +650,8 @@ def image_layout(height: int, width: int, shape: "data.VisionShape") -> tuple:
     """Lay out one image: row and column of each patch; an order of merged patches that makes
     windows contiguous, large ones first; the windows' sizes in patches."""
     grid = torch.tensor([[1, height, width]])
-    merge, merged = shape.merge, shape.merge**2
+    merge = shape.merge
+    merged = merge**2  # patches
     positions = vision_utils.get_vision_position_ids(grid, merge)
     if not shape.window:
         return positions, torch.arange(height * width // merged), []
@@ -769,7 +768,8 @@ def export(model, processors, folder, dtype=torch.float32, file_size="5GB", head
         weights.pop(name, None)
     for name, weight in weights.items():
         weights[name] = weight.to(dtype)
-    out, temporary = Path(folder), Path(folder, ".writing")
+    out = Path(folder)
+    temporary = out / ".writing"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary, state_dict=weights, max_shard_size=file_size)
@@ -870,7 +870,9 @@ class Writer(nn.Module):
 
     def __init__(self, lm: nn.Module, processors: Processors, temperature=1.0):
         super().__init__()
-        self.lm, self.processors, self.temperature = lm, processors, temperature
+        self.lm = lm
+        self.processors = processors
+        self.temperature = temperature
         # Not special tokens: a policy that writes <|image_pad|> crashes some hundred steps later.
         size = lm.config.get_text_config().vocab_size
         special = set(processors.tokenizer.get_added_vocab().values())
@@ -1066,7 +1068,7 @@ def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
     return tokens[end + 1 :]
 
 
-def with_critiques(comparison: Comparison, critiques: list, request: np.ndarray) -> Rewrite:
+def with_critiques(comparison: Comparison, critiques: list, request) -> Rewrite:
     """Append the request and a critique, token ids that end in <|im_end|>, to each response."""
     responses, learned = [], []
     total = sum(map(len, critiques))
@@ -1238,7 +1240,8 @@ class RewardRouter(nn.Module):
         super().__init__()
         if multimodal.processors.image is None:
             raise UserError("the multimodal reward model of the two is text-only")
-        self.multimodal, self.text = multimodal, text
+        self.multimodal = multimodal
+        self.text = text
         self.processors = multimodal.processors
         sets = []
         for model in (multimodal, text):
