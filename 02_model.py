@@ -227,7 +227,7 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)
 # From comparisons to a row. This runs on the CPU, in the loader's processes.
 
 
-def prompt_positions(prompt, grids, image_token: int | None) -> np.ndarray:
+def prompt_positions(prompt, grids, image_token) -> np.ndarray:
     """Return the M-RoPE position ids [3, P] of a prompt [P] (Qwen2-VL, arXiv 2409.12191).
 
     Text counts up on all three axes: time, height, width. The tokens of an image share one time,
@@ -501,7 +501,7 @@ def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.M
 # Appendix: plumbing of the row
 
 
-def change_tensors(value: Any, change: Callable) -> Any:
+def change_tensors(value, change: Callable):
     """Apply `change` to all tensors of a dataclass, and of the dataclasses and dicts in it."""
     if isinstance(value, Tensor):
         return change(value)
@@ -646,7 +646,7 @@ def pack_images(pixel_values: Tensor, grids, shape: "data.VisionShape") -> Image
 
 
 @lru_cache(4096)
-def image_layout(height: int, width: int, shape: "data.VisionShape") -> tuple:
+def image_layout(height: int, width: int, shape) -> tuple:
     """Lay out one image: row and column of each patch; an order of merged patches that makes
     windows contiguous, large ones first; the windows' sizes in patches."""
     grid = torch.tensor([[1, height, width]])
@@ -1028,7 +1028,7 @@ class Written:
     tokens: Tensor  # token id
     weight: Tensor  # in the loss
 
-    def log_probabilities(self, lm: nn.Module, hidden: Tensor) -> Tensor:
+    def log_probabilities(self, lm, hidden: Tensor) -> Tensor:
         """Return the tokens' log-probabilities, from the row's hidden states [T, hidden]."""
         logits = lm.lm_head(hidden[self.predictors])  # [tokens, vocabulary]
         log_p = logits.float().log_softmax(-1)
@@ -1055,7 +1055,7 @@ def pack_written(comparisons: list, processors: Processors, dummy_image=False) -
     return WrittenRow(**vars(row), written=written)
 
 
-def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
+def turn_after_answer(request: str, processors: Processors):
     """Return the token ids between an answer's end-of-turn token and the next answer, as the chat
     template has them if the user's turn in between is `request`."""
     turns = [("user", "?"), ("assistant", "!"), ("user", request)]
@@ -1269,7 +1269,7 @@ class RewardRouter(nn.Module):
             flat = self.model_for(has_image).score_encoded(part, micro_tokens)
             counts = [len(comparison.responses) for comparison in part]
             scores |= zip(indices, flat.split(counts))
-        device = next(self.parameters()).device
+        device = self.text.device
         in_order = [scores[i] for i in range(len(comparisons))]
         return torch.cat([torch.zeros(0, device=device), *in_order])
 
