@@ -563,8 +563,9 @@ def write_results(settings, questions, before, after, tokenizer):
 
 
 def main(settings: Settings) -> None:
-    if min(settings.steps, settings.batch_size, settings.group_size - 1) < 1:
-        raise UserError("--steps and --batch_size must be at least 1, --group_size at least 2")
+    for name, least in {"steps": 1, "batch_size": 1, "group_size": 2}.items():
+        if getattr(settings, name) < least:
+            raise UserError(f"--{name} {getattr(settings, name)}: has to be at least {least}")
     before, after = train(settings)
     if dist.get_rank() > 0:
         return
