@@ -16,7 +16,7 @@ from conftest import ROOT, assistant, picture, stages, torchrun, user, write_jso
 SCRIPTS = sorted(path.name for path in ROOT.glob("0*.py"))
 FEW = {  # options that make a stage short
     "01_data.py": ["--world_size", 0.05],
-    "03_train.py": ["--steps", 4],
+    "03_train.py": ["--steps", 4, "--batch_size", 16],
     "05_ensemble.py": ["--steps", 2],
     "06_grpo.py": ["--steps", 2, "--batch_size", 4, "--evaluate_size", 16],
 }
