@@ -227,7 +227,7 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)
 # From comparisons to a row. This runs on the CPU, in the loader's processes.
 
 
-def prompt_positions(prompt, grids, image_token: int | None) -> np.ndarray:
+def prompt_positions(prompt, grids, image_token) -> np.ndarray:
     """Return the M-RoPE position ids [3, P] of a prompt [P] (Qwen2-VL, arXiv 2409.12191).
 
     Text counts up on all three axes: time, height, width. The tokens of an image share one time,
@@ -501,7 +501,7 @@ def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.M
 # Appendix: plumbing of the row
 
 
-def change_tensors(value: Any, change: Callable) -> Any:
+def change_tensors(value, change: Callable):
     """Apply `change` to all tensors of a dataclass, and of the dataclasses and dicts in it."""
     if isinstance(value, Tensor):
         return change(value)
@@ -617,7 +617,7 @@ def pack_images_of(comparisons: list, processors: Processors) -> Images | None:
     return pack_images(pixels, grids, processors.vision)
 
 
-def pack_images(pixel_values: Tensor, grids: np.ndarray, shape: "data.VisionShape") -> Images:
+def pack_images(pixel_values: Tensor, grids, shape: "data.VisionShape") -> Images:
     """Lay out the patches of images for a Qwen vision tower."""
     grids = np.asarray(grids)
     positions, orders, sizes, windows = [], [], [], []
@@ -633,14 +633,12 @@ def pack_images(pixel_values: Tensor, grids: np.ndarray, shape: "data.VisionShap
     if shape.window:
         layout["image_window_index"] = torch.cat(orders)  # [merged patches]
     if shape.table:  # Qwen3-VL: a patch mixes its 4 neighbours in a table of learned positions
-        layout["image_interp_indices"], layout["image_interp_weights"] = (
-            vision_utils.get_vision_interpolation_indices_and_weights(
-                torch.from_numpy(grids),
-                shape.table,
-                align_corners=True,
-                spatial_merge_size=shape.merge,
-            )
+        options = {"align_corners": True, "spatial_merge_size": shape.merge}
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            torch.from_numpy(grids), shape.table, **options
         )
+        layout["image_interp_indices"] = indices  # [patches, 4]
+        layout["image_interp_weights"] = weights
     images = Images(pixel_values, grids, layout, image_segments(sizes))
     if windows:
         images.windows = image_segments(windows)
@@ -648,11 +646,12 @@ def pack_images(pixel_values: Tensor, grids: np.ndarray, shape: "data.VisionShap
 
 
 @lru_cache(4096)
-def image_layout(height: int, width: int, shape: "data.VisionShape") -> tuple:
+def image_layout(height: int, width: int, shape) -> tuple:
     """Lay out one image: row and column of each patch; an order of merged patches that makes
     windows contiguous, large ones first; the windows' sizes in patches."""
     grid = torch.tensor([[1, height, width]])
-    merge, merged = shape.merge, shape.merge**2
+    merge = shape.merge
+    merged = merge**2  # patches
     positions = vision_utils.get_vision_position_ids(grid, merge)
     if not shape.window:
         return positions, torch.arange(height * width // merged), []
@@ -769,7 +768,8 @@ def export(model, processors, folder, dtype=torch.float32, file_size="5GB", head
         weights.pop(name, None)
     for name, weight in weights.items():
         weights[name] = weight.to(dtype)
-    out, temporary = Path(folder), Path(folder, ".writing")
+    out = Path(folder)
+    temporary = out / ".writing"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary, state_dict=weights, max_shard_size=file_size)
@@ -870,7 +870,9 @@ class Writer(nn.Module):
 
     def __init__(self, lm: nn.Module, processors: Processors, temperature=1.0):
         super().__init__()
-        self.lm, self.processors, self.temperature = lm, processors, temperature
+        self.lm = lm
+        self.processors = processors
+        self.temperature = temperature
         # Not special tokens: a policy that writes <|image_pad|> crashes some hundred steps later.
         size = lm.config.get_text_config().vocab_size
         special = set(processors.tokenizer.get_added_vocab().values())
@@ -1026,7 +1028,7 @@ class Written:
     tokens: Tensor  # token id
     weight: Tensor  # in the loss
 
-    def log_probabilities(self, lm: nn.Module, hidden: Tensor) -> Tensor:
+    def log_probabilities(self, lm, hidden: Tensor) -> Tensor:
         """Return the tokens' log-probabilities, from the row's hidden states [T, hidden]."""
         logits = lm.lm_head(hidden[self.predictors])  # [tokens, vocabulary]
         log_p = logits.float().log_softmax(-1)
@@ -1053,7 +1055,7 @@ def pack_written(comparisons: list, processors: Processors, dummy_image=False) -
     return WrittenRow(**vars(row), written=written)
 
 
-def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
+def turn_after_answer(request: str, processors: Processors):
     """Return the token ids between an answer's end-of-turn token and the next answer, as the chat
     template has them if the user's turn in between is `request`."""
     turns = [("user", "?"), ("assistant", "!"), ("user", request)]
@@ -1066,7 +1068,7 @@ def turn_after_answer(request: str, processors: Processors) -> np.ndarray:
     return tokens[end + 1 :]
 
 
-def with_critiques(comparison: Comparison, critiques: list, request: np.ndarray) -> Rewrite:
+def with_critiques(comparison: Comparison, critiques: list, request) -> Rewrite:
     """Append the request and a critique, token ids that end in <|im_end|>, to each response."""
     responses, learned = [], []
     total = sum(map(len, critiques))
@@ -1238,7 +1240,8 @@ class RewardRouter(nn.Module):
         super().__init__()
         if multimodal.processors.image is None:
             raise UserError("the multimodal reward model of the two is text-only")
-        self.multimodal, self.text = multimodal, text
+        self.multimodal = multimodal
+        self.text = text
         self.processors = multimodal.processors
         sets = []
         for model in (multimodal, text):
@@ -1266,7 +1269,7 @@ class RewardRouter(nn.Module):
             flat = self.model_for(has_image).score_encoded(part, micro_tokens)
             counts = [len(comparison.responses) for comparison in part]
             scores |= zip(indices, flat.split(counts))
-        device = next(self.parameters()).device
+        device = self.text.device
         in_order = [scores[i] for i in range(len(comparisons))]
         return torch.cat([torch.zeros(0, device=device), *in_order])
 

@@ -8,10 +8,9 @@ In    A policy (a vision-language model with its LM head), a reward model (03), 
 Out   artifacts/policy/: the trained policy in the Hugging Face layout, metrics.jsonl, and results
       before and after training: evaluation.json (fractions), samples.jsonl (held-out responses).
 
-In GRPO (DeepSeekMath, arXiv 2402.03300) the policy samples G responses to a prompt, each gets a
-reward, and those above their group's mean become likelier. The mean is the baseline: no value
-network is needed. A group is a Comparison, one prompt with G responses, so the packed row of 02
-serves again and the prompt is encoded once.
+GRPO (DeepSeekMath, arXiv 2402.03300): the policy samples G responses to a prompt, each gets a
+reward, and those above their group's mean become likelier. The mean is the baseline, so there is no
+value network. A group is a Comparison with G responses, so the packed row of 02 serves again.
 
 The paper compares four rewards (Table 11): `rule`, 1 for an exact match; `model`, the raw score of
 a reward model; R1-Reward, a generative judge (here --reward model with a judge of 02); and the
@@ -21,13 +20,14 @@ and 256 prompts a step. KL coefficient, learning rate, clipping and temperature 
 Why is sigmoid(score) a reward? The Bradley-Terry loss of 03 only compares responses to one prompt:
 it fixes no offset, and the scale grows with training. Sigmoid presumes both. It keeps the order
 within a group, which was learned, and fits the range of the rule's reward. But a wrong answer that
-the reward model likes earns almost 1, like a right one; --fallback_scale halves it (paper: 1).
+the reward model likes would earn almost 1, like a right one: --fallback_scale halves it (paper: 1).
 
 Left out of the published algorithm, or changed:
   - Advantage: reward - group mean, not divided by the group's deviation, as in Dr. GRPO (arXiv
     2503.20783). Where no answer of a group is right, hybrid rewards differ by noise, 0.48 to 0.52.
     Division turns that into +-1.4, as much as a right answer gets: phantom advantages. --advantage
-    group divides as published; batch divides by the whole batch's deviation, for raw scores.
+    group divides as published; batch divides by the deviation of the whole batch, for raw scores,
+    which have any scale.
   - Loss: the sum over all tokens of the step divided by their number on all ranks, as in DAPO
     (2503.14476). A mean within each response first, as published, is lenient on long wrong ones.
   - Clipping: none. A batch of rollouts gets one update, so the probability ratio is 1, and PPO's
@@ -121,8 +121,7 @@ def rollout(policy, prompts, group, max_new_tokens, noise=None) -> Tensor:
     `noise` of that shape, uniform in [0, 1), decides every token; without it decoding is greedy.
     """
     bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
-    row = model_stage.pack(bare, policy.processors)
-    row = row.to(next(policy.parameters()).device)
+    row = model_stage.pack(bare, policy.processors).to(next(policy.parameters()).device)
     return model_stage.write(policy, row, group, max_new_tokens, noise)
 
 
@@ -246,9 +245,10 @@ def evaluate(policy, questions, settings):
     prompts = [questions[i] for i in range(n)]
     _, texts = sample(policy, prompts, None, settings)  # [n][1]
     closed, match = matches(prompts, texts)  # [n, 1] each
-    metrics = {"closed": closed.sum().item(), "open": (~closed).sum().item()}
-    if metrics["closed"]:
-        metrics["exact_match"] = match.sum().item() / metrics["closed"]
+    count = int(closed.sum())
+    metrics = {"closed": count, "open": n - count}
+    if count:
+        metrics["exact_match"] = match.sum().item() / count
         metrics |= benchmark_metrics(questions.info["metric"], prompts, match)
     metrics |= open_grade(prompts, texts)
     return metrics, texts
@@ -307,9 +307,9 @@ def train(settings):
         times.append(time.perf_counter())
 
         # 4. Update the policy.
-        rate = settings.learning_rate * min(1, (step + 1) / 5) * (1 - step / settings.steps)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = rate
+        warmup = min(1, (step + 1) / 5)
+        decay = 1 - step / settings.steps
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * warmup * decay
         updated = update(policy, reference, optimizer, prompts, samples, advantage, settings)
 
         # 5. Copy the sharded weights to the actor, so the next rollouts come from the new policy.
@@ -563,8 +563,9 @@ def write_results(settings, questions, before, after, tokenizer):
 
 
 def main(settings: Settings) -> None:
-    if min(settings.steps, settings.batch_size, settings.group_size - 1) < 1:
-        raise UserError("--steps and --batch_size must be at least 1, --group_size at least 2")
+    for name, least in {"steps": 1, "batch_size": 1, "group_size": 2}.items():
+        if getattr(settings, name) < least:
+            raise UserError(f"--{name} {getattr(settings, name)}: has to be at least {least}")
     before, after = train(settings)
     if dist.get_rank() > 0:
         return

@@ -155,6 +155,20 @@ def test_of_an_export_that_broke_off_neither_the_old_nor_the_new_model_is_there(
     assert not (folder / ".writing").exists() and model.RewardModel.from_pretrained(str(folder))
 
 
+def test_files_that_mark_a_model_complete_come_last(reward, tmp_path, monkeypatch):
+    moved, replace = [], os.replace
+
+    def watched(source, target):
+        if source.parent.name == ".writing" and target.parent == tmp_path:
+            moved.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    reward.save_pretrained(str(tmp_path), file_size="300KB")
+    assert moved[-2:] == ["model.safetensors.index.json", "reward_head.safetensors"]
+    assert sorted(moved) == sorted(path.name for path in tmp_path.iterdir())
+
+
 REPEAT = """
 import importlib, sys, torch
 reward = importlib.import_module("02_model").RewardModel.from_pretrained(sys.argv[1])
