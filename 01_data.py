@@ -715,29 +715,29 @@ def check(value: object, form: object, place: str = "") -> None:
     forms = {}  # type -> the form that a value of this type must have
     for option in form if isinstance(form, tuple) else (form,):
         kind = str if isinstance(option, set) else type(option)
-        forms.setdefault(option if kind is type else kind, option)
+        forms[option if kind is type else kind] = option
     if object in forms:
         return
-    name = NAMES.get(type(value), type(value).__name__)
-    wanted = " or ".join(NAMES[kind] for kind in forms)
-    require(type(value) in forms, f"{place}: {name} where {wanted} should be")
+    if type(value) not in forms:
+        name = NAMES.get(type(value), type(value).__name__)
+        wanted = " or ".join(NAMES[kind] for kind in forms)
+        raise Unusable(f"{place}: {name} where {wanted} should be")
     form = forms[type(value)]
-    if isinstance(form, set):
-        require(value in form, f"{place}: {value!r}, not one of {sorted(form)}")
-    elif isinstance(value, str):
-        half = re.search("[\ud800-\udfff]", value)  # JSON can have one, UTF-8 cannot
+    if isinstance(form, set) and value not in form:
+        raise Unusable(f"{place}: {value!r}, not one of {sorted(form)}")
+    if isinstance(value, str):  # JSON can have half of a surrogate pair, UTF-8 cannot
+        half = not value.isascii() and re.search("[\ud800-\udfff]", value)
         require(not half, f"{place}: half of a surrogate pair")
     elif isinstance(form, list):
         for i, item in enumerate(value):
             check(item, form[0], f"{place}[{i}]")
     elif isinstance(form, dict):
         for key, part in form.items():
-            inner = key.removesuffix("?")
-            path = f"{place}.{inner}" if place else inner
-            if value.get(inner) is not None:
-                check(value[inner], part, path)
-            else:
-                require(inner != key, f"missing field: {path}")
+            name = key.removesuffix("?")
+            if value.get(name) is not None:
+                check(value[name], part, f"{place}.{name}" if place else name)
+            elif name == key:
+                raise Unusable(f"missing field: {place}{place and '.'}{name}")
 
 
 def check_messages(prompt: str | list, without_images: bool = False) -> list[dict]:

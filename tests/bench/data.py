@@ -4,7 +4,7 @@
 
 `01_data.py` on 2 ranks against `datasets.map` with 2 processes, both from the command line to the
 finished files. The map does what preference trainers do before training: chat template, image
-processor for the number of image tokens, tokens of prompt + chosen and of prompt + rejected; pictures
+processor for the number of image tokens, tokens of prompt + chosen and prompt + rejected; pictures
 stay where they are. 01 also copies the pictures into its shards and decodes each to its end. Token
 ids are compared first.
 
