@@ -176,7 +176,8 @@ def mean_of(rows: Iterable[dict], weights: list[float] | None = None) -> dict:
     """Average rows, by `weights` if given. A row without items does not count."""
     shares = np.stack([row["accuracy"] for row in rows], -1)  # [..., rows]
     weights = ~np.isnan(shares) * (1 if weights is None else np.array(weights))
-    mean = (weights * np.nan_to_num(shares)).sum(-1) / weights.sum(-1)
+    with np.errstate(invalid="ignore"):
+        mean = (weights * np.nan_to_num(shares)).sum(-1) / weights.sum(-1)
     return {"accuracy": mean, "items": len(rows)}
 
 
@@ -287,24 +288,24 @@ def overall_and_categories(scores: Scores, items: Items) -> Rows:
     return {"overall": accuracy(right, weights), **by_category(right, categories, weights)}
 
 
+PAPER_GROUPS = {"mmmu": "reasoning", "mathverse": "reasoning", "hallucination": "hallucination"}
+PAPER_GROUPS |= {"rlhf": "hallucination", "rlaif": "hallucination"}  # but ids: RLHF-V, RLAIF-V
+
+
 def vl_rewardbench(scores: Scores, items: Items) -> Rows:
     """VL-RewardBench (github.com/vl-rewardbench/VL_RewardBench, cal.py): accuracy over all pairs,
     and its mean over three categories.
 
-    BaseReward and R1-Reward count 301 items on hallucination as general: their script
-    (github.com/yfzhang114/r1_reward, VL-Reward-Bench/get_acc.py) looks for "rlhf" and "rlaif", the
-    ids say RLHF and RLAIF. Compare with those papers by the rows "as BaseReward groups".
+    BaseReward and R1-Reward count 301 items on hallucination as general, because their script
+    (github.com/yfzhang114/r1_reward, VL-Reward-Bench/get_acc.py) looks for "rlhf" in "RLHF-V".
+    Compare with those papers by the rows "as BaseReward groups".
     """
-    categories = []
+    groups = []
     for name in items.ids:
-        if "mmmu" in name or "mathverse" in name:
-            categories.append("reasoning")
-        elif "hallucination" in name or "rlhf" in name or "rlaif" in name:
-            categories.append("hallucination")
-        else:
-            categories.append("general")
+        matches = [group for part, group in PAPER_GROUPS.items() if part in name]
+        groups.append(matches[0] if matches else "general")
     rows = metrics(scores, items)
-    paper = metrics(scores, replace(items, categories=categories))
+    paper = metrics(scores, replace(items, categories=groups))
     del rows["Acc+"], paper["Acc+"], paper["overall"]
     return rows | {f"{name}, as BaseReward groups": row for name, row in paper.items()}
 
@@ -329,10 +330,9 @@ REWARDBENCH = {  # sections, their subsets, and the subsets' weights: their pair
                   "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
     "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "donotanswer": 136,
                "xstest-should-refuse": 154, "xstest-should-respond": 250},
-    "Reasoning": {"math-prm": 984,  # 447 pairs that weigh as much as all code subsets
-                  "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
-                  "hep-python": 164, "hep-rust": 164},
-    "Prior Sets": {"anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1},
+    "Reasoning": {"math-prm": 984} | dict.fromkeys(  # 447 pairs that weigh as much as all code
+        ["hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"], 164),
+    "Prior Sets": dict.fromkeys(["anthropic_helpful", "anthropic_hhh", "shp", "summarize"], 1),
 }
 # fmt: on
 SAFETY_IN_THE_CODE = {"xstest-should-refuse": 250, "xstest-should-respond": 154}
@@ -347,21 +347,24 @@ def rewardbench(scores: Scores, items: Items) -> Rows:
     """
     right, categories, _, weights = right_pairs(scores, items)
     subsets = by_category(right, categories, weights)
-    code = REWARDBENCH | {"Safety": REWARDBENCH["Safety"] | SAFETY_IN_THE_CODE}
-    rows = {}
-    for suffix, sections in {"": REWARDBENCH, ", as the code weighs": code}.items():
-        means = {}
-        for section, sizes in sections.items():
-            present = [name for name in sizes if name in subsets]
-            if present:
-                weights = [sizes[name] for name in present]
-                means[section] = mean_of([subsets[name] for name in present], weights)
-        halves = [0.5 if section == "Prior Sets" else 1.0 for section in means]
-        rows[f"overall{suffix}"] = mean_of(means.values(), halves)
-        for section, row in means.items():
-            if section == "Safety" or not suffix:
-                rows[f"{section}{suffix}"] = row
+    rows = sections(subsets, REWARDBENCH)
+    safety = REWARDBENCH["Safety"] | SAFETY_IN_THE_CODE
+    code = sections(subsets, REWARDBENCH | {"Safety": safety})
+    for name in ("overall", "Safety"):
+        if name in code:
+            rows[f"{name}, as the code weighs"] = code[name]
     return rows | subsets
+
+
+def sections(subsets: Rows, sizes: dict[str, dict[str, int]]) -> Rows:
+    rows = {}
+    for section, weights in sizes.items():
+        present = [name for name in weights if name in subsets]
+        if present:
+            subset_rows = [subsets[name] for name in present]
+            rows[section] = mean_of(subset_rows, [weights[name] for name in present])
+    halves = [0.5 if name == "Prior Sets" else 1.0 for name in rows]
+    return {"overall": mean_of(rows.values(), halves), **rows}
 
 
 def rewardbench_2(scores: Scores, items: Items) -> Rows:
@@ -370,8 +373,8 @@ def rewardbench_2(scores: Scores, items: Items) -> Rows:
     best = []
     for score, ranks in zip(scores, items.ranks):
         highest = score == score.max()  # none, if one is nan
-        share = highest[np.array(ranks) == 1].any() / max(1, highest.sum())
-        best.append(share)
+        right = np.array(ranks) == 1
+        best.append((highest & right).any() / max(1, highest.sum()))
     rows = by_category(np.array(best), np.array(items.categories), items.weights)
     if "Ties" in rows:
         rows["Ties"] = ties(scores, items)
@@ -385,22 +388,23 @@ def ties(scores: Scores, items: Items) -> dict:
     for i, name in enumerate(items.ids):
         if items.categories[i] == "Ties":
             mask = np.array(items.ranks[i]) == 1
-            right, wrong = scores[i][mask], scores[i][~mask]
-            gaps[name] = right.min() - wrong.max()
+            right = scores[i][mask]
+            gaps[name] = right.min() - scores[i][~mask].max()
             spreads[name] = right.max() - right.min()
             places[name] = i
     points, counted = [], []
-    for name in gaps:
+    for name, gap in gaps.items():
         other = name.replace("tied:", "ref:")
-        if name != other and other in gaps:
-            gap, ref_gap, spread = gaps[name], gaps[other], spreads[name]
-            smaller = np.minimum(gap, ref_gap)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                margin = np.nan_to_num(np.tanh(smaller / spread - 1))  # 0 / 0 counts 0
-            above = 0.30 * (gap > 0) + 0.30 * (ref_gap > 0)
-            close = 0.20 * (gap > spread) + 0.20 * (smaller > spread)
-            points.append(above + close + 0.01 * margin)
-            counted.append(places[name])
+        if name == other or other not in gaps:
+            continue
+        spread = spreads[name]
+        smaller = np.minimum(gap, gaps[other])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            margin = np.nan_to_num(np.tanh(smaller / spread - 1))  # 0 / 0 counts 0
+        above = 0.30 * (gap > 0) + 0.30 * (gaps[other] > 0)
+        close = 0.20 * (gap > spread) + 0.20 * (smaller > spread)
+        points.append(above + close + 0.01 * margin)
+        counted.append(places[name])
     return accuracy(np.array(points), items.weights[..., counted])
 
 
@@ -408,17 +412,20 @@ def rm_bench(scores: Scores, items: Items) -> Rows:
     """RM-Bench (arXiv 2410.16184; github.com/THU-KEG/RM-Bench): chosen i against rejected j, each
     concise, detailed, detailed in Markdown; all means are over domains. Easy: the chosen one is the
     fancier, i > j; normal: both have one style; hard: the rejected one is the fancier."""
-    right = []  # [prompts, chosen, rejected]
+    right = []
     for score, ranks in zip(scores, np.array(items.ranks)):
-        right.append(np.greater.outer(score[ranks == 1], score[ranks == 2]))
+        chosen, rejected = score[ranks == 1], score[ranks == 2]
+        right.append(chosen[:, None] > rejected)
+    right = np.array(right)  # [prompts, chosen, rejected]
     i, j = np.indices((3, 3))
     levels = {"easy": i > j, "normal": i == j, "hard": i < j, "overall": i < 3}
+    domains = np.array(items.categories)
     rows = {"overall": {}}  # first in the table
     for level, mask in levels.items():
-        shares = np.array(right)[:, mask].mean(1)  # [prompts]
-        domains = by_category(shares, np.array(items.categories), items.weights)
-        rows[level] = mean_of(domains.values())
-    return rows | domains  # those of all levels
+        shares = right[:, mask].mean(1)  # [prompts]
+        by_domain = by_category(shares, domains, items.weights)
+        rows[level] = mean_of(by_domain.values())
+    return rows | by_domain  # over all levels
 
 
 def judgebench(scores: Scores, items: Items) -> Rows:
@@ -447,35 +454,34 @@ METRICS = {
 # ---- Tables, and the names in them
 
 
-def table(title: str, systems: dict[str, Rows], counts: bool = True) -> str:
-    """Format rows as Markdown, systems across; with `counts`, also n, the number of items."""
-    lines = [[title, "n", *systems]]
-    for name in dict.fromkeys(name for rows in systems.values() for name in rows):
-        line = [name, ""]
-        for rows in systems.values():
+def table(title: str, systems: dict[str, Rows]) -> str:
+    """Format rows as Markdown, systems across: percent, with intervals where there are some."""
+    names = dict.fromkeys(itertools.chain(*systems.values()))  # of all rows, in order
+    columns = [[title, "-", *names]]
+    for system, rows in systems.items():
+        column = [system, "-"]
+        for name in names:
             row = rows.get(name, {})
-            line[1] = str(row.get("items", line[1]))
             cell = f"{100 * row['accuracy']:.1f}" if row else "-"
             if "low" in row:
                 cell += f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-            line.append(cell)
-        lines.append(line)
-    if not counts:
-        lines = [[line[0], *line[2:]] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+            column.append(cell)
+        columns.append(column)
+    for column in columns:
+        width = max(map(len, column))
+        column[:] = [cell.ljust(width) for cell in column]
+        column[1] = "-" * width
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
 
 
 def overall_table(benchmarks: dict[str, dict[str, Rows]]) -> str:
     """Format overall accuracies: systems down, benchmarks across, and the mean of all of them."""
-    columns = {}
+    columns, means = {}, {}
     for title, systems in benchmarks.items():
         columns[title] = {name: rows["overall"] for name, rows in systems.items()}
-    means = {}
     for name in set.intersection(*map(set, columns.values())):  # a text-only model misses some
         means[name] = mean_of([column[name] for column in columns.values()])
-    return table("overall accuracy", columns | {"mean": means}, counts=False)
+    return table("overall accuracy", columns | {"mean": means})
 
 
 def benchmark_title(comparisons: Comparisons) -> str:
@@ -502,16 +508,23 @@ def check_names(folders: list[str]) -> None:
 
 def short_names(models: list[str]) -> list[str]:
     """Name models by their folders, or by their whole paths where two folders have one name."""
-    names = [Path(model).name for model in models]
-    paths = [model.strip("/").replace("/", "-") for model in models]
-    return [name if names.count(name) == 1 else path for name, path in zip(names, paths)]
+    folders = [Path(model).name for model in models]
+    names = []
+    for model, folder in zip(models, folders):
+        path = model.strip("/").replace("/", "-")
+        names.append(folder if folders.count(folder) == 1 else path)
+    return names
 
 
 def models_of(settings: Settings) -> dict[str, str]:
     """{name in tables and files: folder} of every --model; none with --scores_from."""
-    models = [] if settings.scores_from else settings.model or ["artifacts/reward"]
-    suffix = f"+{Path(settings.text_model).name}" if settings.text_model else ""
-    return {name + suffix: model for name, model in zip(short_names(models), models)}
+    if settings.scores_from:
+        return {}
+    models = settings.model or ["artifacts/reward"]
+    names = short_names(models)
+    if settings.text_model:
+        names = [f"{name}+{Path(settings.text_model).name}" for name in names]
+    return dict(zip(names, models))
 
 
 # ---- Another system's scores: --scores_from
@@ -528,18 +541,21 @@ def read_results(settings: Settings) -> dict[str, dict[str, Scores]]:
     if len(settings.benchmark) != 1 or settings.model:
         raise UserError("--scores_from: needs the one --benchmark of its scores, and no --model")
     comparisons = Comparisons(settings.benchmark[0])
-    counts, scores = comparisons.response_counts(), []
+    counts = comparisons.response_counts()
     with data.reading(file, "it should be text in UTF-8"):
         lines = file.read_text(encoding="utf-8").splitlines()
     if len(lines) != len(counts):
         reason = f"{len(lines)} lines, but {comparisons.folder} has {len(counts)} comparisons"
         raise UserError(f"{file}: {reason}; its rejected lines need no scores")
+    scores = []
     for number, (line, count) in enumerate(zip(lines, counts), 1):
         values = []
         with suppress(ValueError, RecursionError):
             values = json.loads(line)
-        numbers = isinstance(values, list) and {int, float}.issuperset(map(type, values))
-        if not numbers or len(values) != count or not np.isfinite(np.float32(values)).all():
+        fits = isinstance(values, list) and len(values) == count
+        for value in values if fits else []:
+            fits &= type(value) in (int, float) and abs(value) < 3e38
+        if not fits:
             reason = f"not a JSON list of {count} finite numbers: {line[:60]!r}"
             raise UserError(f"{file}, line {number}: {reason}")
         scores.append(np.array(values, float))
@@ -556,37 +572,40 @@ def measuring_cost(name: str, model: Reward, comparisons: Comparisons, out: str)
     Tokens read and written (by critics), image patches, GFLOP, and seconds of one rank. A token
     (patch) takes 2 FLOP per weight of the decoder's (vision tower's) matrices, without attention.
     """
-    cost = {"read": 0, "written": 0, "patches": 0, "GFLOP": 0, "seconds": -time.perf_counter()}
+    cost = dict.fromkeys(("read", "written", "patches", "GFLOP"), 0)
+    started = time.perf_counter()
     yield
-    cost["seconds"] += time.perf_counter()
+    cost["seconds"] = time.perf_counter() - started
     for part in model.modules():
         if isinstance(part, model_stage.RewardModel):  # a router has two
             language, vision, _ = model_stage.parts_of(part.backbone)
             decoder = matrix_size(language) - matrix_size(language.get_input_embeddings())
-            cost["GFLOP"] += 2e-9 * decoder * (part.cost["read"] + part.cost["written"])
-            cost["GFLOP"] += 2e-9 * matrix_size(vision) * part.cost["patches"]
+            tokens = part.cost["read"] + part.cost["written"]
+            flop = 2 * decoder * tokens + 2 * matrix_size(vision) * part.cost["patches"]
+            cost["GFLOP"] += flop / 1e9
             for unit, count in part.cost.items():
                 cost[unit] += count
             part.cost.clear()
-    device = next(model.parameters()).device
-    total = torch.tensor(list(cost.values()), dtype=torch.float64, device=device)
+    total = torch.tensor(list(cost.values()), dtype=torch.float64)
+    total = total.to(next(model.parameters()).device)
     dist.all_reduce(total)
     if dist.get_rank() > 0:
         return
-    cost = dict(zip(cost, (total / len(comparisons)).tolist()))
-    title, path = benchmark_title(comparisons), Path(out, name, "cost.json")
+    for unit, value in zip(cost, total.tolist()):
+        cost[unit] = value / len(comparisons)
+    title = benchmark_title(comparisons)
+    path = Path(out, name, "cost.json")
     costs = json.loads(path.read_text()) if path.is_file() else {}  # of other benchmarks
-    data.write_file(path, json.dumps(costs | {title: cost}, indent=1))
-    per_comparison = ", ".join(f"{value:.4g} {unit}" for unit, value in cost.items())
-    print(f"{name} on {title}: a comparison costs {per_comparison}")
+    costs[title] = cost
+    data.write_file(path, json.dumps(costs, indent=1))
+    shares = ", ".join(f"{value:.4g} {unit}" for unit, value in cost.items())
+    print(f"{name} on {title}: a comparison costs {shares}")
     print_overlap(f"{name} on {title}", model.trained_with.get("data", []), comparisons)
 
 
 def matrix_size(module: torch.nn.Module | None) -> int:
-    total = 0
-    for parameter in module.parameters() if module is not None else []:
-        total += parameter.numel() if parameter.ndim > 1 else 0
-    return total
+    parameters = [] if module is None else module.parameters()
+    return sum(parameter.numel() for parameter in parameters if parameter.ndim > 1)
 
 
 def print_overlap(system: str, trained_on: list[str], comparisons: Comparisons) -> None:
@@ -647,42 +666,48 @@ def scored_lines(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     while block := list(itertools.islice(lines, 256 * world)):
-        parts = [None] * world if rank == 0 else None
-        dist.gather_object(score_lines(model, block[rank::world], folder, settings), parts)
-        for i in range(len(block) if rank == 0 else 0):
-            yield parts[i % world][i // world]
+        records = score_lines(model, block[rank::world], folder, settings)
+        parts = [None] * world  # the records of each rank
+        dist.gather_object(records, parts if rank == 0 else None)
+        if rank == 0:
+            for i in range(len(block)):
+                yield parts[i % world][i // world]
 
 
 def score_lines(model: Reward, lines: list[bytes], folder: Path, settings: Settings) -> list[dict]:
     """Score lines in the JSON form of 01, which need no ranks here; image paths are relative to
     `folder`. Adds `scores` of `responses`, or of chosen and rejected, or the reason as `error`."""
-    records, encoded = [], []
+    records, scored, comparisons = [], [], []
     for line in lines:
         record = {"line": line.decode(errors="replace")}
         try:
             record = data.read_json(line)
-            record.pop("scores", None)
-            record.pop("error", None)  # of an earlier run
-            responses = record.get("responses")
-            if isinstance(responses, list):
-                responses = {f"responses[{i}]": text for i, text in enumerate(responses)}
-            else:
-                responses = {key: record.get(key) for key in ("chosen", "rejected")}
-                fine = None not in responses.values()
-                data.require(fine, "missing field: responses, or chosen and rejected")
-            data.require("prompt" in record, "missing field: prompt")
-            texts = [data.text_of(response, key) for key, response in responses.items()]
-            comparison = model.encode(record["prompt"], texts, data.images_in(record), folder)
-            data.check_length(comparison.prompt, comparison.responses, settings.max_length)
-            encoded.append((record, comparison))
+            record.pop("scores", None)  # of an earlier run
+            record.pop("error", None)
+            comparisons.append(encode_line(model, record, folder, settings.max_length))
+            scored.append(record)
         except data.Unusable as error:
             record["error"] = str(error)
         records.append(record)
-    comparisons = [comparison for _, comparison in encoded]
-    scores = iter(model.score_encoded(comparisons, settings.micro_tokens).tolist())
-    for record, comparison in encoded:
-        record["scores"] = list(itertools.islice(scores, len(comparison.responses)))
+    scores = model.score_encoded(comparisons, settings.micro_tokens)
+    counts = [len(comparison.responses) for comparison in comparisons]
+    for record, part in zip(scored, scores.split(counts)):
+        record["scores"] = part.tolist()
     return records
+
+
+def encode_line(model: Reward, record: dict, folder: Path, max_length: int) -> data.Comparison:
+    responses = record.get("responses")
+    if isinstance(responses, list):
+        texts = [data.text_of(text, f"responses[{i}]") for i, text in enumerate(responses)]
+    else:
+        pair = "chosen" in record and "rejected" in record
+        data.require(pair, "missing field: responses, or chosen and rejected")
+        texts = [data.text_of(record[key], key) for key in ("chosen", "rejected")]
+    data.require("prompt" in record, "missing field: prompt")
+    comparison = model.encode(record["prompt"], texts, data.images_in(record), folder)
+    data.check_length(comparison.prompt, comparison.responses, max_length)
+    return comparison
 
 
 # ---- The report: a page without scripts; jinja2 escapes whatever comes from data
@@ -713,7 +738,9 @@ p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem }
 {% endfor %}
 </svg>
 {% endmacro %}
-{% for quantity, curves in learning.items() %}{{ draw(curves, "step", quantity) }}{% endfor %}
+{% for quantity, curves in learning.items() %}
+{{ draw(curves, "step", quantity) }}
+{% endfor %}
 {% for benchmark in benchmarks %}
 <h2>{{ benchmark.title }}</h2>
 {{ draw(benchmark.histogram, "score of the better response - that of the worse", "pairs") }}
@@ -741,15 +768,17 @@ def write_report(out: Path, results: dict[str, Scores], settings: Settings) -> N
     benchmarks = []
     for folder, scores in results.items():
         comparisons = Comparisons(folder)
-        benchmarks.append({"title": benchmark_title(comparisons), **margins(scores, comparisons)})
+        benchmark = margins(scores, comparisons)
+        benchmark["title"] = benchmark_title(comparisons)
+        benchmarks.append(benchmark)
     processors = data.load_processors(path or comparisons.info["backbone"])
     html = render(out.name, learning_curves(path), benchmarks, processors)
     data.write_file(out / "report.html", html)
 
 
-def render(name: str, learning: dict, benchmarks: list[dict], processors: data.Processors) -> str:
-    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    return page.render(
+def render(name: str, learning: dict, benchmarks: list[dict], processors) -> str:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    return environment.from_string(PAGE).render(
         name=name,
         learning=learning,
         benchmarks=benchmarks,
@@ -760,23 +789,22 @@ def render(name: str, learning: dict, benchmarks: list[dict], processors: data.P
 
 
 def margins(scores: Scores, comparisons: Comparisons, worst: int = 12) -> dict:
-    """Gather the scores of better responses minus those of worse ones, and the lowest of these."""
-    differences, wrong = [], []
+    """Gather margins, scores of better responses minus those of worse ones, and the worst items."""
+    values, wrong = [], []
     for i, (score, comparison) in enumerate(zip(scores, comparisons)):
-        own = np.array([score[better] - score[worse] for better, worse in comparison.pairs])
-        differences.append(own)
-        if own.min() < 0:  # not if one is nan
-            wrong.append((own.min(), i))
-    flat = np.concatenate(differences)
-    finite = flat[np.isfinite(flat)]
+        own = [score[better] - score[worse] for better, worse in comparison.pairs]
+        values.extend(own)
+        if np.min(own) < 0:  # not if one is nan
+            wrong.append((min(own), i))
+    gallery = []
+    for margin, i in sorted(wrong)[:worst]:
+        gallery.append((margin, comparisons[i], scores[i]))
+    finite = np.array(values)[np.isfinite(values)]
     reach = np.abs(finite).max(initial=1e-9)
     counts, edges = np.histogram(finite, 40, (-reach, reach))
-    steps = np.stack([edges.repeat(2)[1:-1], counts.repeat(2)], 1).tolist()  # two corners per bin
-    return {
-        "lost": len(flat) - len(finite),
-        "histogram": {"wrong": steps[:40], "right": steps[40:]},
-        "wrong": [(margin, comparisons[i], scores[i]) for margin, i in sorted(wrong)[:worst]],
-    }
+    points = list(zip(edges.tolist(), counts.tolist()))  # at the lower edge of each bin
+    histogram = {"wrong": points[:20], "right": points[20:]}
+    return {"histogram": histogram, "wrong": gallery, "lost": len(values) - len(finite)}
 
 
 def learning_curves(model: str) -> dict[str, dict[str, list]]:
@@ -789,17 +817,19 @@ def learning_curves(model: str) -> dict[str, dict[str, list]]:
     for name in ("loss", "accuracy", "validation_loss", "validation_accuracy"):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
-            quantities.setdefault(name.removeprefix("validation_"), {})[name] = points
+            quantity = quantities.setdefault(name.removeprefix("validation_"), {})
+            quantity[name] = points
     return quantities
 
 
 def decode(tokens: Array, processors: data.Processors) -> str:
     """Give the text of a prompt or response, with [picture] where a picture's tokens are."""
-    parts = []
-    for picture, run in itertools.groupby(tokens.tolist(), lambda t: t == processors.image_token):
-        text = processors.tokenizer.decode(list(run), skip_special_tokens=True)
-        parts.append("[picture]" if picture else text)
-    return "".join(parts)
+    text = ""
+    picture_token = processors.image_token
+    for picture, run in itertools.groupby(tokens.tolist(), lambda token: token == picture_token):
+        words = processors.tokenizer.decode(list(run), skip_special_tokens=True)
+        text += "[picture]" if picture else words
+    return text
 
 
 if __name__ == "__main__":

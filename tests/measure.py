@@ -1,6 +1,6 @@
-"""Runs the default pipeline, all six stages with no argument but --seed, and prints what the README claims.
+"""Run the default pipeline, all six stages with --seed, and print the figures of the README.
 
-    python tests/measure.py                       # seeds 0, 1 and 2; keep everything else on the machine still
+    python tests/measure.py                       # seeds 0, 1 and 2, on an otherwise idle machine
     python tests/measure.py --seeds 0 --out results.json
 
 Each run happens in a copy of the project in a temporary folder, so nothing here is touched.
@@ -30,40 +30,28 @@ def run(seed: int, ranks: int) -> dict:
         seconds = {}
         for script in sorted(path.name for path in ROOT.glob("0*.py")):
             began = time.perf_counter()
-            launch = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={ranks}",
-            ]
-            seeded = (
-                []
-                if script == "04_eval.py"
-                else ["--seed", str(seed + (script == "05_ensemble.py"))]
-            )
-            command = [*launch, script, *seeded]
-            subprocess.run(
-                command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-            )
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc_per_node={ranks}", script]
+            if script != "04_eval.py":  # which has no seed
+                command += ["--seed", str(seed + (script == "05_ensemble.py"))]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            subprocess.run(command, cwd=folder, check=True, **quiet)
             seconds[script] = time.perf_counter() - began
         artifacts = Path(folder, "artifacts")
         scores = json.loads((artifacts / "scores/reward/summary.json").read_text())
         ensemble = json.loads((artifacts / "ensemble/summary.json").read_text())["benchmarks"]
         policy = json.loads((artifacts / "policy/evaluation.json").read_text())
-    systems = {name: scores[name] | ensemble[name] for name in BENCHMARKS}
     accuracy = {}
     for system in ("longer wins", *ensemble["new_text"]):
-        accuracy[system] = {
-            name: 100 * found[system]["overall"]["accuracy"]
-            for name, found in systems.items()
-            if system in found
-        }
+        accuracy[system] = {}
+        for name in BENCHMARKS:
+            systems = scores[name] | ensemble[name]
+            if system in systems:
+                accuracy[system][name] = 100 * systems[system]["overall"]["accuracy"]
     grades = {}
     for when in ("before", "after"):
-        grades[f"policy {when}"] = {
-            kind: 100 * policy[when][kind] for kind in ("exact_match", "open_grade")
-        }
+        kinds = ("exact_match", "open_grade")
+        grades[f"policy {when}"] = {kind: 100 * policy[when][kind] for kind in kinds}
     return {
         "seed": seed,
         "accuracy": accuracy,
@@ -78,18 +66,14 @@ def cell(values: list[float]) -> str:
 
 
 def table(title: str, results: list[dict]) -> str:
-    """What the runs say under the same names, rows down and columns across, as Markdown."""
-    rows, columns = (
-        list(results[0]),
-        list(dict.fromkeys(name for row in results[0].values() for name in row)),
-    )
+    """Format {row: {column: value}} of several runs as one Markdown table."""
+    columns = list(dict.fromkeys(name for row in results[0].values() for name in row))
     lines = [[title, *columns], ["---"] * (len(columns) + 1)]
-    for row in rows:
-        cells = [
-            [result[row][column] for result in results if column in result[row]]
-            for column in columns
-        ]
-        lines.append([row, *map(cell, cells)])
+    for row in results[0]:
+        line = [row]
+        for column in columns:
+            line.append(cell([result[row][column] for result in results if column in result[row]]))
+        lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

@@ -1,5 +1,5 @@
-"""The studies in miniature: every run's command lines are ones that the stages take, results count only for what made
-them, the README has their tables, and backbones of all families can be made."""
+"""The studies in miniature: the stages take every run's command lines, results count only for the
+lines that made them, the README has their tables, and backbones of all families can be made."""
 
 import importlib
 import json

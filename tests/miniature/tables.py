@@ -1,9 +1,9 @@
-"""Writes the tables of the studies into the README.md beside it, from results.jsonl: mean and standard error over the seeds.
+"""Write the tables of the studies into README.md, from results.jsonl: means over the seeds.
 
-    python tests/miniature/tables.py             # writes them; with --check only says whether they are up to date
+    python tests/miniature/tables.py             # with --check: only tell whether they are current
 
-In the README a table stands between <!-- study: NAME --> and <!-- end -->; that of the costs between <!-- costs --> and
-<!-- end -->.
+In the README a table stands between <!-- study: NAME --> and <!-- end -->, the table of costs
+between <!-- costs --> and <!-- end -->.
 """
 
 import re
@@ -18,7 +18,7 @@ README = Path(__file__).with_name("README.md")
 
 
 def cell(column: str, values: list[float]) -> str:
-    """Mean ± standard error of the mean (with n - 1), in percent; of what a comparison costs, the mean."""
+    """Mean ± standard error of the mean (with n - 1), in percent; for costs, the mean alone."""
     if not values:
         return "-"
     if column.endswith("a comparison"):
@@ -33,20 +33,22 @@ def table(name: str, results: dict) -> str:
     """A study as Markdown: rows down, what was measured across, then the paper's figures."""
     study = STUDIES[name]
     runs = {row.run for row in study.rows}
-    of = {
-        run: [line["measured"] for (each, _), line in results.items() if each == run]
-        for run in runs
-    }
-    seeds = sorted({len(found) for found in of.values()})
+    measured = {run: [] for run in runs}
+    for (run, _), line in results.items():
+        if run in runs:
+            measured[run].append(line["measured"])
+    seeds = sorted({len(values) for values in measured.values()})
     seeds = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    lines = [
-        [f"percent, {seeds}", *study.columns, *([f"paper: {study.paper}"] if study.paper else [])]
-    ]
-    for label, run, part, paper in study.rows:
-        cells = [
-            cell(column, [found[part + column] for found in of[run]]) for column in study.columns
-        ]
-        lines.append([label, *cells, *([paper] if study.paper else [])])
+    lines = [[f"percent, {seeds}", *study.columns]]
+    for label, run, part, _ in study.rows:
+        line = [label]
+        for column in study.columns:
+            line.append(cell(column, [values[part + column] for values in measured[run]]))
+        lines.append(line)
+    if study.paper:
+        figures = [paper for *_, paper in study.rows]
+        for line, figure in zip(lines, [f"paper: {study.paper}", *figures]):
+            line.append(figure)
     return markdown(lines)
 
 
@@ -63,11 +65,10 @@ def with_needed(runs: set[str]) -> set[str]:
 
 
 def costs(results: dict) -> str:
-    """What each study takes by itself, with all that it needs, two runs at a time; and all of them together, which
-    share runs."""
-    studies = {
-        name: with_needed({row.run for row in study.rows}) for name, study in STUDIES.items()
-    }
+    """The minutes of each study with all it needs, two runs at a time; and of all, which share."""
+    studies = {}
+    for name, study in STUDIES.items():
+        studies[name] = with_needed({row.run for row in study.rows})
     lines = [["study", "runs", "minutes on two cores"]]
     for name, runs in (studies | {"all": set(RUNS)}).items():
         seconds = [line["seconds"] for (run, _), line in results.items() if run in runs]
@@ -78,21 +79,18 @@ def costs(results: dict) -> str:
 def filled_in(readme: str) -> str:
     """The README with every study's table, and that of the costs, as results.jsonl has it."""
     results = read_results()
-    fill = lambda found: f"{found[1]}\n{table(found[2], results)}\n<!-- end -->"
-    readme = re.sub(r"(<!-- study: (\w+) -->)\n.*?<!-- end -->", fill, readme, flags=re.DOTALL)
-    return re.sub(
-        r"(<!-- costs -->)\n.*?<!-- end -->",
-        rf"\1\n{costs(results)}\n<!-- end -->",
-        readme,
-        flags=re.DOTALL,
-    )
+
+    def fill(match: re.Match) -> str:
+        body = table(match[2], results) if match[2] else costs(results)
+        return f"{match[1]}\n{body}\n<!-- end -->"
+
+    pattern = r"(<!-- (?:study: (\w+)|costs) -->)\n.*?<!-- end -->"
+    return re.sub(pattern, fill, readme, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
     readme = README.read_text()
     if filled_in(readme) != readme:
         if "--check" in sys.argv:
-            sys.exit(
-                "the README's tables are not those of results.jsonl; run python tests/miniature/tables.py"
-            )
+            sys.exit("the README's tables are old; run python tests/miniature/tables.py")
         README.write_text(filled_in(readme))
