@@ -25,7 +25,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -54,19 +53,17 @@ from tqdm import tqdm
 
 data = importlib.import_module("01_data")  # `import 01_data` would be a syntax error
 model_stage = importlib.import_module("02_model")
-option, UserError, RewardModel = data.option, data.UserError, model_stage.RewardModel
+option = data.option
+UserError = data.UserError
+RewardModel = model_stage.RewardModel
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. Who reads what. Every rank computes the same plan from the lengths and the seed, and needs to
-# ask no other.
+# 1. Who reads what. Every rank computes the same plan from the lengths and the seed.
 
 
 def order_of_training(count: int, settings: "Settings") -> list[list[int]]:
-    """Shuffle `count` comparisons once per epoch and cut them into steps, as lists of indices.
-
-    The last batch is filled up from a further shuffle, so no comparison is dropped.
-    """
+    """Cut one shuffle per epoch into steps, as lists of indices; one more fills the last step."""
     steps = settings.steps or math.ceil(count * settings.epochs / settings.batch_size)
     needed = steps * settings.batch_size
     rng = np.random.default_rng(settings.seed)
@@ -98,17 +95,13 @@ class MicroBatch:
 
 
 def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> list[MicroBatch]:
-    """Deal the comparisons of all steps to micro-batches and ranks; return those of one rank.
+    """Deal the comparisons of each step to micro-batches and ranks; return those of one rank.
 
-    FSDP's all-gathers need all ranks, so each rank gets the same number of micro-batches, and about
+    All ranks get equally many micro-batches, since FSDP's all-gathers need all ranks, and about
     equal work, since all wait for the slowest. A rank without an image would skip the vision tower
     while the others wait in the tower's all-gather forever: it reads a blank one (`dummy_image`),
-    whose gradient is zero.
-
-    Args:
-        steps: indices of the comparisons of each step.
-        tokens, patches: sizes of all comparisons, [n] each.
-        micro_tokens: most tokens of a forward, unless a single comparison is longer.
+    whose gradient is zero. Only a comparison that is longer by itself exceeds `micro_tokens`.
+    `steps` are lists of indices; `tokens` and `patches` are the sizes of all comparisons, [n] each.
     """
     cost = tokens + patches // 4  # in tokens: the vision tower is the smaller model
 
@@ -167,10 +160,10 @@ def pairs_of(comparisons: list) -> Pairs:
 def ranking_loss(
     scores: Tensor, pairs: Pairs, zero_coefficient: float = 0.0, length_normalisation: bool = False
 ) -> Tensor:
-    """Sum the paper's loss (Algorithm 1) over the comparisons of a row with scores [N].
+    """Sum the paper's loss (Algorithm 1) over the comparisons of a row; its scores are [N].
 
-    The paper tried two regularisers and uses neither: `zero_coefficient` pulls scores to zero, as
-    the loss leaves their offset open; `length_normalisation` divides r by log(tokens + 1).
+    The paper tried both regularisers and uses neither. The first pulls scores to zero, since the
+    loss leaves their offset open; the second divides them by log(tokens + 1).
     """
     if length_normalisation:
         scores = scores / torch.log(pairs.lengths + 1.0)
@@ -202,13 +195,13 @@ def loss_and_scores(model, row, pairs: Pairs, settings: "Settings") -> tuple[Ten
 
 
 def shard(
-    model,
-    backbone,
-    device,
-    activation_checkpointing=False,
-    in_float32=(),
-    shard_size=0,
-    compile=False,
+    model: nn.Module,
+    backbone: nn.Module,
+    device: torch.device,
+    activation_checkpointing: bool = False,
+    in_float32: list[nn.Module] = (),
+    shard_size: int = 0,
+    compile: bool = False,
 ) -> None:
     """Shard `model`, which contains the transformers model `backbone`, in place (c).
 
@@ -243,10 +236,9 @@ def shard(
 
 
 def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
-    """Fill an empty, sharded transformers model from its checkpoint (d).
+    """Fill an empty, sharded transformers model (d): rank 0 reads its checkpoint and broadcasts it.
 
-    Rank 0 reads the checkpoint and broadcasts it tensor by tensor; each rank keeps its share. The
-    price is one full float32 copy in the main memory of rank 0, 31 GB for a 7B.
+    The price is one full float32 copy in the main memory of rank 0, 31 GB for a 7B.
     """
     full = {}
     if dist.get_rank() == 0:
@@ -264,8 +256,7 @@ def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
 def make_optimizer(model: nn.Module, settings: "Settings") -> torch.optim.AdamW:
     """Make AdamW (e) and allocate its state, since a checkpoint is loaded into existing tensors."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    decay = settings.weight_decay
-    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay}
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay}
     vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
     betas = (0.9, settings.beta2)
     optimizer = torch.optim.AdamW([matrices, vectors], settings.learning_rate, betas, fused=True)
@@ -321,8 +312,7 @@ def train(settings: "Settings") -> dict:
     order = order_of_training(len(comparisons), settings)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world)
 
-    vision = model_stage.parts_of(model.backbone).vision
-    if vision is not None:
+    if vision := model_stage.parts_of(model.backbone).vision:
         vision.requires_grad_(not settings.freeze_vision)
     heads = [module for module in model.modules() if isinstance(module, model_stage.RewardHead)]
     recompute = settings.activation_checkpointing
@@ -332,22 +322,15 @@ def train(settings: "Settings") -> dict:
 
     state = training_state(model, optimizer)
     run = describe_run(settings, tokens)
-    start = begin(settings, state, run)  # after which step: 0, or that of a checkpoint
-    if rank == 0:
-        print_start(settings, model, patches, micro_batches, start)
+    start = begin(settings, state, run)  # 0, or the step of a checkpoint
+    log = Log(settings, model, micro_batches, patches, start)  # metrics.jsonl and a progress bar
     sigterm = []  # filled when the machine is about to be taken away (spot preemption)
     signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
-    size = settings.batch_size
-    bar = tqdm(total=len(order) * size, initial=start * size, unit=" comparisons", disable=rank > 0)
     sums = torch.zeros(4, device=device)  # of a step: loss, right pairs, margins, ranks to stop
-    line = {}
-    waited = 0.0
-    began = loading = time.perf_counter()
     remaining = [micro for micro in micro_batches if micro.step >= start]
     model.train()
-    for micro, row, pairs in load(comparisons, remaining, model, device, settings.workers):
-        waited += time.perf_counter() - loading
-
+    batches = load(comparisons, remaining, model, device, settings.workers)
+    for micro, row, pairs in log.time_waiting(batches):
         # Forward and backward. FSDP averages gradients over ranks. Times `world` that is their sum,
         # and divided by the comparisons of the whole step it is the gradient of one rank that reads
         # them all in one row, however they are dealt to ranks and micro-batches.
@@ -356,7 +339,6 @@ def train(settings: "Settings") -> dict:
         margins = (scores[pairs.better] - scores[pairs.worse]).detach()  # [pairs]
         right = (pairs.weight * (margins > 0)).sum()
         sums[:3] += torch.stack([loss.detach(), right, (pairs.weight * margins).sum()])
-        loading = time.perf_counter()
         if not micro.last:
             continue
 
@@ -369,10 +351,8 @@ def train(settings: "Settings") -> dict:
         step = micro.step + 1
         if not math.isfinite(loss + norm):
             names = [str(comparisons[i]) for i in order[micro.step]]
-            raise UserError(
-                f"step {step}: loss {loss:g}, norm of the gradient {norm:g}, "
-                f"from {len(names)} comparison(s): {', '.join(names)}; the weights are as before"
-            )
+            bad = f"step {step}: loss {loss:g}, norm of the gradient {norm:g}"
+            raise UserError(f"{bad}, from {len(names)} comparison(s): {', '.join(names)}")
 
         # Update.
         for group in optimizer.param_groups:
@@ -390,28 +370,24 @@ def train(settings: "Settings") -> dict:
             "grad_norm": norm,  # before clipping
             "learning_rate": optimizer.param_groups[0]["lr"],
             "tokens": int(tokens[order[micro.step]].sum()),  # of the packed rows of all ranks
-            "seconds": time.perf_counter() - began,
-            "data_seconds": waited,  # of these, rank 0's wait for the loader
+            **log.seconds(),
         }
-        if held_out and (is_due(step, settings.validate_every) or step == len(order)):
+        due = step % (settings.validate_every or math.inf) == 0
+        if held_out and (due or step == len(order)):
             line |= validate(model, held_out, settings, device)
-        if rank == 0:
-            append_line(settings, line)
-        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
-        bar.update(size)
+        log.write(line)
 
         # Save a checkpoint; on SIGTERM exit.
-        if (is_due(step, settings.checkpoint_every) or stopping) and step < len(order):
+        due = step % (settings.checkpoint_every or math.inf) == 0
+        if (due or stopping) and step < len(order):
             save_checkpoint(Path(settings.out, "checkpoints"), step, state, run)
             if stopping:
                 raise UserError(f"stopped by SIGTERM after step {step}; continue with --resume")
-        began = loading = time.perf_counter()
-        waited = 0.0
+        log.start_step()
 
-    bar.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     export(model, settings, len(order))
-    return line
+    return log.line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,9 +407,9 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, run: dict, keep: int = 2) -> None:
-    """Write `step_000050/` under a temporary name and rename it when all ranks are done.
+    """Write a checkpoint under another name and rename it when all ranks are done.
 
-    So a folder called step_... is whole. `run`, anything that JSON can hold, goes into run.json.
+    So a folder called step_000050 is whole. `run` goes into its run.json.
     """
     final = folder / f"step_{step:06d}"
     unfinished = folder / f".writing_{step:06d}"
@@ -449,12 +425,6 @@ def save_checkpoint(folder: Path, step: int, state: dict, run: dict, keep: int =
             for old in sorted(folder.glob("step_*"))[:-keep]:  # renamed before it is deleted
                 shutil.rmtree(old.rename(folder / f".old_{old.name}"))
         dist.barrier()
-
-
-def load_checkpoint(checkpoint: Path, state: dict) -> None:
-    """Read a checkpoint into the tensors of `state`, of which each rank has a share."""
-    with data.reading(checkpoint, "remove it"), one_error():
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -619,6 +589,12 @@ def begin(settings: Settings, state: dict, run: dict) -> int:
     return step
 
 
+def load_checkpoint(checkpoint: Path, state: dict) -> None:
+    """Read a checkpoint into the tensors of `state`, of which each rank has a share."""
+    with data.reading(checkpoint, "remove it"), one_error():
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
+
+
 @contextmanager
 def one_error():
     """Raise the first rank's error in place of the report on all ranks."""
@@ -636,28 +612,50 @@ def imbalance(micro_batches: list[MicroBatch]) -> float:
     return slowest / max(1, mean) - 1
 
 
-def print_start(settings: Settings, model, patches, micro_batches, start: int) -> None:
-    head = "a new head"
-    if trained := model.trained_with:
-        head = f"its head, trained on {', '.join(trained['data'])} for {trained['steps']} steps"
-    print(
-        f"{settings.model} with {head}, {len(patches)} comparisons, {sum(patches > 0)} with images"
-    )
-    print(f"after step {start}; load imbalance {imbalance(micro_batches):.1%}", flush=True)
-    if size_of(model) > 1e8 and settings.learning_rate > 5e-5:
-        print(
-            f"--learning_rate {settings.learning_rate:g} suits small models; the paper takes 3e-6"
-        )
+class Log:
+    """Say what is trained, write metrics.jsonl and show progress, on rank 0; measure times."""
 
+    def __init__(self, settings: Settings, model, micro_batches, patches, start: int):
+        self.path = Path(settings.out, "metrics.jsonl")
+        self.rank = dist.get_rank()
+        self.size = settings.batch_size
+        self.line = {}
+        if self.rank == 0:
+            trained = model.trained_with
+            head = f"its head, trained on {', '.join(trained['data'])}" if trained else "a new head"
+            print(f"{settings.model} with {head}; {len(patches)} comparisons,", end=" ")
+            print(f"{(patches > 0).sum()} with images; {start} steps are done;", end=" ")
+            print(f"load imbalance {imbalance(micro_batches):.1%}", flush=True)
+            if size_of(model) > 1e8 and settings.learning_rate > 5e-5:
+                print(f"--learning_rate {settings.learning_rate:g}: the paper takes 3e-6 for a 7B")
+        total = (micro_batches[-1].step + 1) * self.size
+        counts = {"total": total, "initial": start * self.size, "unit": " comparisons"}
+        self.bar = tqdm(**counts, disable=self.rank > 0)
+        self.start_step()
 
-def is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    def start_step(self) -> None:
+        self.began = time.perf_counter()
+        self.waited = 0.0
 
+    def time_waiting(self, batches):
+        """Pass batches on and add up how long each took to come."""
+        began = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
 
-def append_line(settings: Settings, line: dict) -> None:
-    log = Path(settings.out, "metrics.jsonl")
-    with data.writing(log), open(log, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    def seconds(self) -> dict[str, float]:
+        """Seconds of this step, and of these the wait for the loader."""
+        return {"seconds": time.perf_counter() - self.began, "data_seconds": self.waited}
+
+    def write(self, line: dict) -> None:
+        self.line = line
+        if self.rank == 0:
+            with data.writing(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+        self.bar.update(self.size)
 
 
 def export(model, settings: Settings, steps: int) -> None:
@@ -763,19 +761,16 @@ class Meter(TorchDispatchMode):
         self.bytes -= size
 
 
-def drop_gradient(parameter: nn.Parameter) -> None:
-    parameter.grad = None  # as FSDP does when it has reduced it
-
-
 def measure(model: nn.Module, row) -> Meter:
     """Run a packed row forward and backward on the meta device."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(drop_gradient) for p in trained]
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # FSDP frees a gradient when it has reduced it
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
-    with Meter(model.parameters()) as meter, attention:
+    # transformers would compare numbers of image tokens, and on this device there are none.
+    unchecked = mock.patch.dict("os.environ", {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"})
+    with Meter(model.parameters()) as meter, attention, unchecked:
         model(row).sum().backward()
-    for hook in hooks:
-        hook.remove()
     return meter
 
 
@@ -819,8 +814,7 @@ def model_to_plan(settings: Settings) -> RewardModel:
     if settings.activation_checkpointing:
         backbone.activation_checkpointing_enable()
         backbone.disable_input_require_grads()
-    vision = model_stage.parts_of(backbone).vision
-    if vision is not None:
+    if vision := model_stage.parts_of(backbone).vision:
         vision.requires_grad_(not settings.freeze_vision)
     return RewardModel(backbone, head, data.load_processors(settings.model)).train()
 
@@ -833,8 +827,7 @@ def assumed_comparison(lengths: list[int], processors):
     grids = np.zeros((0, 3), np.int32)
     if image:
         side = processors.vision.patch * processors.vision.merge  # pixels of a token
-        heights = range(math.isqrt(image // 2), math.isqrt(image) + 1)
-        height = min(heights, key=lambda h: abs(h * round(image / h) - image))  # nearly square
+        height = 2 ** int(math.log2(image) / 2)  # in tokens; the picture is not quite square
         picture = data.Image.new("RGB", (side * round(image / height), side * height))
         images = [data.read_image(picture, Path())]
         grids = np.array([data.patch_grid(picture.size, processors)], np.int32)
@@ -867,7 +860,6 @@ def print_plan(settings: Settings) -> None:
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, 0, gpus)
     largest = max(micro_batches, key=lambda micro: micro.loads[0])
     _, row = pack_micro_batch(largest, comparisons, model.processors)
-    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # it compares numbers, and there are none
     row = row.to(torch.device("meta"))
     whole = measure(model, row)
     text = measure(model, dataclasses.replace(row, images=None))
