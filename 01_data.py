@@ -78,7 +78,11 @@ class Comparison:
     # [images, 3]: time (or tiles), height and width of each image in patches
     grids: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int32))
     record: dict = field(default_factory=dict)  # id, category, answer, ...: fields carried along
-    origin: str = ""  # where it was read, for messages
+    origin: str = ""  # where it was read
+
+    def __str__(self) -> str:
+        """Name the comparison in messages."""
+        return f"{self.origin} (id {self.record['id']})" if "id" in self.record else self.origin
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -202,10 +206,7 @@ def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int,
 
 
 def expand_image_tokens(ids: np.ndarray, grids: np.ndarray, processors: Processors) -> np.ndarray:
-    """Repeat the token of each image as often as the vision tower gives features for the image.
-
-    The tower merges 2 x 2 patches into one feature: an image of 8 x 6 patches has 12 tokens.
-    """
+    """Repeat an image's token for each feature of the vision tower, one for 2 x 2 patches."""
     if processors.family.around:
         ids = surround_image_tokens(ids, processors)
     repeats = np.ones(len(ids), int)
@@ -343,8 +344,6 @@ class Comparisons(torch.utils.data.Dataset):
         file = self.folder / self.info["shards"][shard][0]
         comparison = open_shard(file)[number - self.starts[shard]]
         comparison.origin = f"{self.folder}[{number}]"
-        if "id" in comparison.record:
-            comparison.origin += f" (id {comparison.record['id']})"
         return comparison
 
 
@@ -997,7 +996,7 @@ def use_pixel_limits(processors: Processors, sets: list[Comparisons]) -> None:
 
 def open_images(comparison: Comparison, processors: Processors) -> list[Image.Image]:
     """Decode the images of a comparison for the model."""
-    with explaining(comparison.origin, Unusable):
+    with explaining(str(comparison), Unusable):
         return [open_image(image) for image in comparison.images]
 
 
