@@ -616,9 +616,10 @@ def print_overlap(system: str, trained_on: list[str], comparisons: Comparisons) 
         return print(f"{system}: this is training data")
     prompts, pictures = set(), set()
     for folder in folders:
-        seen = Comparisons(folder)
-        prompts.update(seen.hashes("prompt_hashes").tolist())
-        pictures.update(seen.hashes("image_hashes").tolist())
+        with suppress(UserError):  # an older format of shards is no reason to lose the scores
+            seen = Comparisons(folder)
+            prompts.update(seen.hashes("prompt_hashes").tolist())
+            pictures.update(seen.hashes("image_hashes").tolist())
     text = picture = 0
     for comparison in comparisons:
         if comparison.images:

@@ -2,7 +2,7 @@
 
     python tests/bench/score.py
 
-Compares the packed row, which reads each prompt and its picture once, with one padded batch that has
+Compare the packed row, which reads each prompt and its picture once, with one padded batch that has
 a row for every response, and with one row at a time. Same weights, same comparisons (pictures of
 64-256 tokens, prompts of 20-80, responses of 20-200); the scores are compared first.
 """
