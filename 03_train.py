@@ -814,8 +814,12 @@ def model_to_plan(settings: Settings) -> RewardModel:
     if settings.activation_checkpointing:
         backbone.activation_checkpointing_enable()
         backbone.disable_input_require_grads()
-    if vision := model_stage.parts_of(backbone).vision:
-        vision.requires_grad_(not settings.freeze_vision)
+    parts = model_stage.parts_of(backbone)
+    if parts.vision:
+        parts.vision.requires_grad_(not settings.freeze_vision)
+    # InternVL and Qwen3-VL read numbers here, which this device has none of; both steps are cheap.
+    parts.language.rotary_emb.rope_type = "default"
+    parts.language._deepstack_process = lambda hidden, mask, images: hidden + images.sum()
     return RewardModel(backbone, head, data.load_processors(settings.model)).train()
 
 

@@ -1,11 +1,11 @@
-"""Runs scripts as torchrun does, with ranks that are forked from one process which has imported the stages: of a fresh
-torchrun, torchrun itself and each rank first import torch and transformers, some three seconds of a core each.
+"""Run scripts as torchrun does, with ranks forked from one process that has imported the stages.
 
-    python tests/forks.py      # runs what it reads, one JSON object a line, and prints how each ended
+    python tests/forks.py      # run what it reads, a JSON object a line; print how each ended
 
-As with torchrun, ranks are processes of their own that meet in a store which belongs to none of them, read their own
-command line, are ended when one of them fails, and end as an interpreter ends. What was imported before they began is
-all that differs, and so what an import reads from the environment.
+A fresh torchrun and each of its ranks first import torch and transformers, some three seconds of a
+core each. As with torchrun, ranks are processes of their own, meet in a store that belongs to none
+of them, read their own command line, and are ended when one of them fails. Only what was imported
+before, and what an import reads from the environment, differs.
 """
 
 import gc
@@ -26,35 +26,30 @@ def import_stages() -> None:
     sys.path.insert(0, str(ROOT))
     for name in STAGES:
         importlib.import_module(name)
-    gc.freeze()  # so that a process that is forked and ends does not go through, and copy, all that was imported
+    gc.freeze()  # a forked process that ends would else go through, and copy, all of it
 
 
 def fork_ranks(ranks: int, seconds: int = 600) -> None:
-    """Returns in each of so many new processes. The present one waits for them and exits with 1 if one of them fails;
-    the others then get SIGTERM and, after 30 seconds, SIGKILL, which all get after `seconds`."""
-    from torch.distributed import (
-        TCPStore,
-    )  # not before it is needed: kills.py starts torchrun without it
+    """Return in each of so many new processes.
+
+    The present one waits for them and exits with 1 if one fails; the others then get SIGTERM and,
+    after 30 seconds, SIGKILL, which all get after `seconds`.
+    """
+    from torch.distributed import TCPStore  # kills.py starts torchrun without it
 
     listener = socket.create_server(("127.0.0.1", 0))
-    port, pids = listener.getsockname()[1], []
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": listener.getsockname()[1]}
+    environment |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    environment["TORCHELASTIC_USE_AGENT_STORE"] = True
+    pids = []
     for rank in range(ranks):
         pids.append(os.fork())
         if pids[-1] == 0:
-            where = {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "TORCHELASTIC_USE_AGENT_STORE": True,
-            }
-            where |= {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": ranks,
-                "LOCAL_WORLD_SIZE": ranks,
-            }
-            os.environ |= {name: str(value) for name, value in where.items()}
+            environment |= {"RANK": rank, "LOCAL_RANK": rank}
+            os.environ |= {name: str(value) for name, value in environment.items()}
             listener.close()
             return
+    port = int(environment["MASTER_PORT"])
     how = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
     store = TCPStore("127.0.0.1", port, **how)  # noqa: F841  # it serves as long as it has a name
 

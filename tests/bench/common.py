@@ -1,8 +1,9 @@
-"""What the benchmarks share: a model and comparisons of a stated size, the peers' way, alternating timing, tables.
+"""Shared by the benchmarks: a model and comparisons of a stated size, the peers' way to score them,
+alternating timing, tables.
 
-The peers' way to train and score a reward model, as TRL, LLaMA-Factory and ms-swift do it: one row for each response,
-with the prompt and its images in every row, all rows padded to the longest and read in one forward; the score is read
-at each row's last token; the first half of the rows is the chosen ones, the second half the rejected.
+TRL, LLaMA-Factory and ms-swift train and score a reward model with one row for each response, the
+prompt and its images in every row, and all rows padded to the longest and read in one forward. The
+score is read at each row's last token. First come the chosen rows, then the rejected ones.
 """
 
 import importlib
@@ -41,16 +42,17 @@ def machine() -> str:
         if "AVX512" in torch.backends.cpu.get_cpu_capability()
         else torch.backends.cpu.get_cpu_capability()
     )
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {wide}, torch {torch.__version__}"
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{name}, {threads}, {wide}, torch {torch.__version__}"
 
 
 def vision_language_config(
     hidden: int = 256, layers: int = 6, vision: int = 160, depth: int = 6
 ) -> Qwen2_5_VLConfig:
-    """A Qwen2.5-VL with the published proportions (two query heads a key here), at a size that a laptop trains.
+    """A Qwen2.5-VL with about the published proportions, at a size that a laptop trains.
 
-    As in the 3B, an image token costs the vision tower about what it costs the language model; the tiny backbone's
-    vocabulary, so that its tokenizer and image processor serve.
+    As in the 3B, an image token costs the vision tower about what it costs the language model. The
+    vocabulary is the tiny backbone's, whose tokenizer and image processor serve.
     """
     config = Qwen2_5_VLConfig.from_pretrained(TINY)
     text = {
@@ -81,7 +83,7 @@ def vision_language_config(
 
 
 def make_models(folder: Path, config, cls=Qwen2_5_VLModel) -> tuple[RewardModel, torch.nn.Module]:
-    """The same random weights twice: our reward model, and a plain transformers model for the peers' way."""
+    """The same random weights twice: our reward model, and a plain transformers model."""
     torch.manual_seed(0)
     cls(config).save_pretrained(folder)
     data.load_processors(TINY).save(str(folder))
@@ -92,8 +94,11 @@ def make_models(folder: Path, config, cls=Qwen2_5_VLModel) -> tuple[RewardModel,
 def make_comparison(
     rng, processors, image_tokens: int, prompt: int, responses: list[int]
 ) -> Comparison:
-    """Random text of the given lengths in tokens, and one picture of about `image_tokens` tokens, if any."""
-    text = lambda length: rng.integers(0, 512, length, dtype=np.int32)
+    """Random text of these lengths in tokens, and a picture of about `image_tokens`, if any."""
+
+    def text(length: int) -> np.ndarray:
+        return rng.integers(0, 512, length, dtype=np.int32)
+
     end = np.array([processors.end_token], np.int32)
     ids, files, grids = text(prompt), [], np.zeros((0, 3), np.int32)
     if image_tokens:
@@ -124,7 +129,10 @@ def make_comparisons(
 ) -> list:
     """Comparisons with lengths in tokens drawn evenly from the given ranges."""
     rng = np.random.default_rng(seed)
-    draw = lambda limits: int(rng.integers(limits[0], limits[1] + 1))
+
+    def draw(limits: tuple[int, int]) -> int:
+        return int(rng.integers(limits[0], limits[1] + 1))
+
     return [
         make_comparison(
             rng,
@@ -137,12 +145,12 @@ def make_comparisons(
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The peers' way.
 
 
 def padded_rows(comparisons: list[Comparison], processors) -> dict[str, torch.Tensor]:
-    """All first responses, then all second ones, ...: a padded row for each response, its images in each."""
+    """Pad a row for each response, its images in each: all first responses, then all second."""
     rows = [
         (c, c.responses[k])
         for k in range(max(len(c.responses) for c in comparisons))
@@ -174,14 +182,14 @@ def padded_scores(backbone, head, batch: dict[str, torch.Tensor]) -> torch.Tenso
     return head(hidden[torch.arange(len(last)), last])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Timing and tables.
 
 
 def alternate(
     ways: dict[str, callable], repetitions: int = 7, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each way, one after the other in every repetition, so that a slow moment of the machine hits all."""
+    """Seconds of each way; ways alternate, so that a slow moment of the machine hits all."""
     seconds = {name: [] for name in ways}
     for repetition in range(warm_up + repetitions):
         for name, way in ways.items():

@@ -1,10 +1,10 @@
-"""Memory that loading and exporting a model takes on each of two ranks: sharded while empty, exported file by file, as
-03 does; and loaded whole first, exported as one file.
+"""Memory that each of two ranks takes to load and export a model: sharded while empty and filled by
+rank 0, as 03 does; and loaded whole on every rank first.
 
     python tests/bench/loading.py           # a random Qwen2.5-VL of 1 GB in float32
 
-Counted is anonymous memory (RssAnon), sampled every millisecond. The checkpoint's memory-mapped pages are not in it:
-they belong to the page cache, which all ranks share and the kernel takes back when it needs them.
+Counted is anonymous memory (RssAnon), sampled every millisecond. The checkpoint's memory-mapped
+pages belong to the page cache, which all ranks share and the kernel takes back when it needs them.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROOT, data, model_stage, training = common.ROOT, common.data, common.model_stage
 
 
 def write_checkpoint(folder: Path, layers: int) -> None:
-    """A random reward model with wide layers, tests/tiny otherwise: bfloat16 as published ones, one file a layer."""
+    """Write a random reward model with wide layers: bfloat16 as published ones, a file a layer."""
     shutil.copytree(
         ROOT / "tests/tiny",
         folder,
@@ -111,7 +111,10 @@ def measure(folder: str, way: str) -> None:
     rank, world, device = data.start_distributed()
     with Watched() as loading:
         model = load(folder, way, device)
-    size = lambda tensor: tensor.numel() * tensor.element_size() / 1e6
+
+    def size(tensor) -> float:
+        return tensor.numel() * tensor.element_size() / 1e6
+
     own = sum(size(parameter.to_local()) for parameter in model.parameters())
     largest = max(size(parameter) for parameter in model.parameters())
     dist.barrier()

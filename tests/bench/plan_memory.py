@@ -1,11 +1,13 @@
-"""What 03_train.py --plan says a step needs beside what it needs, for a random Qwen2.5-VL of 29 M parameters on a CPU.
+"""The memory that 03_train.py --plan expects of a step beside the memory that a step takes, for a
+random Qwen2.5-VL of 29 M parameters on a CPU.
 
     python tests/bench/plan_memory.py [--activation_checkpointing] [--freeze_vision]
     torchrun --standalone --nproc_per_node=2 tests/bench/plan_memory.py
 
-One optimizer step of two micro-batches, as 03_train.py does it, so that gradients are there when the second one's
-activations are. Parameters, gradients, optimizer and activations are counted from the tensors themselves; the peak is
-that of the process's anonymous memory (Linux), above what it had when everything was imported and gloo set up.
+One optimizer step of two micro-batches, as 03_train.py does it, so that gradients are there when
+the second one's activations are. Parameters, gradients and optimizer are counted from the tensors
+themselves; the peak is that of the process's anonymous memory (Linux), above what it had when
+everything was imported and gloo set up.
 """
 
 import argparse
@@ -18,127 +20,82 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_ARENA_MAX": "1",
-}  # freed tensors go back to the system at once
+# Freed tensors go back to the system at once.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 if __name__ == "__main__" and not MALLOC.items() <= os.environ.items():
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from transformers import AutoModel, Qwen2_5_VLConfig  # noqa: E402
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "tests/tiny")
 sys.path.insert(0, str(ROOT))
-data, model_stage, train = (
-    importlib.import_module(name) for name in ("01_data", "02_model", "03_train")
-)
+data = importlib.import_module("01_data")
+model_stage = importlib.import_module("02_model")
+train = importlib.import_module("03_train")
 
-SHAPES = {
-    "text_config": {
-        "vocab_size": 4096,
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [8, 12, 12],
-        },
-        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
-    },
-    "vision_config": {
-        "depth": 6,
-        "hidden_size": 320,
-        "intermediate_size": 864,
-        "num_heads": 8,
-        "out_hidden_size": 512,
-        "fullatt_block_indexes": [2, 5],
-    },
-}
-# With a short row, such a one needs most where the gradient of the whole vision tower is reduced.
-LARGE_VISION = {
-    **SHAPES,
-    "vision_config": {**SHAPES["vision_config"], "depth": 12, "hidden_size": 640},
-}
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+TEXT = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+TEXT |= {"num_attention_heads": 8, "num_key_value_heads": 2, "rope_parameters": ROPE}
+TEXT |= {"layer_types": ["full_attention"] * 6}
+VISION = {"depth": 6, "hidden_size": 320, "intermediate_size": 864, "num_heads": 8}
+VISION |= {"out_hidden_size": 512, "fullatt_block_indexes": [2, 5]}
 
 
-def random_model(shapes: dict = SHAPES):
-    """A reward model of these shapes with random weights, which attends as those of stage 2 do."""
-    config = Qwen2_5_VLConfig(**shapes, image_token_id=9)
-    attention = model_stage.attention_of(config)
-    backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    model_stage.prepare_vision(backbone)
-    return model_stage.RewardModel(
-        backbone, model_stage.RewardHead(config.text_config.hidden_size), None
-    )
+def write_model(folder: Path) -> None:
+    """Write a backbone of these shapes with random weights and tests/tiny's processors."""
+    config = Qwen2_5_VLConfig.from_pretrained(TINY).to_dict()
+    config["text_config"] |= TEXT
+    config["vision_config"] |= VISION
+    torch.manual_seed(0)
+    Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(config)).save_pretrained(folder)
+    data.load_processors(TINY).save(str(folder))
 
 
-def random_row(config, prompt: int = 300, responses=(120, 80), grid=(1, 18, 20), copies: int = 1):
-    """`copies` comparisons of a prompt with an image of `grid` patches, or none, in one row, and its Work."""
-    tokens, grids = copies * (prompt + sum(responses)), [grid] * copies if grid else []
-    ids = torch.randint(10, 500, (copies, prompt + sum(responses)))
-    if grid:
-        ids[:, : int(np.prod(grid)) // 4] = config.image_token_id
-    lengths = [(prompt, list(responses))] * copies
-    row = model_stage.PackedRow(
-        lengths=lengths,
-        input_ids=ids.reshape(1, -1),
-        position_ids=torch.arange(tokens).expand(3, 1, -1),
-        last=torch.arange(1, copies + 1) * (tokens // copies) - 1,
-        segments=model_stage.Segments.of_comparisons(lengths),
-    )
-    if grid:
-        pixels = torch.randn(copies * int(np.prod(grid)), 1176)
-        shape = data.VisionShape(14, 2, config.vision_config.window_size)
-        row.images = model_stage.pack_images(pixels, torch.tensor(grids), shape)
-    starts = np.arange(copies + 1)
-    work = train.work_of(
-        config,
-        np.full(copies, prompt),
-        np.array(responses * copies),
-        starts * len(responses),
-        np.array(grids).reshape(-1, 3),
-        starts * bool(grid),
-    )
-    return row, train.Work(*work.sum(axis=0))
+def random_row(processors, image: int = 90, copies: int = 1):
+    """Pack comparisons of 210 tokens of text, an image, and responses of 120 and 80."""
+    comparison = train.assumed_comparison([210, image, 120, 80], processors)
+    return model_stage.pack([comparison] * copies, processors)
 
 
-def anonymous_memory(which: str) -> int:
+def meta_model(folder: str, **settings):
+    """Build the model as --plan does, in float32 as on a CPU."""
+    model = train.model_to_plan(train.Settings(model=folder, **settings))
+    model.backbone.to(torch.float32)
+    return model
+
+
+def anonymous_memory(name: str) -> int:
     """Bytes of this process that are no file's: now ("VmRSS"), or at most so far ("VmHWM")."""
-    status = {
-        name: int(kB)
-        for name, kB in re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text())
-    }
-    return 1024 * (status[which] - status["RssFile"] - status["RssShmem"])
+    status = re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text())
+    sizes = {key: int(size) for key, size in status}
+    return 1024 * (sizes[name] - sizes["RssFile"] - sizes["RssShmem"])
 
 
 def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def measure(arguments) -> dict[str, dict[str, float]]:
-    """{part: {"estimated": bytes, "measured": bytes}} on this rank."""
+def measure(folder: str, comparisons: int, **settings) -> dict[str, dict[str, float]]:
+    """Return {part: {"estimated": bytes, "measured": bytes}} on this rank."""
     rank, ranks, device = data.start_distributed()
+    if rank == 0:
+        write_model(Path(folder))
     dist.barrier()
+    planned = meta_model(folder, **settings)
+    row = random_row(planned.processors, copies=comparisons)
+    meter = train.measure(planned, row.to(torch.device("meta")))
+    estimated = train.memory(planned, meter.peak, ranks)
+    dist.barrier()
+    gc.collect()
     before = anonymous_memory("VmRSS")
 
-    torch.manual_seed(0)
-    model = random_model(LARGE_VISION if arguments.large_vision else SHAPES)
-    row, work = random_row(model.backbone.config, copies=arguments.comparisons)
-    how = {
-        "freeze_vision": arguments.freeze_vision,
-        "activation_checkpointing": arguments.activation_checkpointing,
-    }
-    estimated = train.memory(model, work, ranks, **how, width=4)
-    model.backbone.visual.requires_grad_(not arguments.freeze_vision)
-    train.shard(
-        model, model.backbone, device, arguments.activation_checkpointing, in_float32=(model.head,)
-    )
+    model = model_stage.RewardModel.from_backbone(folder, model_stage.HeadSettings())
+    model.backbone.visual.requires_grad_(not settings["freeze_vision"])
+    recompute = settings["activation_checkpointing"]
+    train.shard(model, model.backbone, device, recompute, in_float32=(model.head,))
     model.train()
     optimizer = train.make_optimizer(model, train.Settings())
     for _ in range(2):
@@ -148,55 +105,35 @@ def measure(arguments) -> dict[str, dict[str, float]]:
     peak = anonymous_memory("VmHWM") - before
 
     parameters = list(model.parameters())
+    moments = []
+    for state in optimizer.state.values():
+        moments += [state["exp_avg"].to_local(), state["exp_avg_sq"].to_local()]
     measured = {
         "parameters": bytes_of(p.to_local() for p in parameters),
         "gradients": bytes_of(p.grad.to_local() for p in parameters if p.grad is not None),
-        "AdamW's two moments": bytes_of(
-            state[key].to_local()
-            for state in optimizer.state.values()
-            for key in ("exp_avg", "exp_avg_sq")
-        ),
+        "AdamW's two moments": bytes_of(moments),
+        "peak": peak,
     }
-    if not arguments.activation_checkpointing:  # which keeps the layers' inputs elsewhere
-        kept = {}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            scores = model(row)
-        # Weights are among them, but those of layers are no longer gathered and their storage is empty.
-        measured["activations"] = sum(storage.nbytes() for storage in kept.values())
-        del scores
-    measured["peak"], estimated["peak"] = peak, sum(estimated.values())
-    estimated["activations"] = sum(
-        train.activations(model.backbone.config, work, **how, width=4).values()
-    )
-    return {part: {"estimated": estimated[part], "measured": measured[part]} for part in measured}
+    estimated["peak"] = sum(estimated.values())
+    return {p: {"estimated": estimated[p], "measured": measured[p]} for p in measured}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--comparisons", type=int, default=3, help="in a micro-batch, of 500 tokens and 360 patches"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", default="/tmp/plan_memory", help="for a random model")
+    parser.add_argument("--comparisons", type=int, default=3, help="of a micro-batch")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--freeze_vision", action="store_true")
-    parser.add_argument(
-        "--large_vision", action="store_true", help="most parameters are the vision tower's"
-    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    parts = measure(arguments)
-    if dist.get_rank() == 0:
-        print(
-            json.dumps(parts)
-            if arguments.json
-            else f"{'MB on rank 0':<22}{'estimated':>10}{'measured':>10}"
-        )
-        for part, counts in {} if arguments.json else parts.items():
-            print(f"{part:<22}{counts['estimated'] / 1e6:10.1f}{counts['measured'] / 1e6:10.1f}")
+    arguments = vars(parser.parse_args())
+    as_json = arguments.pop("json")
+    parts = measure(**arguments)
+    if dist.get_rank() == 0 and as_json:
+        print(json.dumps(parts))
+    elif dist.get_rank() == 0:
+        print(f"{'MB on rank 0':<22}{'estimated':>10}{'measured':>10}")
+        for part, sizes in parts.items():
+            print(f"{part:<22}{sizes['estimated'] / 1e6:10.1f}{sizes['measured'] / 1e6:10.1f}")
     dist.barrier()
     gc.collect()  # as in 01_data.run_stage
     dist.destroy_process_group()

@@ -1,10 +1,11 @@
-"""What a training step costs as prompts, responses, batches and ranks grow, and what opening more shards costs
+"""The cost of a training step as prompts, responses, batches and ranks grow, and of opening shards
 
     python tests/bench/scaling.py
 
-A step is that of 03_train.py: micro-batches of at most 8192 tokens, forward and backward of each, AdamW; FSDP2 on 1 and
-2 ranks of one thread each, fp32, batches in memory before the clock starts. Memory is the anonymous memory of rank 0
-(Linux, glibc), at its peak within a step that is not timed, above what it was before.
+A step is that of 03_train.py: micro-batches of at most 8192 tokens, forward and backward of each,
+AdamW; FSDP2 on 1 and 2 ranks of one thread each, fp32, batches in memory before the clock starts.
+Memory is the anonymous memory of rank 0 (Linux, glibc), at its peak within a step that is not
+timed, above what it was before.
 """
 
 import argparse
@@ -29,7 +30,10 @@ SHORT = {"image": (16, 64), "prompt": (20, 80), "response": (20, 100)}
 
 def settings_of(processors) -> dict[str, list]:
     """Comparisons of each setting."""
-    make = lambda count, **lengths: common.make_comparisons(processors, count, **SHORT | lengths)
+
+    def make(count: int, **lengths) -> list:
+        return common.make_comparisons(processors, count, **SHORT | lengths)
+
     made = {f"{count} comparisons": make(count) for count in (8, 16, 32, 64, 128)}
     made |= {
         f"16 with prompts of {length} tokens": make(16, image=None, prompt=(length,) * 2)
@@ -76,12 +80,8 @@ def measure(folder: str, repetitions: int = 5) -> None:
         plan = common.training.plan(
             [list(range(len(comparisons)))], tokens, patches, 8192, rank, world
         )
-        dataset = common.training.MicroBatches(comparisons, plan, model.processors, model.pack)
-        steps[name] = {
-            "tokens": int(tokens.sum()),
-            "batches": [dataset[k] for k in range(len(dataset))],
-            "seconds": [],
-        }
+        batches = common.training.load(comparisons, plan, model, device, workers=0)
+        steps[name] = {"tokens": int(tokens.sum()), "batches": list(batches), "seconds": []}
     for repetition in range(1 + repetitions):
         for step in steps.values():
             dist.barrier()
@@ -112,50 +112,27 @@ def measure(folder: str, repetitions: int = 5) -> None:
     dist.destroy_process_group()
 
 
-def open_shards(folder: Path, processors) -> list[list]:
-    """Seconds until the first comparison can be read, of as many comparisons in more and more shards."""
-    comparison = common.make_comparisons(processors, 1, **SHORT)[0]
-    comparison.record["characters"] = list(map(len, comparison.responses))
-    rows = [
-        [
-            "shards",
-            "comparisons",
-            "seconds to open and plan a step",
-            "seconds to read one comparison",
-        ]
-    ]
-    for count in (20, 200, 2000):
-        out = folder / f"in_{count}"
-        size = 40000 // count
-        common.data.write_shard(out / "shard-00000.safetensors", [comparison] * size)
-        shards = [(f"shard-{i:05d}.safetensors", size) for i in range(count)]
-        for name, _ in shards[1:]:
-            os.link(out / shards[0][0], out / name)
-        common.data.write_index(out, shards)
-        info = {
-            "format": common.data.FORMAT,
-            "tokenizer": processors.fingerprint,
-            "shards": shards,
-            "pixels": None,
-        }
-        info |= {
-            "name": "many",
-            "backbone": "random",
-            "metric": "",
-            "read": size * count,
-            "comparisons": size * count,
-        }
-        info |= {"rejected": 0, "without_images": False}
-        common.data.write_file(out / "dataset.json", json.dumps(info))
+def open_shards(folder: Path) -> list[list]:
+    """Seconds to open 2,000 comparisons in more and more shards, and to read one of them."""
+    lines = folder / "pairs.jsonl"
+    pair = {"prompt": "Is it?", "chosen": "yes", "rejected": "no"}
+    lines.write_text("".join(json.dumps(pair | {"id": str(i)}) + "\n" for i in range(2000)))
+    rows = [["shards", "comparisons", "seconds to open and plan a step", "seconds to read one"]]
+    common.data.start_distributed()
+    for size in (500, 50, 5):
+        how = {"source": [str(lines)], "out": str(folder), "holdout": 0, "shard_size": size}
+        common.data.main(common.data.Settings(name=f"of_{size}", **how))
+        path = str(folder / f"of_{size}")
 
-        def opened():
-            opened.data = common.data.Comparisons(str(out), processors.fingerprint)
-            common.training.plan([list(range(64))], *opened.data.sizes(), 8192, 0, 2)
+        def opened(path=path):
+            sizes = common.data.Comparisons(path).sizes()
+            common.training.plan([list(range(64))], *sizes, 8192, 0, 2)
 
-        seconds = common.alternate(
-            {"open": opened, "read": lambda: opened.data[-1 % len(opened.data)]}, 9
-        )
-        rows.append([count, 40000, *(f"{common.median(each):.4f}" for each in seconds.values())])
+        comparisons = common.data.Comparisons(path)
+        ways = {"open": opened, "read": lambda comparisons=comparisons: comparisons[999]}
+        seconds = [f"{common.median(each):.4f}" for each in common.alternate(ways, 9).values()]
+        rows.append([2000 // size, 2000, *seconds])
+    dist.destroy_process_group()
     return rows
 
 
@@ -168,7 +145,7 @@ def main() -> None:
     if arguments.measure:
         return measure(arguments.measure)
     with tempfile.TemporaryDirectory() as folder:
-        model, _ = common.make_models(Path(folder, "model"), common.vision_language_config())
+        common.make_models(Path(folder, "model"), common.vision_language_config())
         lines = {}
         for ranks in (1, 2):
             launcher = [
@@ -207,7 +184,7 @@ def main() -> None:
         print(f"\n{common.machine()}\n")
         common.print_table(table)
         print()
-        common.print_table(open_shards(Path(folder), model.processors))
+        common.print_table(open_shards(Path(folder)))
 
 
 if __name__ == "__main__":

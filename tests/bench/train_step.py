@@ -1,12 +1,13 @@
-"""Training steps (forward, backward, AdamW) of the same weights on the same comparisons, fp32, one process
+"""Training steps (forward, backward, AdamW) of the same weights on the same comparisons, fp32
 
     python tests/bench/train_step.py
 
-Multimodal: this codebase against the peers' way (common.py); three batches of 8 pairs with pictures of 64-256 tokens,
-prompts of 20-80, responses of 20-200. Text: against TRL's own RewardTrainer (its collator and compute_loss, then
-backward and AdamW); three batches of 16 pairs with prompts of 30-250 tokens and responses of 30-350. Batches are in
-memory before the clock starts. Losses and gradients are compared first. The ideal is the ratio of floating-point
-operations, as PyTorch counts them in both.
+Multimodal: this codebase against the peers' way (common.py), three batches of 8 pairs with pictures
+of 64-256 tokens, prompts of 20-80, responses of 20-200. Text: against TRL's own RewardTrainer (its
+collator and compute_loss, then backward and AdamW), three batches of 16 pairs with prompts of
+30-250 tokens and responses of 30-350. One process; batches are in memory before the clock starts.
+Losses and gradients are compared first. The ideal is the ratio of floating-point operations, as
+PyTorch counts them in both.
 """
 
 import tempfile
@@ -76,7 +77,9 @@ def padded(backbone, head, batches: list[list], processors) -> Way:
 
 def trl(model, batches: list[list], processors, folder: Path) -> Way:
     def rows_of(batch) -> list[dict]:
-        row = lambda c, response: np.concatenate([c.prompt, response]).tolist()
+        def row(c, response) -> list[int]:
+            return np.concatenate([c.prompt, response]).tolist()
+
         return [
             {"chosen_ids": row(c, c.responses[0]), "rejected_ids": row(c, c.responses[1])}
             for c in batch
@@ -100,7 +103,7 @@ def trl(model, batches: list[list], processors, folder: Path) -> Way:
 def compare(
     title: str, name: str, here: Way, there: Way, same: list[tuple], tokens: tuple[int, int]
 ) -> list[list]:
-    """Equal losses, and equal gradients of the parameters that are the `same`; then times, as two lines of a table."""
+    """Compare losses, and gradients of the `same` parameters; then times, in two table lines."""
     for batch, other in zip(here.batches, there.batches):
         losses = here.backward(batch), there.backward(other)
         assert abs(losses[0] - losses[1]) < 1e-5, losses
@@ -111,9 +114,11 @@ def compare(
     ideal = there.flops() / here.flops()
     seconds = common.alternate({"there": there, "here": here})
     faster = common.ratio(seconds["there"], seconds["here"])
-    cell = lambda each: (
-        f"{common.median(each) / len(here.batches):.2f} ({common.spread([s / len(here.batches) for s in each])})"
-    )
+
+    def cell(seconds: list[float]) -> str:
+        of_step = [total / len(here.batches) for total in seconds]
+        return f"{common.median(of_step):.2f} ({common.spread(of_step)})"
+
     return [
         [f"{title}: {name}", tokens[1], cell(seconds["there"]), "1", "1", ""],
         [
@@ -135,10 +140,11 @@ def main() -> None:
     head = common.model_stage.RewardHead(**model.head.settings)
     head.load_state_dict(model.head.state_dict())
     here, there = ours(model, batches), padded(plain, head, batches, processors)
-    pick = lambda backbone: (
-        backbone.language_model.layers[0].mlp.up_proj.weight,
-        backbone.visual.blocks[0].mlp.up_proj.weight,
-    )
+
+    def pick(backbone) -> tuple:
+        decoder = backbone.language_model.layers[0].mlp.up_proj.weight
+        return decoder, backbone.visual.blocks[0].mlp.up_proj.weight
+
     same = list(zip(pick(model.backbone), pick(plain)))
     tokens = (
         sum(row.input_ids.numel() for row, _ in here.batches),
