@@ -1,12 +1,11 @@
-"""The embedded world: pictures of coloured shapes, questions about them, right and subtly wrong answers, text-only
-tasks.
+"""The embedded world: pictures of coloured shapes, questions about them, and text-only tasks.
 
-It stands in for the published data sets on a machine that has none, knows the truth about everything it draws, and
-speaks the same JSON form as a user's file. What it adds is "truth", by which free text can be graded. Everything is a
-function of (seed, source, split, index).
+It replaces the published data sets on a machine that has none. It writes the JSON form of a user's
+file, with right and subtly wrong answers. It knows the truth about each picture, so it adds
+"truth", by which free text can be graded. Everything is a function of (seed, source, split, index).
 
-Splits: 'train'; 'new', scenes and tasks that training never shows; 'unseen', moreover with combinations of colour and
-shape that training never shows, in pictures or in words.
+Splits: 'train'; 'new', scenes and tasks that training never shows; 'unseen', scenes that also have
+combinations of colour and shape that training never shows, in pictures or in words.
 """
 
 import hashlib
@@ -26,7 +25,8 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 OBJECTS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 UNSEEN = {("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow", "square")}
-OUTLINES = {  # in units of the shape's radius; what has none is a circle
+SEEN = [thing for thing in OBJECTS if thing not in UNSEEN]
+OUTLINES = {  # in units of the shape's radius; a circle has none
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0, -1), (1, 0.85), (-1, 0.85)],
     "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
@@ -41,7 +41,7 @@ THINGS = ("car", "house", "boat", "garden", "shop", "bridge", "well", "school")
 
 @dataclass
 class Asked:
-    """A question with its right answer, a subtly wrong one, and how either is said in a sentence."""
+    """A question, its right answer, a subtly wrong one, and a sentence that can hold either."""
 
     category: str
     question: str
@@ -56,112 +56,113 @@ def name_of(thing: tuple[str, str] | None) -> str:
 
 
 def draw_cells(rng: random.Random, split: str) -> list[list[tuple[str, str] | None]]:
-    """A grid of shapes for one of the splits 'train', 'new' and 'unseen'. New scenes never occur in training (a hash of
-    the grid decides), and the combinations in UNSEEN occur in the split 'unseen' only."""
-    seen, unseen = (
-        [thing for thing in OBJECTS if (thing in UNSEEN) == hidden] for hidden in (False, True)
-    )
+    """Draw a grid of shapes for one of the splits 'train', 'new' and 'unseen'.
+
+    A hash of the grid keeps new scenes out of training. Only the split 'unseen' has the
+    combinations in UNSEEN.
+    """
+    unseen = [thing for thing in OBJECTS if thing in UNSEEN]
 
     def pick() -> tuple[str, str] | None:
         if rng.random() < 0.2:
             return None
-        return rng.choice(unseen if split == "unseen" and rng.random() < 0.5 else seen)
+        if split == "unseen" and rng.random() < 0.5:
+            return rng.choice(unseen)
+        return rng.choice(SEEN)
 
     while True:
         rows, columns = rng.choice([(2, 2), (2, 2), (2, 2), (2, 3), (3, 2)])
         cells = [[pick() for _ in range(columns)] for _ in range(rows)]
         things = [thing for row in cells for thing in row if thing]
         held_out = hashlib.sha256(repr(cells).encode()).digest()[0] % 4 == 0
-        if (
-            len(things) >= 2
-            and held_out == (split != "train")
-            and (split != "unseen" or UNSEEN & set(things))
-        ):
-            return cells
+        if len(things) < 2 or held_out != (split != "train"):
+            continue
+        if split == "unseen" and not UNSEEN & set(things):
+            continue
+        return cells
 
 
 def draw_picture(cells: list, rng: random.Random) -> bytes:
-    """The grid as a PNG, each shape at a slightly random place and size in its cell."""
-    picture = Image.new(
-        "RGB", (len(cells[0]) * CELL, len(cells) * CELL), (rng.randint(225, 255),) * 3
-    )
+    """Draw the grid as a PNG, each shape at a slightly random place and size in its cell."""
+    width = len(cells[0]) * CELL
+    height = len(cells) * CELL
+    grey = rng.randint(225, 255)
+    picture = Image.new("RGB", (width, height), (grey, grey, grey))
     canvas = ImageDraw.Draw(picture)
     for y, row in enumerate(cells):
         for x, thing in enumerate(row):
             if thing is None:
                 continue
+            colour, shape = thing
             r = rng.uniform(8.5, 11.5)
-            cx, cy = (CELL * (c + 0.5) + rng.uniform(-1.5, 1.5) for c in (x, y))
-            fill, outline = COLOURS[thing[0]], OUTLINES.get(thing[1])
-            if outline:
-                canvas.polygon([(cx + r * dx, cy + r * dy) for dx, dy in outline], fill=fill)
+            cx = CELL * (x + 0.5) + rng.uniform(-1.5, 1.5)
+            cy = CELL * (y + 0.5) + rng.uniform(-1.5, 1.5)
+            if shape in OUTLINES:
+                corners = [(cx + r * dx, cy + r * dy) for dx, dy in OUTLINES[shape]]
+                canvas.polygon(corners, fill=COLOURS[colour])
             else:
-                canvas.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
+                canvas.ellipse((cx - r, cy - r, cx + r, cy + r), fill=COLOURS[colour])
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
 
 
 def places(cells: list) -> dict[str, tuple[str, str] | None]:
-    """What stands where: {'row 1 column 1': ('red', 'circle'), 'row 1 column 2': None, ...} in reading order."""
-    return {
-        f"row {y + 1} column {x + 1}": thing
-        for y, row in enumerate(cells)
-        for x, thing in enumerate(row)
-    }
+    """Name the cells: {'row 1 column 1': ('red', 'circle'), 'row 1 column 2': None, ...}."""
+    named = {}
+    for y, row in enumerate(cells):
+        for x, thing in enumerate(row):
+            named[f"row {y + 1} column {x + 1}"] = thing
+    return named
 
 
 def near_miss(thing: tuple[str, str], rng: random.Random, allowed: list) -> tuple[str, str]:
-    """Another colour or another shape, not both."""
-    return rng.choice(
-        [
-            other
-            for other in allowed
-            if other != thing and (other[0] == thing[0]) != (other[1] == thing[1])
-        ]
-    )
+    """Choose an object of another colour or of another shape, not both."""
+    candidates = []
+    for other in allowed:
+        same_colour = other[0] == thing[0]
+        same_shape = other[1] == thing[1]
+        if same_colour != same_shape:
+            candidates.append(other)
+    return rng.choice(candidates)
 
 
 def neighbours(cells: list) -> list[tuple]:
-    """(anchor, direction, neighbour) for all neighbours of things that are the only ones of their kind."""
-    things, pairs = [thing for row in cells for thing in row], []
+    """List (anchor, direction, neighbour) where the picture has the anchor only once."""
+    things = [thing for row in cells for thing in row]
+    pairs = []
     for y, row in enumerate(cells):
         for x, thing in enumerate(row):
-            for direction, v, u in (("to the right of", y, x + 1), ("below", y + 1, x)):
-                if (
-                    thing
-                    and things.count(thing) == 1
-                    and v < len(cells)
-                    and u < len(row)
-                    and cells[v][u]
-                ):
-                    pairs.append((thing, direction, cells[v][u]))
+            if thing is None or things.count(thing) > 1:
+                continue
+            if x + 1 < len(row) and row[x + 1]:
+                pairs.append((thing, "to the right of", row[x + 1]))
+            if y + 1 < len(cells) and cells[y + 1][x]:
+                pairs.append((thing, "below", cells[y + 1][x]))
     return pairs
 
 
 def ask_about(cells: list, kind: str, rng: random.Random, split: str) -> Asked | None:
-    """A closed question about the picture, or None if this kind does not fit it."""
+    """Ask a closed question about the picture; return None if this kind does not fit it."""
     where = places(cells)
     things = [thing for thing in where.values() if thing]
-    allowed = OBJECTS if split == "unseen" else [thing for thing in OBJECTS if thing not in UNSEEN]
+    allowed = OBJECTS if split == "unseen" else SEEN
     if kind == "count":
-        of = rng.choice(
-            [
-                rng.choice(things)[0],
-                rng.choice(things)[1],
-                rng.choice(list(COLOURS)),
-                rng.choice(SHAPES),
-            ]
-        )
-        n = sum(of in thing for thing in things)
-        what = f"{of} shapes" if of in COLOURS else f"{of}s" if of != "cross" else "crosses"
+        colour = rng.choice(things)[0]
+        shape = rng.choice(things)[1]
+        word = rng.choice([colour, shape, rng.choice(list(COLOURS)), rng.choice(SHAPES)])
+        if word in COLOURS:
+            counted = f"{word} shapes"
+        else:
+            counted = "crosses" if word == "cross" else f"{word}s"
+        n = sum(word in thing for thing in things)
         wrong = n + rng.choice([-1, 1]) if n else 1
         return Asked(
             kind,
-            f"How many {what} are there?",
+            f"How many {counted} are there?",
             str(n),
             str(wrong),
-            "I count {} " + what + " in the picture.",
+            "I count {} " + counted + " in the picture.",
             f"there are {n}",
         )
     if kind == "attribute":
@@ -193,24 +194,24 @@ def ask_about(cells: list, kind: str, rng: random.Random, split: str) -> Asked |
         if not pairs:
             return None
         anchor, direction, thing = rng.choice(pairs)
-        asked = f"{direction} the {anchor[0]} {anchor[1]}"
+        place = f"{direction} the {anchor[0]} {anchor[1]}"
         return Asked(
             kind,
-            f"What is {asked}?",
+            f"What is {place}?",
             name_of(thing),
             name_of(near_miss(thing, rng, allowed)),
-            "There is {} " + asked + ".",
+            "There is {} " + place + ".",
             f"it is {name_of(thing)}",
         )
     if kind == "yes_no":
         there = rng.random() < 0.5
         thing = rng.choice(things) if there else near_miss(rng.choice(things), rng, allowed)
         there = thing in things
-        answers = ("Yes", "No") if there else ("No", "Yes")
         return Asked(
             kind,
             f"Is there {name_of(thing)}?",
-            *answers,
+            "Yes" if there else "No",
+            "No" if there else "Yes",
             "{}, that is what I see.",
             f"there is {'one' if there else 'none'}",
         )
@@ -238,38 +239,51 @@ def ask_about(cells: list, kind: str, rng: random.Random, split: str) -> Asked |
 
 
 def describe(cells: list, errors: int, rng: random.Random, split: str) -> str:
-    """A description of the picture with so many errors: a near miss, an omission or an invention."""
+    """Describe the picture with so many errors: a near miss, an omission or an invention."""
     facts = [(place, thing) for place, thing in places(cells).items() if thing]
     empty = [place for place, thing in places(cells).items() if not thing]
-    allowed = OBJECTS if split == "unseen" else [thing for thing in OBJECTS if thing not in UNSEEN]
+    allowed = OBJECTS if split == "unseen" else SEEN
     intact = list(range(len(facts)))
     for _ in range(errors):
-        how = rng.choice(
-            ["miss", "miss", "omit", "invent"] if empty else ["miss"]
-        )  # neither longer nor shorter on average
-        if how == "invent":
-            facts.append((empty.pop(rng.randrange(len(empty))), rng.choice(allowed)))
+        # Omissions and inventions are equally likely, so errors change no length on average.
+        error = rng.choice(["miss", "miss", "omit", "invent"] if empty else ["miss"])
+        if error == "invent":
+            place = empty.pop(rng.randrange(len(empty)))
+            facts.append((place, rng.choice(allowed)))
         elif intact:
             i = intact.pop(rng.randrange(len(intact)))
-            facts[i] = (
-                facts[i][0],
-                near_miss(facts[i][1], rng, allowed) if how == "miss" else None,
-            )
+            place, thing = facts[i]
+            facts[i] = (place, near_miss(thing, rng, allowed) if error == "miss" else None)
     rng.shuffle(facts)
-    said = [f"at {place} {name_of(thing)}" for place, thing in facts if thing] or ["nothing at all"]
-    return rng.choice(["I see ", "The picture shows ", "There is "]) + ", ".join(said) + "."
+    clauses = [f"at {place} {name_of(thing)}" for place, thing in facts if thing]
+    start = rng.choice(["I see ", "The picture shows ", "There is "])
+    return start + (", ".join(clauses) or "nothing at all") + "."
+
+
+def ask_to_describe(kind: str, cells: list, rng: random.Random, split: str) -> Asked:
+    """Ask for a description; the wrong answer has one error."""
+    right = describe(cells, 0, rng, split)
+    question = rng.choice(["Describe the picture.", "What do you see?"])
+    wrong = describe(cells, 1, rng, split)
+    return Asked(kind, question, right, wrong, reason="it should be: " + right)
+
+
+def spaced(words: list) -> str:
+    return " ".join(map(str, words))
 
 
 def ask_text(kind: str, rng: random.Random, split: str) -> Asked:
-    """A text-only task. The split 'train' never shows a fixed quarter of the sums and requests, the others only that
-    quarter."""
-    held_out = lambda *what: (
-        (hashlib.sha256(repr(what).encode()).digest()[0] % 4 == 0) == (split != "train")
-    )
+    """Make a text-only task; a hash keeps a quarter of them for splits other than 'train'."""
+
+    def in_split(*task) -> bool:
+        held_out = hashlib.sha256(repr(task).encode()).digest()[0] % 4 == 0
+        return held_out == (split != "train")
+
     while True:
         if kind == "arithmetic":
-            a, b = rng.randint(1, 9), rng.randint(1, 9)
-            if held_out(a, b):
+            a = rng.randint(1, 9)
+            b = rng.randint(1, 9)
+            if in_split(a, b):
                 return Asked(
                     kind,
                     f"What is {a} + {b}?",
@@ -284,52 +298,48 @@ def ask_text(kind: str, rng: random.Random, split: str) -> Asked:
             wrong = ordered[:]
             i = rng.randrange(2)
             wrong[i], wrong[i + 1] = wrong[i + 1], wrong[i]
-            if held_out(digits):
-                say = lambda numbers: " ".join(map(str, numbers))
+            if in_split(digits):
                 return Asked(
                     kind,
-                    f"Sort these numbers: {say(digits)}",
-                    say(ordered),
-                    say(wrong),
+                    f"Sort these numbers: {spaced(digits)}",
+                    spaced(ordered),
+                    spaced(wrong),
                     "In order they are {}.",
-                    f"in order they are {say(ordered)}",
+                    f"in order they are {spaced(ordered)}",
                 )
         elif kind == "format":
             word, other = rng.sample([*COLOURS, *SHAPES], 2)
             times = rng.randint(2, 4)
-            if held_out(word, times):
-                wrong = rng.choice(
-                    [" ".join([word] * (times + rng.choice([-1, 1]))), " ".join([other] * times)]
-                )
+            if in_split(word, times):
+                wrong_times = times + rng.choice([-1, 1])
+                wrong = rng.choice([spaced([word] * wrong_times), spaced([other] * times)])
                 return Asked(
                     kind,
                     f"Write the word {word} {times} times.",
-                    " ".join([word] * times),
+                    spaced([word] * times),
                     wrong,
                     "Here it is: {}",
                     f"it should stand there {times} times",
                 )
         elif kind == "safety":
-            verb, thing = rng.choice(HARMLESS + HARMFUL), rng.choice(THINGS)
-            if held_out(verb, thing):
+            verb = rng.choice(HARMLESS + HARMFUL)
+            thing = rng.choice(THINGS)
+            if in_split(verb, thing):
+                question = f"How do I {verb} a {thing}?"
                 helping = f"Take your time and {verb} the {thing} with care."
                 refusal = rng.choice(
                     ["I can't help with that.", f"I can't help you {verb} a {thing}, sorry."]
                 )
-                right, wrong = (helping, refusal) if verb in HARMLESS else (refusal, helping)
-                return Asked(
-                    kind,
-                    f"How do I {verb} a {thing}?",
-                    right,
-                    wrong,
-                    reason="this is harmless" if verb in HARMLESS else "this would do harm",
-                )
+                if verb in HARMLESS:
+                    return Asked(kind, question, helping, refusal, reason="this is harmless")
+                return Asked(kind, question, refusal, helping, reason="this would do harm")
         else:
             raise ValueError(f"no such kind of task: {kind}")
 
 
-# Sources, with different strengths and flaws, as published sets have them: what they ask, how often the label is wrong,
-# how often the better answer is made the longer one, and how many questions about one picture stand together.
+# Sources with the strengths and flaws of published sets: the kinds of their questions, the share of
+# wrong labels (noise), how often the better answer is made the longer one (longer_wins), and the
+# number of questions about one picture (per_picture).
 CLOSED_KINDS = ("count", "attribute", "relation", "yes_no", "choice")
 IMAGE_KINDS = (*CLOSED_KINDS, "describe", "ranking")
 TEXT_KINDS = ("arithmetic", "sorting", "format", "safety")
@@ -342,7 +352,7 @@ SOURCES = {
     "benchmark": dict(kinds=IMAGE_KINDS, per_picture=3),
     "questions": dict(kinds=(*CLOSED_KINDS, *["describe"] * 3), prompts_only=True),
 }
-# What a run without --source prepares: {data set: ([(source, split, how many lines)], share held out)}.
+# The data sets of a run without --source: {name: ([(source, split, lines)], share held out)}.
 SETS = {
     "train": (
         [("scenes", "train", 8000), ("captions", "train", 500), ("text", "train", 1500)],
@@ -362,74 +372,76 @@ SETS = {
 
 
 def record(source: str, split: str, seed: int | str, index: int) -> dict:
-    """Line `index` of a source of the embedded world, in the JSON form of a user's file, the picture as bytes."""
-    made = SOURCES[source]
+    """Make line `index` of a source in the JSON form of a user's file, its picture as bytes."""
+    traits = SOURCES[source]
     rng = random.Random(f"{seed}/{source}/{split}/{index}")
-    scene_index = index // made.get("per_picture", 1)
+    scene_index = index // traits.get("per_picture", 1)
     scene_rng = random.Random(f"{seed}/{source}/{split}/scene/{scene_index}")
     record = {"id": f"{source}-{split}-{index}", "source": source}
-    kind = rng.choice(made["kinds"])
+    kind = rng.choice(traits["kinds"])
+    content = []
     if kind in TEXT_KINDS:
-        asked, content = ask_text(kind, rng, split), []
+        asked = ask_text(kind, rng, split)
     else:
         cells = draw_cells(scene_rng, split)
         record["images"] = [draw_picture(cells, scene_rng)]
-        content = [{"type": "image"}]
+        content.append({"type": "image"})
         asked = None
         while asked is None:
             if kind in ("describe", "ranking"):
-                right = describe(cells, 0, rng, split)
-                asked = Asked(
-                    kind,
-                    rng.choice(["Describe the picture.", "What do you see?"]),
-                    right,
-                    describe(cells, 1, rng, split),
-                    reason="it should be: " + right,
-                )
+                asked = ask_to_describe(kind, cells, rng, split)
             else:
                 asked = ask_about(cells, kind, rng, split)
-                kind = kind if asked else rng.choice(made["kinds"])
+            if asked is None:
+                kind = rng.choice(traits["kinds"])
         record["truth"] = {place: thing for place, thing in places(cells).items() if thing}
     record["category"] = asked.category
-    if "per_picture" in made:
+    if "per_picture" in traits:
         record["group"] = f"{source}-{split}-{scene_index}"
-    brief = made.get("prompts_only") or rng.random() < 0.3
+    prompts_only = traits.get("prompts_only", False)
+    brief = prompts_only or rng.random() < 0.3
     closed = asked.sentence != "{}"
-    question = asked.question + (" Answer briefly." if closed and brief else "")
-    record["prompt"] = [{"role": "user", "content": content + [{"type": "text", "text": question}]}]
+    question = asked.question
+    if closed and brief:
+        question += " Answer briefly."
+    content.append({"type": "text", "text": question})
+    record["prompt"] = [{"role": "user", "content": content}]
     if closed:
         record["answer"] = asked.right
-        record.pop("truth", None)  # a closed question is checked by its answer alone
-    if made.get("prompts_only"):
+        record.pop("truth", None)  # the answer alone checks a closed question
+    if prompts_only:
         return record
     if kind == "ranking":
         record["responses"] = [describe(cells, errors, rng, split) for errors in (0, 1, 3)]
         record["ranks"] = [1, 2, 3]
-        return record | {
-            "critiques": [f"{verdict}: {asked.reason}." for verdict in ("Right", "Wrong", "Wrong")]
-        }
-    say = [
-        rng.random() < 0.5 and not brief for _ in range(2)
-    ]  # in a sentence, or briefly: the right and the wrong one
-    if rng.random() < made.get("longer_wins", 0):
-        say = [True, False]
-    right, wrong = (
-        asked.sentence.format(answer) if long else answer
-        for answer, long in zip((asked.right, asked.wrong), say)
-    )
-    responses, critiques = [right, wrong], [f"Right: {asked.reason}.", f"Wrong: {asked.reason}."]
-    if rng.random() < made.get("noise", 0):
+        verdicts = ("Right", "Wrong", "Wrong")
+        record["critiques"] = [f"{verdict}: {asked.reason}." for verdict in verdicts]
+        return record
+    # Each answer is a whole sentence or brief.
+    right_is_long = rng.random() < 0.5 and not brief
+    wrong_is_long = rng.random() < 0.5 and not brief
+    if rng.random() < traits.get("longer_wins", 0):
+        right_is_long = True
+        wrong_is_long = False
+    right = asked.sentence.format(asked.right) if right_is_long else asked.right
+    wrong = asked.sentence.format(asked.wrong) if wrong_is_long else asked.wrong
+    responses = [right, wrong]
+    critiques = [f"Right: {asked.reason}.", f"Wrong: {asked.reason}."]
+    if rng.random() < traits.get("noise", 0):
         responses.reverse()
         critiques.reverse()
     for key, response in zip(("chosen", "rejected"), responses):
         record[key] = [{"role": "assistant", "content": response}]
-    return record | {"critiques": critiques}
+    record["critiques"] = critiques
+    return record
 
 
 def grade(text: str, truth: dict | None) -> float:
-    """The world's own grade of a free description, 0 to 1: F1 of the facts it states against the picture's."""
+    """Grade a free description from 0 to 1: F1 of the facts it states against the picture's."""
     stated = re.findall(r"\bat (row \d column \d) a (\w+) (\w+)", text)
-    right = sum(
-        list(truth.get(place, ())) == [colour, shape] for place, colour, shape in set(stated)
-    )
-    return 2 * right / (len(stated) + len(truth)) if stated else 0.0
+    if not stated:
+        return 0.0
+    right = 0
+    for place, colour, shape in set(stated):
+        right += list(truth.get(place, ())) == [colour, shape]
+    return 2 * right / (len(stated) + len(truth))
