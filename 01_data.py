@@ -102,8 +102,12 @@ def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. A record, the dict of one line, becomes a Comparison. `processors` holds the tokenizer and the
-# image processor of the backbone; load_processors (appendix) reads them from its checkpoint.
+# 1. A record, the dict of one line, becomes a Comparison. `processors` (appendix) are read from the
+# checkpoint of the backbone and hold its
+#     tokenizer; image, the image processor, None for text alone; vision.patch, 14 pixels, and
+#     vision.merge, 2; image_token and end_token, ids; family, what differs between model families
+# Where a record is unusable, `require(condition, reason)` raises Unusable, and the line goes to
+# rejected.jsonl.
 
 
 def encode_record(
@@ -128,7 +132,7 @@ def encode_prompt(messages, images, processors, folder=Path(), within=None):
 
     Returns token ids [P], the images' encoded bytes, and their grids [images, 3]. Raises Unusable.
     """
-    messages = check_messages(messages)
+    messages = check_messages(messages)  # again: `score` in 02 enters here
     images = place_images(messages, images)
     require(not images or processors.image, "images: the backbone is text-only")
     files = [read_image(image, folder, within) for image in images]
@@ -144,30 +148,12 @@ def tokenize_chat(messages: list[dict], tokenizer) -> np.ndarray:
     """Render messages with the backbone's chat template and tokenize them, [P].
 
     The template's special tokens become single ids, as in <|im_start|>user\\nHi<|im_end|>. The same
-    strings in a user's text stay text: they are cut out before rendering, with a mark in their
-    place, and tokenized as ordinary characters afterwards.
+    strings in a user's text stay text: `mark_special` (appendix) cuts them out before rendering and
+    puts \\ue000<number>\\ue001 in their place, and they are tokenized as ordinary characters.
     """
-    # The marks are two characters of Unicode's private use area around a number.
-    special = [*tokenizer.get_added_vocab(), "\ue000", "\ue001"]
-    special = re.compile("|".join(map(re.escape, special)))
-    cut = []
-
-    def mark(match: re.Match) -> str:
-        cut.append(match[0])
-        return f"\ue000{len(cut) - 1}\ue001"
-
-    def mark_part(part: dict) -> dict:
-        return part | {"text": special.sub(mark, part["text"])} if "text" in part else part
-
-    marked = []
-    for turn in messages:
-        if isinstance(turn["content"], str):
-            content = special.sub(mark, turn["content"])
-        else:
-            content = [mark_part(part) for part in turn["content"]]
-        marked.append({"role": turn["role"], "content": content})
+    marked, cut = mark_special(messages, tokenizer)
+    # The rendering ends with <|im_start|>assistant, where a response begins.
     rendered = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
-
     ids = []
     for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):  # text, number, text, ...
         if i % 2:
@@ -190,10 +176,10 @@ def encode_response(text: str, processors: Processors) -> np.ndarray:
 def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int, int]:
     """Patches (time, height, width) of an image of `size` (width, height) in pixels.
 
-    Qwen-VL scales an image, about keeping its shape, so that both sides are multiples of
-    patch * merge = 28 pixels and its area lies between two limits.
+    Qwen-VL scales an image, nearly keeping its aspect ratio, so that both sides are multiples of
+    patch * merge (28 pixels for Qwen2.5-VL) and its area lies between two limits.
     """
-    if processors.family.tiles:
+    if processors.family.tiles:  # InternVL cuts an image into tiles (appendix)
         return tile_grid(size, processors)
     width, height = size
     patch, limits = processors.vision.patch, processors.image.size
@@ -207,7 +193,7 @@ def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int,
 
 def expand_image_tokens(ids: np.ndarray, grids: np.ndarray, processors: Processors) -> np.ndarray:
     """Repeat an image's token for each feature of the vision tower, one for 2 x 2 patches."""
-    if processors.family.around:
+    if processors.family.around:  # InternVL sets a marker before and after an image
         ids = surround_image_tokens(ids, processors)
     repeats = np.ones(len(ids), int)
     repeats[ids == processors.image_token] = grids.prod(1) // processors.vision.merge**2
@@ -217,11 +203,13 @@ def expand_image_tokens(ids: np.ndarray, grids: np.ndarray, processors: Processo
 # --------------------------------------------------------------------------------------------------
 # 2. Comparisons are kept in shards, safetensors files that later stages map into memory.
 
-RAGGED = {  # vectors of different lengths, one after the other in a flat array:
+# Ragged arrays: vectors of different lengths lie one after the other in a flat array, and vector i
+# is flat[offsets[i] : offsets[i + 1]].
+RAGGED = {
     "rows": np.int32,  # of each comparison, the tokens of its prompt and responses
     "layouts": np.uint8,  # of each comparison, JSON: lengths in its row, ranks, its images, ...
     "images": np.uint8,  # the encoded files, each once, however many comparisons share it
-}  # vector i is flat[offsets[i] : offsets[i + 1]]
+}
 INDEX = {  # numbers of each comparison or image, for planning and for overlap checks
     "tokens": np.int32,
     "patches": np.int32,
@@ -348,49 +336,17 @@ class Comparisons(torch.utils.data.Dataset):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. The stage. Every rank makes shards of its own chunks of lines; rank 0 writes the index.
-
-
-def option(default, help: str, **metadata):
-    """Declare a setting: its default and its text in --help. A list may be given repeatedly."""
-    metadata["help"] = help
-    if isinstance(default, list):
-        metadata["action"] = "extend"
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass
-class Settings:
-    source: list[str] = option(
-        [],
-        "what to prepare, repeatable; none: the embedded world. A JSONL file of your own; or "
-        "name:PATH, a published set (names: SOURCES in 01_data.py), PATH its file, folder, pattern "
-        "of files, or name on the hub, and if empty the published one; or world:PART@COUNT. @LIMIT "
-        "behind it takes so many rows, or that share of them (below 1)",
-    )
-    mix: str = option("", "a mixture of published sets; known: basereward, the paper's")
-    mix_folder: str = option("", "folder of the mixture's sets, each in a folder owner/name")
-    out: str = option("artifacts/data", "folder that gets a folder for each data set")
-    name: str = option("", "name of the data set; empty: that of the mixture or the first source")
-    backbone: str = option("tests/tiny", "checkpoint with the tokenizer and image processor")
-    max_length: int = option(4096, "most tokens of a prompt and a response; longer is rejected")
-    max_pixels: int = option(501760, "larger images are scaled down; 0: the backbone's own limit")
-    holdout: float = option(0.05, "share of the prompts that go to <name>_holdout, for validation")
-    without_images: bool = option(False, "leave out all images, keep the text")
-    allow_outside: bool = option(False, "also read images outside the folders of --source")
-    shard_size: int = option(512, "lines of input that make one shard")
-    world_size: float = option(1.0, "size of the embedded world, as a multiple of the default")
-    seed: int = option(0, "seed of the embedded world")
+# 3. The stage. Every rank makes shards of its own chunks of lines; rank 0 writes the index. A line
+# is (file, number, read): only the rank that owns it calls `read()`, which parses it.
 
 
 def prepare(name: str, lines, processors, settings, holdout: float, within=None) -> None:
     """Prepare one data set; all ranks call it with the same lines.
 
-    A chunk of `shard_size` lines becomes one file, whose name has a hash of all it is made of. A
-    file that is there is done, so an interrupted run continues. The result does not depend on the
-    number of ranks. Memory does not grow with the number of lines, except for the index: 20 bytes a
-    comparison and 8 an image.
+    A chunk of `shard_size` lines becomes one file, whose name has a hash of all it is made of. An
+    interrupted run finds its files and continues; a finished set is made anew. The result does not
+    depend on the number of ranks. Memory does not grow with the number of lines, except for the
+    index: 20 bytes a comparison and 8 an image.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     names = [name, f"{name}_holdout"] if holdout > 0 else [name]
@@ -457,7 +413,7 @@ def main(settings: Settings) -> None:
     processors = load_processors(settings.backbone, settings.max_pixels)
     if settings.mix:
         settings.source += mix_sources(settings.mix, settings.mix_folder)
-    name = "train"  # of the embedded world's
+    name = "train"  # the embedded world's training set
     if settings.source:
         name = settings.name or settings.mix or default_name(settings.source[0])
         parts = [open_source(source, settings.seed) for source in settings.source]
@@ -479,6 +435,39 @@ def main(settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------
 # Appendix: file formats and the JSON form. First what all stages share: errors in one line, files
 # that are whole or absent, the process group, the command line.
+
+
+def option(default, help: str, **metadata):
+    """Declare a setting: its default and its text in --help. A list may be given repeatedly."""
+    metadata["help"] = help
+    if isinstance(default, list):
+        metadata["action"] = "extend"
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Settings:
+    source: list[str] = option(
+        [],
+        "what to prepare, repeatable; none: the embedded world. A JSONL file of your own; or "
+        "name:PATH, a published set (names: SOURCES in 01_data.py), PATH its file, folder, pattern "
+        "of files, or name on the hub, and if empty the published one; or world:PART@COUNT. @LIMIT "
+        "behind it takes so many rows, or that share of them (below 1)",
+    )
+    mix: str = option("", "a mixture of published sets; known: basereward, the paper's")
+    mix_folder: str = option("", "folder of the mixture's sets, each in a folder owner/name")
+    out: str = option("artifacts/data", "folder that gets a folder for each data set")
+    name: str = option("", "name of the data set; empty: that of the mixture or the first source")
+    backbone: str = option("tests/tiny", "checkpoint with the tokenizer and image processor")
+    max_length: int = option(4096, "most tokens of a prompt and a response; longer is rejected")
+    max_pixels: int = option(501760, "larger images are scaled down; 0: the backbone's own limit")
+    holdout: float = option(0.05, "share of the prompts that go to <name>_holdout, for validation")
+    without_images: bool = option(False, "leave out all images, keep the text")
+    allow_outside: bool = option(False, "also read images outside the folders of --source")
+    shard_size: int = option(512, "lines of input that make one shard")
+    world_size: float = option(1.0, "size of the embedded world, as a multiple of the default")
+    seed: int = option(0, "seed of the embedded world")
 
 
 class UserError(Exception):
@@ -852,6 +841,34 @@ def carried_fields(record: dict, texts: list[str]) -> dict:
     if "rule" in carried:
         check_rule(carried["rule"], carried.get("answer"))
     return carried | {"characters": [len(text) for text in texts]}  # for 04's 'longer wins'
+
+
+def mark_special(messages: list[dict], tokenizer) -> tuple[list[dict], list[str]]:
+    """Replace special tokens in a user's texts by marks; return messages and what was cut out.
+
+    The marks are two characters of Unicode's private use area around a number; a user's own such
+    characters are cut out, too.
+    """
+    special = [*tokenizer.get_added_vocab(), "\ue000", "\ue001"]
+    special = re.compile("|".join(map(re.escape, special)))
+    cut = []
+
+    def mark(match: re.Match) -> str:
+        cut.append(match[0])
+        return f"\ue000{len(cut) - 1}\ue001"
+
+    marked = []
+    for turn in messages:
+        content = turn["content"]
+        if isinstance(content, str):
+            content = special.sub(mark, content)
+        else:
+            content = [dict(part) for part in content]
+            for part in content:
+                if "text" in part:
+                    part["text"] = special.sub(mark, part["text"])
+        marked.append({"role": turn["role"], "content": content})
+    return marked, cut
 
 
 def check_length(prompt: np.ndarray, responses: list[np.ndarray], max_length: int) -> None:

@@ -82,10 +82,10 @@ def dense_mask(lengths: Lengths) -> Tensor:
             [0, 0, 0, 0, 0, 1, 1]])
     """
     comparison_ids, segment_ids = [], []  # of each token; segment 0 is the prompt
-    for comparison, (P, Rs) in enumerate(lengths):
-        for segment, length in enumerate([P, *Rs]):
-            comparison_ids += [comparison] * length
-            segment_ids += [segment] * length
+    for c, (P, Rs) in enumerate(lengths):
+        for s, length in enumerate([P, *Rs]):
+            comparison_ids += [c] * length
+            segment_ids += [s] * length
     comparison, segment = torch.tensor(comparison_ids), torch.tensor(segment_ids)  # [T] each
 
     causal = torch.ones(len(segment), len(segment), dtype=torch.bool).tril()
@@ -113,7 +113,7 @@ class PackedRow:
         return change_tensors(self, Tensor.pin_memory)  # so that copies to a GPU overlap
 
     def attend(self, layer, query, key, value, scale) -> Tensor:
-        return self.segments.attend(query, key, value, scale)  # in every `layer` the same
+        return self.segments.attend(query, key, value, scale)  # a KV cache (appendix) needs `layer`
 
     def response_tokens(self) -> tuple[Tensor, Tensor]:
         return response_tokens(self)  # for a policy, see the appendix
@@ -186,8 +186,10 @@ class Segments:
     def varlen(self, query, key, value, scale):
         """The GPU way: one call of flash attention over segments of different lengths.
 
-        Each response's keys are a copy of its prompt's, then its own. The causal window is aligned
-        to the lower right corner there: a response's first token sees its prompt and itself.
+        Each response's keys are a copy of its prompt's, then its own. The window (-1, 0) allows any
+        key to the left and none to the right, aligned at the lower right corner: with P + R keys,
+        query i of a response sees keys 0 to P + i. For P = 2 and R = 2:  1 1 1 0
+                                                                          1 1 1 1
         """
         q = query[0].transpose(0, 1)  # [T, heads, d]
         k = key[0].transpose(0, 1)[self.key_indices]  # [K, kv heads, d]
@@ -230,10 +232,17 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)
 def prompt_positions(prompt, grids, image_token) -> np.ndarray:
     """Return the M-RoPE position ids [3, P] of a prompt [P] (Qwen2-VL, arXiv 2409.12191).
 
-    Text counts up on all three axes: time, height, width. The tokens of an image share one time,
-    and their rows and columns count up from there. The text after it continues max(h, w) further:
-    at the first position that no token of the image has on any axis. So nothing repeats, and yet a
-    picture of 20 x 30 tokens moves the text on by 30 positions instead of 600.
+    Rotary embeddings turn each pair of a head's channels by an angle that grows with the position.
+    M-RoPE gives some channels the time, some the row, some the column, so that attention can tell
+    where in a picture a token is. Text counts up on all three axes. Two tokens of text, a picture
+    of 2 x 3 tokens, one token of text:
+
+        time    0 1  2 2 2 2 2 2  5
+        height  0 1  2 2 2 3 3 3  5
+        width   0 1  2 3 4 2 3 4  5
+
+    Text after a picture continues max(h, w) further, at the first position that the picture uses on
+    no axis: so no position repeats, and 20 x 30 tokens take up 30 positions, not 600.
 
     `grids` [images, 3] counts tokens: a processor's grid_thw // [1, merge, merge].
     """
@@ -285,9 +294,8 @@ def pack_tokens(prompts: list, responses: list, positions: list = ()) -> PackedR
 def pack(comparisons: list, processors: Processors, dummy_image: bool = False) -> PackedRow:
     """Pack comparisons into one row and decode their images.
 
-    `dummy_image` appends a blank image without responses, which adds exactly zero to all gradients.
-    FSDP needs it: a rank without images would not join the vision tower's all-gather, and all
-    ranks would wait for it forever.
+    `dummy_image` appends a blank image without responses. No score depends on it, so it adds
+    exactly zero to all gradients. Training needs it where another rank has an image (03, `plan`).
     """
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
@@ -430,9 +438,9 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, empty: bool = False):
         """Load a model that `save_pretrained` wrote; `empty` is as in `load_backbone`."""
-        kind, head, description = load_head(folder)
-        if kind.kind != cls.kind:
-            return kind.from_pretrained(folder, empty)
+        model_class, head, description = load_head(folder)  # appendix, like load_backbone
+        if model_class.kind != cls.kind:
+            return model_class.from_pretrained(folder, empty)
         backbone = load_backbone(folder, empty=empty)
         return cls(backbone, head, data.load_processors(folder), description["trained_with"])
 
@@ -443,58 +451,6 @@ class RewardModel(nn.Module):
         weights = full_weights(self.head) if self.head else {}
         head_file = save(weights, {"reward_head": json.dumps(description)})
         export(self.backbone, self.processors, folder, dtype, file_size, head_file)  # appendix
-
-
-def load_head(folder: str) -> tuple[type, RewardHead | None, dict]:
-    """Read a head file: the class of its model, the head, and the description in its metadata."""
-    path = Path(folder, HEAD_FILE)
-    if not path.is_file():
-        raise UserError(f"{folder}: no reward model there; run 02_model.py or 03_train.py first")
-    with data.reading(path, "run 02 or 03 again"), safe_open(path, framework="pt") as file:
-        description = {"kind": "naive"} | json.loads(file.metadata()["reward_head"])
-        kind = KINDS[description["kind"]]
-        head = None
-        if description["head"] is not None:
-            with torch.device("meta"):  # takes neither memory nor random numbers
-                head = RewardHead(**description["head"])
-            # A tensor inside a memory-mapped file is aligned differently, which can select another
-            # CPU kernel and change the last bits of a score: copy it.
-            weights = {name: file.get_tensor(name).clone() for name in file.keys()}
-            head.load_state_dict(weights, assign=True)
-    return kind, head, description
-
-
-def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.Module:
-    """Load a Hugging Face checkpoint in float32, with our attention and by default no LM head.
-
-    An `empty` one is on the meta device, shapes without weights: 03 shards it before filling it.
-    """
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: no model in the Hugging Face layout: {reason}") from None
-    family = data.family_of(config, path)
-    auto = AutoModel
-    if lm_head and family.vision:
-        auto = transformers.AutoModelForImageTextToText
-    elif lm_head:
-        auto = transformers.AutoModelForCausalLM
-    options = {"dtype": torch.float32, "attn_implementation": attention_of(config)}
-    if empty:
-        with torch.device("meta"):
-            backbone = auto.from_config(config, **options).eval()
-        with suppress(OSError):  # for an LM; a checkpoint need not have it
-            backbone.generation_config = transformers.GenerationConfig.from_pretrained(path)
-    else:
-        options |= {"use_safetensors": True, "output_loading_info": True}
-        with data.reading(path, "the checkpoint must be complete"):
-            backbone, report = auto.from_pretrained(path, **options)
-            for name in sorted(report["missing_keys"]):  # transformers would make them up
-                raise data.Unusable(f"{name} is missing")
-    prepare_vision(backbone)  # appendix
-    return backbone
 
 
 # --------------------------------------------------------------------------------------------------
@@ -741,9 +697,61 @@ def check_attention(backbone: nn.Module) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix: export, devices, rows of a limited size
+# Appendix: loading, export, devices, rows of a limited size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of an export
+
+
+def load_head(folder: str) -> tuple[type, RewardHead | None, dict]:
+    """Read a head file: the class of its model, the head, and the description in its metadata."""
+    path = Path(folder, HEAD_FILE)
+    if not path.is_file():
+        raise UserError(f"{folder}: no reward model there; run 02_model.py or 03_train.py first")
+    with data.reading(path, "run 02 or 03 again"), safe_open(path, framework="pt") as file:
+        description = {"kind": "naive"} | json.loads(file.metadata()["reward_head"])
+        kind = KINDS[description["kind"]]
+        head = None
+        if description["head"] is not None:
+            with torch.device("meta"):  # takes neither memory nor random numbers
+                head = RewardHead(**description["head"])
+            # A tensor inside a memory-mapped file is aligned differently, which can select another
+            # CPU kernel and change the last bits of a score: copy it.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}
+            head.load_state_dict(weights, assign=True)
+    return kind, head, description
+
+
+def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.Module:
+    """Load a Hugging Face checkpoint in float32, with our attention and by default no LM head.
+
+    An `empty` one is on the meta device, shapes without weights: 03 shards it before filling it.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: no model in the Hugging Face layout: {reason}") from None
+    family = data.family_of(config, path)
+    auto = AutoModel
+    if lm_head and family.vision:
+        auto = transformers.AutoModelForImageTextToText
+    elif lm_head:
+        auto = transformers.AutoModelForCausalLM
+    options = {"dtype": torch.float32, "attn_implementation": attention_of(config)}
+    if empty:
+        with torch.device("meta"):
+            backbone = auto.from_config(config, **options).eval()
+        with suppress(OSError):  # for an LM; a checkpoint need not have it
+            backbone.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    else:
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        with data.reading(path, "the checkpoint must be complete"):
+            backbone, report = auto.from_pretrained(path, **options)
+            if report["missing_keys"]:  # transformers would make them up
+                raise data.Unusable(f"{min(report['missing_keys'])} is missing")
+    prepare_vision(backbone)  # appendix
+    return backbone
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:

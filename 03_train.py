@@ -84,10 +84,8 @@ def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
 
 @dataclass
 class MicroBatch:
-    """The comparisons of one rank in one forward and backward."""
-
     step: int
-    indices: list[int]  # perhaps none
+    indices: list[int]  # of one rank's comparisons; if none, it reads a token nobody scores
     last: bool  # of its step
     step_size: int  # comparisons of the whole step, over all ranks and micro-batches
     dummy_image: bool  # another rank has an image here and this one has none
@@ -103,7 +101,7 @@ def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> li
     whose gradient is zero. Only a comparison that is longer by itself exceeds `micro_tokens`.
     `steps` are lists of indices; `tokens` and `patches` are the sizes of all comparisons, [n] each.
     """
-    cost = tokens + patches // 4  # in tokens: the vision tower is the smaller model
+    cost = tokens + patches // 4  # rough: in the smaller tower, a patch costs a quarter token
 
     def work(indices: list[int]) -> int:
         return int(cost[indices].sum())
@@ -112,6 +110,7 @@ def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> li
     for step, indices in enumerate(steps):
         count = max(1, math.ceil(work(indices) / (micro_tokens * world)))
         bins = deal(indices, cost, count * world)
+        # Equal shares can still exceed the budget: then more bins, but not more than comparisons.
         while count * world < len(indices) and max(map(work, bins)) > micro_tokens:
             count += 1
             bins = deal(indices, cost, count * world)
@@ -183,12 +182,12 @@ def loss_and_scores(model, row, pairs: Pairs, settings: "Settings") -> tuple[Ten
 # --------------------------------------------------------------------------------------------------
 # 3. FSDP2. Each rank stores a share of every parameter, gradient and AdamW moment. `fully_shard`
 # makes a module a unit: its parameters are gathered before its forward and backward (all-gather),
-# its gradients are summed after the backward, each rank keeping a share (reduce-scatter). In order:
-#   a. Build the model empty, on the meta device, since no rank has memory for all of it.
-#   b. Freeze what is not trained: it gets no gradient and no AdamW state.
+# its gradients are averaged over ranks, each rank keeping its share (reduce-scatter). In order:
+#   a. Build the backbone empty, on the meta device, since no rank has memory for all of it.
+#   b. Freeze what is not trained, before c: FSDP then neither makes nor reduces gradients for it.
 #   c. Shard from the inside out, as a unit takes the parameters that no inner unit has.
 #   d. Load the weights, now that each rank has room for its share.
-#   e. Make the optimizer, which holds the shards.
+#   e. Make the optimizer after c, which replaces parameters by their shards: it must hold those.
 # Gradient accumulation needs no switch: each micro-batch adds its reduced gradients to the shards.
 # Reducing once per step (`set_requires_gradient_sync`) would save traffic, but each rank would hold
 # all gradients whole in float32, 31 GB for a 7B.
@@ -217,12 +216,12 @@ def shard(
         sizes = {"replicate": world // shard_size, "shard": shard_size}
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     policy = MixedPrecisionPolicy()
-    if device.type == "cuda":  # only to compute: a step of 3e-6 on a bfloat16 weight rounds away
+    if device.type == "cuda":  # weights stay float32: in bfloat16 a step of 3e-6 rounds to nothing
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     parts = model_stage.parts_of(backbone)
     if activation_checkpointing:
         backbone.activation_checkpointing_enable()
-        backbone.disable_input_require_grads()  # would send a frozen tower through a backward
+        backbone.disable_input_require_grads()  # the line above enables them, even if frozen
     if compile:
         for layer in [*parts.language.layers, *parts.blocks]:
             layer.compile(dynamic=True)  # lengths differ from row to row
@@ -236,19 +235,17 @@ def shard(
 
 
 def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
-    """Fill an empty, sharded transformers model (d): rank 0 reads its checkpoint and broadcasts it.
-
-    The price is one full float32 copy in the main memory of rank 0, 31 GB for a 7B.
-    """
+    """Fill an empty, sharded transformers model (d): rank 0 reads its checkpoint, a full float32
+    copy in main memory (31 GB for a 7B), and broadcasts it."""
     full = {}
     if dist.get_rank() == 0:
         lm_head = hasattr(backbone, "lm_head")
         full = model_stage.load_backbone(path, lm_head=lm_head).state_dict()
     backbone.to_empty(device=device)
     backbone.tie_weights()  # `to_empty` parts an LM head from the embeddings it shares
-    for parameter in backbone.parameters():
-        parameter._is_hf_initialized = True
-    backbone.initialize_weights()  # so only of what no checkpoint holds: rotary frequencies
+    for parameter in backbone.parameters():  # mark them as done, so that the next line computes
+        parameter._is_hf_initialized = True  # only what no checkpoint holds: rotary frequencies
+    backbone.initialize_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(backbone, full, options=options)
 
@@ -331,9 +328,9 @@ def train(settings: "Settings") -> dict:
     model.train()
     batches = load(comparisons, remaining, model, device, settings.workers)
     for micro, row, pairs in log.time_waiting(batches):
-        # Forward and backward. FSDP averages gradients over ranks. Times `world` that is their sum,
-        # and divided by the comparisons of the whole step it is the gradient of one rank that reads
-        # them all in one row, however they are dealt to ranks and micro-batches.
+        # Forward and backward. Let g_k be the gradient of rank k's summed losses. FSDP averages:
+        # (g_0 + g_1 + ...) / world. Each loss is scaled by world / step_size, so the result is
+        # (g_0 + g_1 + ...) / step_size: that of one rank that reads the whole step in one row.
         loss, scores = LOSSES[model.kind](model, row, pairs, settings)
         (loss * world / micro.step_size).backward()
         margins = (scores[pairs.better] - scores[pairs.worse]).detach()  # [pairs]
@@ -342,7 +339,7 @@ def train(settings: "Settings") -> dict:
         if not micro.last:
             continue
 
-        # Clip, and agree on the step. On a GPU the CPU waits for it here and nowhere else.
+        # Clip, and agree on the step. Only here does the CPU wait for a GPU.
         norm = clip_grad_norm_(model.parameters(), settings.clip or math.inf).full_tensor()
         sums[3] = len(sigterm)
         dist.all_reduce(sums)
@@ -365,7 +362,7 @@ def train(settings: "Settings") -> dict:
         line = {
             "step": step,
             "loss": loss,
-            "accuracy": accuracy,  # fraction of training pairs whose better response scores higher
+            "accuracy": accuracy,  # fraction of right pairs, a mean over comparisons
             "margin": margin,  # mean score of the better response minus the worse
             "grad_norm": norm,  # before clipping
             "learning_rate": optimizer.param_groups[0]["lr"],
@@ -391,9 +388,10 @@ def train(settings: "Settings") -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Checkpoints: model and optimizer as safetensors, each rank writing its share. The step is the
-# position in the data, since the plan follows from the seed. `torch.distributed.checkpoint` reads
-# them on any number of ranks; on as many as before, the run ends in the same weights, bit for bit.
+# 5. Checkpoints: parameters and AdamW's state as safetensors, each rank writing its share, and the
+# recipe in run.json. Nothing else is needed: order and learning rate follow from seed and step, and
+# there is no dropout. They are read on any number of ranks; on as many as before, the run ends in
+# the same weights, bit for bit.
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -422,7 +420,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, run: dict, keep: int =
         if dist.get_rank() == 0:
             data.write_file(unfinished / "run.json", json.dumps({"step": step, **run}, indent=1))
             unfinished.rename(final)
-            for old in sorted(folder.glob("step_*"))[:-keep]:  # renamed before it is deleted
+            for old in sorted(folder.glob("step_*"))[:-keep]:
+                # Rename first: a crash while deleting must not leave half a folder called step_...
                 shutil.rmtree(old.rename(folder / f".old_{old.name}"))
         dist.barrier()
 
@@ -819,8 +818,12 @@ def model_to_plan(settings: Settings) -> RewardModel:
         parts.vision.requires_grad_(not settings.freeze_vision)
     # InternVL and Qwen3-VL read numbers here, which this device has none of; both steps are cheap.
     parts.language.rotary_emb.rope_type = "default"
-    parts.language._deepstack_process = lambda hidden, mask, images: hidden + images.sum()
+    parts.language._deepstack_process = add_sum
     return RewardModel(backbone, head, data.load_processors(settings.model)).train()
+
+
+def add_sum(hidden: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+    return hidden + images.sum()
 
 
 def assumed_comparison(lengths: list[int], processors):

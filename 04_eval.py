@@ -17,7 +17,7 @@ ranked better; it is right if that one scores strictly higher. A tie is wrong, b
 scores everything alike has no opinion. Scores are saved as they are: rounding would make ties.
 
 An accuracy needs two companions, which the paper does not give. A baseline: `longer wins` alone
-gets 71.8% of MM-RLHF-RewardBench. An interval: with 46 groups, 78% and 80% are the same.
+gets 71.8% of MM-RLHF-RewardBench. An interval: with 46 groups, 78% and 80% cannot be told apart.
 """
 
 import base64
@@ -110,7 +110,7 @@ class Items:
     characters: list[list[int]] = field(default_factory=list)  # length of each response
     subsets: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # not always unique
-    weights: Array | None = None  # [..., items] how often each counts; None: once
+    weights: Array | None = None  # how often each counts: [items], or [draws, items] (bootstrap)
 
     def __post_init__(self):
         if self.weights is None:

@@ -17,25 +17,24 @@ a reward model; R1-Reward, a generative judge (here --reward model with a judge 
 best, `hybrid`: 1 for a match, else sigmoid(score). It trains Qwen2.5-VL-3B with 8 rollouts a prompt
 and 256 prompts a step. KL coefficient, learning rate, clipping and temperature are not stated.
 
-Why is sigmoid(score) a reward? The Bradley-Terry loss of 03 only compares responses to one prompt:
-it fixes no offset, and the scale grows with training. Sigmoid presumes both. It keeps the order
-within a group, which was learned, and fits the range of the rule's reward. But a wrong answer that
-the reward model likes would earn almost 1, like a right one: --fallback_scale halves it (paper: 1).
+Why is sigmoid(score) a reward? In Bradley-Terry, sigmoid(r_a - r_b) is the probability that a beats
+b. So sigmoid(r) is the probability of beating a response of score 0, and it has the rule's range,
+0 to 1. But training compares responses to one prompt: nothing fixes which response scores 0. Only
+the order within a group was learned; far from 0 sigmoid saturates and even the order fades. And a
+wrong answer that the reward model likes would earn almost 1: --fallback_scale halves it (paper: 1).
 
 Left out of the published algorithm, or changed:
   - Advantage: reward - group mean, not divided by the group's deviation, as in Dr. GRPO (arXiv
-    2503.20783). Where no answer of a group is right, hybrid rewards differ by noise, 0.48 to 0.52.
-    Division turns that into +-1.4, as much as a right answer gets: phantom advantages. --advantage
-    group divides as published; batch divides by the deviation of the whole batch, for raw scores,
-    which have any scale.
+    2503.20783). Phantom advantages are those in a group of wrong answers only: the reward model's
+    opinion on which is less wrong. Divided, rewards of 0.24 and 0.26 become -0.7 and +0.7, exactly
+    as 0 and 1 do. --advantage group divides as published; batch divides by the deviation of the
+    whole batch, for raw scores, which have any scale.
   - Loss: the sum over all tokens of the step divided by their number on all ranks, as in DAPO
     (2503.14476). A mean within each response first, as published, is lenient on long wrong ones.
-  - Clipping: none. A batch of rollouts gets one update, so the probability ratio is 1, and PPO's
-    clip, DAPO's clip-higher, GSPO (2507.18071) and CISPO (2506.13585) would be inert.
-  - DAPO's dynamic sampling and overlong filtering: none. Groups of equal rewards have no gradient,
-    truncated responses are rewarded as they stand; metrics.jsonl has the fraction of both.
+  - Clipping: none. A batch of rollouts gets one update, so the probability ratio is 1, and clipping
+    (PPO, DAPO's clip-higher, GSPO 2507.18071, CISPO 2506.13585) would be inert.
   - Sampling: by the code that trains, with a KV cache (`write` in 02), not by an inference server.
-    Special tokens are never sampled: a policy that writes <|image_pad|> crashes 100 steps later.
+    Special tokens are never sampled: an <|image_pad|> in a response has no picture behind it.
   - Kept: the KL divergence to the reference policy, the frozen start, as a mean over tokens.
 """
 
@@ -105,10 +104,11 @@ class Policy(model_stage.Writer):
 
     def forward(self, row):
         """Return log-probability and entropy at all response tokens of a packed row, [tokens]."""
-        places, predictors = row.response_tokens()  # a token's predictor stands before it
+        # A token is predicted at the one before it, every response's first at its prompt's last.
+        places, predictors = row.response_tokens()  # indices in the row, [tokens] each
         hidden = model_stage.run_backbone(self.lm, row)[predictors]  # [tokens, hidden]
-        # Memory runs out here first: 8,192 tokens of Qwen's vocabulary are 5 GB in float32.
-        log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary]
+        # The largest tensor: 8,192 tokens times Qwen's vocabulary are 5 GB in float32.
+        log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary], special tokens -inf
         sampled = log_p.gather(-1, row.input_ids[0, places, None])  # [tokens, 1]
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # 0 * -inf would be nan
@@ -118,7 +118,8 @@ class Policy(model_stage.Writer):
 def rollout(policy, prompts, group, max_new_tokens, noise=None) -> Tensor:
     """Sample token ids [prompts, group, max_new_tokens], -1 after the end-of-turn token.
 
-    `noise` of that shape, uniform in [0, 1), decides every token; without it decoding is greedy.
+    `noise` of that shape, uniform in [0, 1), decides every token by inverting the cumulative
+    distribution, so a sample does not depend on its batch; without noise decoding is greedy.
     """
     bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
     row = model_stage.pack(bare, policy.processors).to(next(policy.parameters()).device)
@@ -178,7 +179,7 @@ def advantage_of(reward, scale) -> Tensor:
     centred = reward - reward.mean(1, keepdim=True)
     if scale == "batch":
         return centred / (centred.std() + 1e-4)
-    if scale == "group":  # [0.48, 0.52] becomes [-0.7, 0.7], exactly as [0, 1] does
+    if scale == "group":  # [0.24, 0.26] becomes [-0.7, 0.7], exactly as [0, 1] does
         return centred / (reward.std(1, keepdim=True) + 1e-4)
     return centred
 
@@ -192,7 +193,7 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
     # KL = q/p - log(q/p) - 1, p by the policy and q by the reference: unbiased, never negative
     log_ratio = reference_log_p - log_p
     kl = log_ratio.exp() - log_ratio - 1
-    # p / p_old is 1 in the only update of a batch, and its gradient is that of log p.
+    # p / p_old, as published: in the only update of a batch its value is 1, its gradient log p's.
     ratio = (log_p - log_p.detach()).exp()
     # loss = sum over tokens of  beta KL - A p / p_old
     loss = kl_coefficient * kl - advantage * ratio
@@ -296,7 +297,7 @@ def train(settings):
         times.append(time.perf_counter())
 
         # 2. Reward: a rule checks closed questions, the reward model scores all responses.
-        closed, match = matches(prompts, texts)  # [B, 1], [B, G]
+        closed, match = matches(prompts, texts)  # [B, 1] has an answer, [B, G] equals it
         score = torch.zeros_like(match)  # [B, G]
         if settings.reward != "rule":
             score = score_groups(reward_model, prompts, texts, settings)
