@@ -438,7 +438,7 @@ class Settings(Recipe):
     validation: str = option("auto", "comparisons; auto: <data>_holdout of the first; '': none")
     validate_every: int = option(25, "steps between validations; 0: only at the end")
     validation_size: int = option(256, "comparisons of a validation, always the same")
-    checkpoint_every: int = option(50, "steps between checkpoints (two stay); 0: none")
+    checkpoint_every: int = option(50, "steps between checkpoints (two stay); 0: on SIGTERM only")
     resume: bool = option(False, "continue from the newest checkpoint in --out, if there is one")
     resume_changed: bool = option(False, "with --resume: even if recipe or data have changed")
     micro_tokens: int = option(8192, "tokens of a forward on one rank, as memory allows (--plan)")
@@ -479,7 +479,7 @@ def open_data(settings: Settings, processors, rewrite=None) -> tuple:
             raise UserError(f"{part.folder}: no comparisons in there; see rejected.jsonl for why")
         if metric := part.info["metric"]:
             raise UserError(f"{part.folder}: the benchmark {metric}, which is to score models")
-        if not part.response_counts().all():
+        if not np.all(part.response_counts()):
             raise UserError(f"{part.folder}: has prompts without responses, for 06 and not for 03")
         if processors.image is None and part.sizes()[1].any():
             raise UserError(f"{part.folder}: has images, and {settings.model} is text-only")
@@ -504,6 +504,7 @@ def pack_micro_batch(micro: MicroBatch, comparisons: Dataset, processors, pack=m
 
 
 def read_micro_batch(micro: MicroBatch, comparisons: Dataset, processors, pack) -> tuple:
+    """Read a micro-batch in a worker process."""
     read, row = pack_micro_batch(micro, comparisons, processors, pack)
     return micro, row, pairs_of(read)
 
@@ -528,7 +529,7 @@ def load(comparisons: Dataset, micro_batches: list[MicroBatch], model, device, w
         for micro, row, pairs in loader:
             yield micro, row.to(device), pairs.to(device)
     except UserError as error:  # a worker puts its traceback in front
-        raise UserError(str(error).split("UserError: ")[-1]) from None
+        raise UserError(str(error).split("UserError: ")[-1].strip()) from None
 
 
 @torch.no_grad()
@@ -889,32 +890,25 @@ def print_plan(settings: Settings) -> None:
 
     print(f"model  {settings.model}: {size_of(model):,} parameters with a head of two layers")
     print(f"run    {steps:,} steps of {settings.batch_size} for {count:,} comparisons, {gpus} GPUs")
-    print_table(
-        "work",
-        "a comparison",
-        {
-            "tokens": tokens.mean(),
-            "image patches": patches.mean(),
-            "TFLOP, language model": of_language / 1e12,
-            "TFLOP, vision tower": of_vision / 1e12,
-        },
-    )
+    work = {
+        "tokens": tokens.mean(),
+        "image patches": patches.mean(),
+        "TFLOP, language model": of_language / 1e12,
+        "TFLOP, vision tower": of_vision / 1e12,
+    }
+    print_table("work", "a comparison", work)
     print_table("memory of a GPU", "GB", {name: size / 1e9 for name, size in parts.items()})
     fits = "fits in" if needed < 0.9e9 * settings.gpu_memory else "does NOT fit in"
     print(
-        f"  all of it, {needed / 1e9:.4g} GB, {fits} {settings.gpu_memory:g} GB with a tenth free"
+        f"  all of it, {needed / 1e9:.4g} GB, {fits} {settings.gpu_memory:g} GB, a tenth kept free"
     )
     print(f"  largest micro-batch: {row_tokens:,} tokens, {row_patches:,} patches")
-    print_table(
-        "disk",
-        "GB",
-        {
-            "a checkpoint": ranks * (parts["parameters"] + parts["AdamW's two moments"]) / 1e9,
-            "the trained model": number * size_of(model) / 1e9,
-        },
-    )
+    checkpoint = ranks * (parts["parameters"] + parts["AdamW's two moments"])
+    disk = {"a checkpoint": checkpoint / 1e9, "the trained model": number * size_of(model) / 1e9}
+    print_table("disk", "GB", disk)
     print_table("time", "s a step", {"computing": computing, "communicating": communicating})
-    print(f"{hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours: the longer of both")
+    print(f"  at {settings.utilisation:.0%} of the peak; the longer of both counts:")
+    print(f"{hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours, without validations and checkpoints")
 
 
 def print_table(title: str, unit: str, rows: dict[str, float]) -> None:

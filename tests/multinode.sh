@@ -1,9 +1,9 @@
 #!/bin/bash
-# Rehearses training on two nodes: two network namespaces joined by a virtual cable, one rank in each, and the same
-# run as two ranks of one host to compare with. Needs root and iproute2 (`ip`); as on a cluster, both see one file
-# system.
+# Rehearse training on two nodes: two network namespaces joined by a virtual cable, one rank in each,
+# and the same run as two ranks of one host to compare with. Needs root and iproute2 (`ip`). As on a
+# cluster, both see one file system.
 #
-#     tests/multinode.sh                     # further options go to 03_train.py, for example --shard_size 1
+#     tests/multinode.sh        # further options go to 03_train.py, for example --shard_size 1
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scratch=$(mktemp -d)
@@ -18,12 +18,14 @@ cleanup() {
 }
 trap cleanup EXIT
 
-python -m torch.distributed.run --standalone 01_data.py --out "$scratch/data" --world_size 0.05
-python -m torch.distributed.run --standalone 02_model.py --out "$scratch/model" --data "$scratch/data/train"
-train="03_train.py --model $scratch/model --data $scratch/data/train --steps 6 --batch_size 12 --checkpoint_every 3 $*"
+torchrun="python -m torch.distributed.run"
+$torchrun --standalone 01_data.py --out "$scratch/data" --world_size 0.05
+$torchrun --standalone 02_model.py --out "$scratch/model" --data "$scratch/data/train"
+train="03_train.py --model $scratch/model --data $scratch/data/train $*"
+train="$train --steps 6 --batch_size 12 --checkpoint_every 3"
 
 echo "one host, two ranks"
-python -m torch.distributed.run --standalone --nproc_per_node 2 $train --out "$scratch/one_host"
+$torchrun --standalone --nproc_per_node 2 $train --out "$scratch/one_host"
 
 echo "two hosts of one rank each"
 ip netns add $node0
@@ -35,11 +37,11 @@ for node in $node0 $node1; do
     ip -n $node link set lo up
     ip -n $node link set cable up
 done
-# Gloo (for NCCL: NCCL_SOCKET_IFNAME) would take the interface of the host's name, often the loopback, and never meet.
+# Gloo (for NCCL: NCCL_SOCKET_IFNAME) would take the interface of the host's name, often the loopback.
 export GLOO_SOCKET_IFNAME=cable
 for rank in 1 0; do
     node=node$rank
-    ip netns exec ${!node} python -m torch.distributed.run --nnodes 2 --node_rank $rank --nproc_per_node 1 \
+    ip netns exec ${!node} $torchrun --nnodes 2 --node_rank $rank --nproc_per_node 1 \
         --master_addr 10.77.0.1 --master_port 29500 $train --out "$scratch/two_hosts" &
 done
 wait %1
