@@ -1,11 +1,13 @@
-"""Runs scripts as torchrun does, with ranks that are forked from one process which has imported the stages: of a fresh
-torchrun, torchrun itself and each rank first import torch and transformers, some three seconds of a core each.
+"""Run scripts as torchrun does, with ranks forked from one process that has imported the stages.
 
-    python tests/forks.py      # runs what it reads, one JSON object a line, and prints how each ended
+    python tests/forks.py   # reads runs, one JSON object a line, and prints the exit code of each
 
-As with torchrun, ranks are processes of their own that meet in a store which belongs to none of them, read their own
-command line, are ended when one of them fails, and end as an interpreter ends. What was imported before they began is
-all that differs, and so what an import reads from the environment.
+This saves time: with a fresh torchrun, torchrun itself and each rank first import torch and
+transformers, about three seconds of a core each.
+
+As with torchrun, ranks are processes of their own, read their own command line and end as an
+interpreter ends. They meet in a store that belongs to none of them, and when one fails the others
+are ended. The only difference: imports, and the environment that they read, come before the run.
 """
 
 import gc
@@ -26,37 +28,39 @@ def import_stages() -> None:
     sys.path.insert(0, str(ROOT))
     for name in STAGES:
         importlib.import_module(name)
-    gc.freeze()  # so that a process that is forked and ends does not go through, and copy, all that was imported
+    gc.freeze()  # else the garbage collector of a fork would copy all imported objects when it ends
 
 
 def fork_ranks(ranks: int, seconds: int = 600) -> None:
-    """Returns in each of so many new processes. The present one waits for them and exits with 1 if one of them fails;
-    the others then get SIGTERM and, after 30 seconds, SIGKILL, which all get after `seconds`."""
-    from torch.distributed import (
-        TCPStore,
-    )  # not before it is needed: kills.py starts torchrun without it
+    """Fork so many ranks; return in each of them, and never in the present process.
+
+    The present process waits for the ranks. If one fails, the others get SIGTERM and after 30
+    seconds SIGKILL, and the exit code is 1. After `seconds` all ranks get SIGKILL.
+    """
+    from torch.distributed import TCPStore  # here, because kills.py starts torchrun without it
 
     listener = socket.create_server(("127.0.0.1", 0))
-    port, pids = listener.getsockname()[1], []
+    port = listener.getsockname()[1]
+    pids = []
     for rank in range(ranks):
         pids.append(os.fork())
         if pids[-1] == 0:
-            where = {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "TORCHELASTIC_USE_AGENT_STORE": True,
-            }
-            where |= {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": ranks,
-                "LOCAL_WORLD_SIZE": ranks,
-            }
-            os.environ |= {name: str(value) for name, value in where.items()}
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            os.environ["MASTER_PORT"] = str(port)
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            os.environ["RANK"] = str(rank)
+            os.environ["LOCAL_RANK"] = str(rank)
+            os.environ["WORLD_SIZE"] = str(ranks)
+            os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
             listener.close()
             return
-    how = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
-    store = TCPStore("127.0.0.1", port, **how)  # noqa: F841  # it serves as long as it has a name
+    store = TCPStore(  # noqa: F841  # the store lives as long as this name
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
     def kill(*_) -> None:
         print("killed: it would not end", file=sys.stderr, flush=True)
@@ -78,27 +82,29 @@ def fork_ranks(ranks: int, seconds: int = 600) -> None:
 
 
 def run(command: list[str]) -> None:
-    """`python SCRIPT ARGUMENTS` in this process."""
+    """Run `python SCRIPT ARGUMENTS` in this process."""
     path = Path(command[0]).absolute()
-    sys.argv, sys.path[0] = command, str(path.parent)
+    sys.argv = command
+    sys.path[0] = str(path.parent)
     runpy.run_path(str(path), run_name="__main__")
 
 
 def main() -> None:
     import_stages()
     for line in sys.stdin:
-        told = json.loads(line)
+        task = json.loads(line)
         pid = os.fork()
         if pid == 0:
             break
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
     else:
         return
-    os.chdir(told["cwd"])
-    for stream, path in enumerate((os.devnull, told["stdout"], told["stderr"])):
+    os.chdir(task["cwd"])
+    for stream, path in enumerate((os.devnull, task["stdout"], task["stderr"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), stream)
-    fork_ranks(told["ranks"])
-    run(told["command"])
+    fork_ranks(task["ranks"])
+    run(task["command"])
 
 
 if __name__ == "__main__":

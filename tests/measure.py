@@ -1,9 +1,9 @@
-"""Runs the default pipeline, all six stages with no argument but --seed, and prints what the README claims.
+"""Run the default pipeline, all six stages with no option but --seed; print the README's numbers.
 
-    python tests/measure.py                       # seeds 0, 1 and 2; keep everything else on the machine still
+    python tests/measure.py                  # seeds 0, 1 and 2; leave the rest of the machine idle
     python tests/measure.py --seeds 0 --out results.json
 
-Each run happens in a copy of the project in a temporary folder, so nothing here is touched.
+Each run uses a copy of the project in a temporary folder.
 """
 
 import argparse
@@ -22,27 +22,21 @@ BENCHMARKS = ("new_scenes", "unseen_combinations", "new_text")
 
 
 def run(seed: int, ranks: int) -> dict:
-    """One default run; the seconds of each stage and its results in percent."""
+    """Run the pipeline once; return the seconds of each stage and its results in percent."""
+    scripts = sorted(path.name for path in ROOT.glob("0*.py"))
+    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        for script in sorted(ROOT.glob("0*.py")):
-            shutil.copy(script, folder)
+        for script in scripts:
+            shutil.copy(ROOT / script, folder)
         shutil.copytree(ROOT / "tests/tiny", Path(folder, "tests/tiny"))
-        seconds = {}
-        for script in sorted(path.name for path in ROOT.glob("0*.py")):
+        for script in scripts:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc_per_node={ranks}", script]
+            if script == "05_ensemble.py":  # its member differs from that of 03
+                command += ["--seed", str(seed + 1)]
+            elif script != "04_eval.py":  # which has no seed
+                command += ["--seed", str(seed)]
             began = time.perf_counter()
-            launch = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={ranks}",
-            ]
-            seeded = (
-                []
-                if script == "04_eval.py"
-                else ["--seed", str(seed + (script == "05_ensemble.py"))]
-            )
-            command = [*launch, script, *seeded]
             subprocess.run(
                 command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
@@ -51,45 +45,35 @@ def run(seed: int, ranks: int) -> dict:
         scores = json.loads((artifacts / "scores/reward/summary.json").read_text())
         ensemble = json.loads((artifacts / "ensemble/summary.json").read_text())["benchmarks"]
         policy = json.loads((artifacts / "policy/evaluation.json").read_text())
-    systems = {name: scores[name] | ensemble[name] for name in BENCHMARKS}
-    accuracy = {}
-    for system in ("longer wins", *ensemble["new_text"]):
-        accuracy[system] = {
-            name: 100 * found[system]["overall"]["accuracy"]
-            for name, found in systems.items()
-            if system in found
-        }
+    seconds["all"] = sum(seconds.values())
+    accuracy = {system: {} for system in ("longer wins", *ensemble["new_text"])}
+    for benchmark in BENCHMARKS:
+        systems = scores[benchmark] | ensemble[benchmark]
+        for system in accuracy.keys() & systems.keys():
+            accuracy[system][benchmark] = 100 * systems[system]["overall"]["accuracy"]
     grades = {}
     for when in ("before", "after"):
         grades[f"policy {when}"] = {
             kind: 100 * policy[when][kind] for kind in ("exact_match", "open_grade")
         }
-    return {
-        "seed": seed,
-        "accuracy": accuracy,
-        "policy": grades,
-        "seconds": seconds | {"all": sum(seconds.values())},
-    }
+    return {"seed": seed, "accuracy": accuracy, "policy": grades, "seconds": seconds}
 
 
 def cell(values: list[float]) -> str:
-    """The mean over the seeds, with the smallest and the largest."""
+    """Print the mean over the seeds, with the smallest and the largest value."""
     return f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if values else "-"
 
 
 def table(title: str, results: list[dict]) -> str:
-    """What the runs say under the same names, rows down and columns across, as Markdown."""
-    rows, columns = (
-        list(results[0]),
-        list(dict.fromkeys(name for row in results[0].values() for name in row)),
-    )
+    """Print results with the same names as Markdown, rows down and columns across."""
+    rows = list(results[0])
+    columns = list(dict.fromkeys(name for row in results[0].values() for name in row))
     lines = [[title, *columns], ["---"] * (len(columns) + 1)]
     for row in rows:
-        cells = [
-            [result[row][column] for result in results if column in result[row]]
-            for column in columns
-        ]
-        lines.append([row, *map(cell, cells)])
+        line = [row]
+        for column in columns:
+            line.append(cell([result[row][column] for result in results if column in result[row]]))
+        lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
