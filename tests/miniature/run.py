@@ -1,16 +1,16 @@
-"""The paper's studies in miniature: every run of every study, over five seeds, in the embedded world.
+"""Run the paper's studies in miniature: every run over five seeds, in the embedded world.
 
-    python tests/miniature/run.py                            # all that is not in results.jsonl yet
+    python tests/miniature/run.py                  # every run that results.jsonl does not have yet
     python tests/miniature/run.py --study head --seeds 0 1
-    python tests/miniature/tables.py                         # the README's tables, from results.jsonl
+    python tests/miniature/tables.py               # the README's tables, from results.jsonl
 
-In    Nothing: the data of each seed is made first.
-Out   artifacts/miniature/<seed>/<run>/, what the stages write, and log.txt, what they print; results.jsonl beside this
-      file, a line for each run and seed with the command lines that made it. A run whose line is there, with the same
-      command lines, is not repeated.
+In    Nothing: each seed starts by making its data.
+Out   artifacts/miniature/<seed>/<run>/: what the stages write, and log.txt with what they print.
+      results.jsonl beside this file: a line for each run and seed, with its command lines. A run
+      whose line is there, with the same command lines, is not repeated.
 
-A run is a list of command lines of the six scripts. Worker processes of one rank and one thread each perform them in
-turn, in the order of RUNS, so that what a run uses of another is there.
+A run is a list of command lines of the six scripts. Worker processes of one rank and one thread
+perform the runs in the order of RUNS, so that a run finds the artifacts it needs.
 """
 
 import argparse
@@ -40,8 +40,11 @@ BENCHMARKS = ("new_scenes", "unseen_combinations", "new_text")
 
 @dataclass
 class Run:
-    """`commands`, in which {work} is the seed's folder, {run} the run's own and {seed} the seed; `measure` reads
-    {what: share} from the run's folder; `needs` names the runs whose artifacts it uses."""
+    """One run of a study.
+
+    In `commands`, {work} is the seed's folder, {run} the run's own and {seed} the seed. `measure`
+    reads {name: share} from the run's folder. `needs` names the runs whose artifacts it uses.
+    """
 
     commands: list[str]
     measure: Callable[[Path], dict[str, float]]
@@ -53,7 +56,7 @@ class Row(NamedTuple):
 
     label: str
     run: str
-    part: str = ""  # what stands before a column's name in what the run measured
+    part: str = ""  # prefix of a column's name among what the run measured
     paper: str = ""  # the paper's figures
 
 
@@ -61,27 +64,24 @@ class Row(NamedTuple):
 class Study:
     """One of the paper's questions."""
 
-    columns: list[str]  # of what was measured
+    columns: list[str]  # names of measures
     rows: list[Row]
-    paper: str = ""  # what the paper's figures are
+    paper: str = ""  # names the paper's figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What runs are made of.
+# --------------------------------------------------------------------------------------------------
+# The pieces of runs.
 
-SOURCES = (
-    "scenes",
-    "captions",
-    "noisy",
-    "wordy",
-    "text",
-)  # of the world; each alone is 3,200 comparisons
+# The world's sources; each alone is 3,200 comparisons.
+SOURCES = ("scenes", "captions", "noisy", "wordy", "text")
 SELECTED = {"scenes": 2400, "captions": 160, "text": 640}  # without the two flawed ones
-STEPS = "--steps 80"  # of 64 comparisons: half of the default data once, a quarter of the default training
+# 80 steps of 64 comparisons: half of the default data once, a quarter of the default training.
+STEPS = "--steps 80"
 LANGUAGE_HALF = "artifacts/miniature/language_half"
 SIZES = {
-    f"{depth} layers of {width}": f"--width {width} --depth {depth}"
-    for width, depth in ((64, 2), (128, 4), (192, 6))
+    "2 layers of 64": "--width 64 --depth 2",
+    "4 layers of 128": "--width 128 --depth 4",
+    "6 layers of 192": "--width 192 --depth 6",
 }
 FAMILIES = {
     "Qwen2-VL": "--family qwen2_vl",
@@ -90,7 +90,7 @@ FAMILIES = {
 }
 # Each is pretrained for a quarter of the steps of the embedded one.
 BACKBONES = SIZES | FAMILIES | {"LLM": "--family qwen2"}
-VLM = "4 layers of 128"  # of the embedded backbone's size
+VLM = "4 layers of 128"  # the embedded backbone's size
 
 
 def name_of_folder(name: str) -> str:
@@ -105,27 +105,25 @@ def scored_on(benchmarks: tuple[str, ...], folder: str = "{work}/data") -> str:
     return " ".join(f"--benchmark {folder}/{name}" for name in benchmarks)
 
 
-def by_benchmark(found: dict, system: str) -> dict[str, float]:
-    """A system's overall accuracy on each benchmark of a summary, and their mean."""
-    shares = {name.replace("_", " "): found[name][system]["overall"]["accuracy"] for name in found}
-    return shares | {"mean": sum(shares.values()) / len(shares)}
+def by_benchmark(summary: dict, system: str) -> dict[str, float]:
+    """Return a system's overall accuracy on each benchmark of a summary, and their mean."""
+    shares = {}
+    for name, systems in summary.items():
+        shares[name.replace("_", " ")] = systems[system]["overall"]["accuracy"]
+    return {**shares, "mean": sum(shares.values()) / len(shares)}
 
 
 def prepare() -> Run:
-    """The default data sets, each of the world's sources alone, and two mixtures of the same size."""
-    sets = {part: f"--source world:{part}@3200" for part in SOURCES}
-    sets["selected"] = " ".join(
-        f"--source world:{part}@{count}" for part, count in SELECTED.items()
-    )
-    sets["everything"] = " ".join(
-        f"--source world:{part}@{3200 // len(SOURCES)}" for part in SOURCES
-    )
-    lines = ["", *(f"{given} --name {name} --holdout 0" for name, given in sets.items())]
-    return Run(
-        [f"01_data.py {line} --seed {{seed}} --out {{work}}/data" for line in lines],
-        lambda folder: {},
-        (),
-    )
+    """Prepare the default data, each source alone, and two mixtures of the same size."""
+    sources = {part: {part: 3200} for part in SOURCES}
+    sources["selected"] = SELECTED
+    sources["everything"] = {part: 3200 // len(SOURCES) for part in SOURCES}
+    lines = [""]
+    for name, counts in sources.items():
+        options = [f"--source world:{part}@{count}" for part, count in counts.items()]
+        lines.append(f"{' '.join(options)} --name {name} --holdout 0")
+    commands = [f"01_data.py {line} --seed {{seed}} --out {{work}}/data" for line in lines]
+    return Run(commands, measure=lambda folder: {}, needs=())
 
 
 def train(
@@ -136,131 +134,144 @@ def train(
     text_only: bool = False,
     prepared_by: str = "data",
 ) -> Run:
-    """A reward model and its scores; `model` and `training` are more arguments of 02 and 03. The data are those of the
-    run `prepared_by`; with '', for a backbone with a tokenizer of its own, this one prepares them."""
-    benchmarks, folder, lines, needs = (
-        ("new_text",) if text_only else BENCHMARKS,
-        "{work}/data",
-        [],
-        (prepared_by,),
-    )
+    """Train a reward model and score benchmarks; `model` and `training` are options of 02 and 03.
+
+    The data are those of the run `prepared_by`. With '' this run prepares its own, for a backbone
+    with a tokenizer of its own.
+    """
+    benchmarks = ("new_text",) if text_only else BENCHMARKS
+    commands = []
+    needs = (prepared_by,)
     if not prepared_by:
-        folder, needs = "{run}/data", ()
-        lines = [f"01_data.py --backbone {backbone} --seed {{seed}} --out {folder}"]
-    elif prepared_by != "data":
+        folder = "{run}/data"
+        needs = ()
+        commands.append(f"01_data.py --backbone {backbone} --seed {{seed}} --out {folder}")
+    elif prepared_by == "data":
+        folder = "{work}/data"
+    else:
         folder = f"{{work}}/{name_of_folder(prepared_by)}/data"
-    lines += [
-        f"02_model.py --backbone {backbone} --data {folder}/{data} --out {{run}}/model --seed {{seed}} {model}",
-        f"03_train.py --model {{run}}/model --data {folder}/{data} --out {{run}}/reward --seed {{seed}} "
-        f"--validation= --validate_every 0 --checkpoint_every 0 --workers 0 {STEPS} {training}",
+    commands += [
+        f"02_model.py --backbone {backbone} --data {folder}/{data} --out {{run}}/model "
+        f"--seed {{seed}} {model}",
+        f"03_train.py --model {{run}}/model --data {folder}/{data} --out {{run}}/reward "
+        f"--seed {{seed}} --validation= --validate_every 0 --checkpoint_every 0 --workers 0 "
+        f"{STEPS} {training}",
         f"04_eval.py --model {{run}}/reward --out {{run}}/scores {scored_on(benchmarks, folder)}",
     ]
-    return Run(lines, accuracies, needs)
+    return Run(commands, accuracies, needs)
 
 
 def accuracies(folder: Path) -> dict[str, float]:
-    """Overall accuracies; with pictures also the cost, and the mean of Acc+ on the two benchmarks that have groups."""
-    found = json.loads((folder / "scores/reward/summary.json").read_text())
-    measured = by_benchmark(found, "reward")
-    if "new_scenes" in found:
+    """Read overall accuracies; with pictures also the cost and the mean Acc+ of two benchmarks."""
+    summary = json.loads((folder / "scores/reward/summary.json").read_text())
+    measured = by_benchmark(summary, "reward")
+    if "new_scenes" in summary:
         cost = json.loads((folder / "scores/reward/cost.json").read_text())["new_scenes"]
-        measured |= {f"{what} a comparison": cost[what] for what in ("GFLOP", "read", "written")}
-        measured["Acc+"] = (
-            sum(found[name]["reward"]["Acc+"]["accuracy"] for name in BENCHMARKS[:2]) / 2
-        )
+        for name in ("GFLOP", "read", "written"):
+            measured[f"{name} a comparison"] = cost[name]
+        grouped = BENCHMARKS[:2]  # the benchmarks that have groups
+        shares = [summary[name]["reward"]["Acc+"]["accuracy"] for name in grouped]
+        measured["Acc+"] = sum(shares) / 2
     return measured
 
 
 def combine() -> Run:
-    """Two members of different data and a text-only one, trained as 05 does without --member, and all combinations."""
-    members = "--member {work}/base/reward --member {work}/other/reward --text_member {work}/language_model/reward"
-    line = f"05_ensemble.py {members} --heldout {{work}}/data/train_holdout --out {{run}} {scored_on(BENCHMARKS)}"
+    """Combine two members of different data and a text-only one in all ways of 05."""
+    command = (
+        "05_ensemble.py --member {work}/base/reward --member {work}/other/reward "
+        "--text_member {work}/language_model/reward --heldout {work}/data/train_holdout "
+        f"--out {{run}} {scored_on(BENCHMARKS)}"
+    )
 
     def measure(folder: Path) -> dict[str, float]:
-        found = json.loads((folder / "summary.json").read_text())["benchmarks"]
-        first, second = list(found[BENCHMARKS[0]])[:2]  # the members, as --member names them
+        summary = json.loads((folder / "summary.json").read_text())["benchmarks"]
+        first, second = list(summary[BENCHMARKS[0]])[:2]  # the members, as --member names them
         systems = {"first": first, "second": second}
-        systems |= {
-            name: name for name in ("mean", "by accuracy", "by confidence", "mean, text routed")
-        }
+        for name in ("mean", "by accuracy", "by confidence", "mean, text routed"):
+            systems[name] = name
         measured = {}
-        for system, key in systems.items():
-            measured |= {
-                f"{system}: {name}": share for name, share in by_benchmark(found, key).items()
-            }
+        for prefix, system in systems.items():
+            for name, share in by_benchmark(summary, system).items():
+                measured[f"{prefix}: {name}"] = share
         return measured
 
-    return Run([line], measure, ("base", "other", "language model"))
+    return Run([command], measure, ("base", "other", "language model"))
 
 
 def improve(reward: str, model: str = "base", advantage: str = "centred") -> Run:
-    """A policy trained by GRPO with the reward model of another run."""
-    line = f"06_grpo.py --reward {reward} --model {{work}}/{model}/reward --out {{run}}/policy "
-    line += f"--advantage {advantage} "
-    line += "--data {work}/data/questions --benchmark {work}/data/new_questions --seed {seed}"
+    """Train a policy by GRPO with the reward model of another run."""
+    command = (
+        f"06_grpo.py --reward {reward} --model {{work}}/{model}/reward --out {{run}}/policy "
+        f"--advantage {advantage} --data {{work}}/data/questions "
+        "--benchmark {work}/data/new_questions --seed {seed}"
+    )
 
     def measure(folder: Path) -> dict[str, float]:
-        found = json.loads((folder / "policy/evaluation.json").read_text())
+        evaluation = json.loads((folder / "policy/evaluation.json").read_text())
         measured = {}
         for when, prefix in (("before", "start: "), ("after", "")):
-            closed, open = found[when]["exact_match"], found[when]["open_grade"]
-            measured |= {
-                f"{prefix}closed": closed,
-                f"{prefix}open": open,
-                f"{prefix}average": (closed + open) / 2,
-            }
-        steps = list(map(json.loads, (folder / "policy/metrics.jsonl").read_text().splitlines()))
-        measured["phantom advantage"] = sum(step["phantom"] for step in steps) / len(steps)
+            closed = evaluation[when]["exact_match"]
+            open = evaluation[when]["open_grade"]
+            measured[f"{prefix}closed"] = closed
+            measured[f"{prefix}open"] = open
+            measured[f"{prefix}average"] = (closed + open) / 2
+        lines = (folder / "policy/metrics.jsonl").read_text().splitlines()
+        shares = [json.loads(line)["phantom"] for line in lines]
+        measured["phantom advantage"] = sum(shares) / len(shares)
         return measured
 
-    return Run([line], measure, (model,))
+    return Run([command], measure, (model,))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All runs by name, in their order, and the studies that are tables of them.
 
 # The paper's head study: VL-RewardBench overall / MM-RLHF-RewardBench accuracy
-HEADS = {"1 none": "71.2 / 87.1"} | {
-    f"{n} {a}": "" for n in (2, 3, 4, 5) for a in ("none", "tanh", "silu")
-}
-HEADS |= {
+HEADS = {
+    "1 none": "71.2 / 87.1",
     "2 none": "71.7 / 90.0",
     "2 tanh": "74.8 / 90.1",
     "2 silu": "76.5 / 92.9",
+    "3 none": "",
+    "3 tanh": "",
     "3 silu": "71.4 / 90.6",
+    "4 none": "",
+    "4 tanh": "",
+    "4 silu": "69.1 / 88.2",
+    "5 none": "",
+    "5 tanh": "",
+    "5 silu": "73.5 / 88.8",
 }
-HEADS |= {"4 silu": "69.1 / 88.2", "5 silu": "73.5 / 88.8"}
-
-
-def head(name: str) -> str:
-    return "--head_layers {} --head_activation {}".format(*name.split())
-
+ZERO_COEFFICIENTS = (0.001, 0.01, 0.1)
 
 RUNS = {"data": prepare(), "base": train()}
-RUNS |= {name: train(model=head(name)) for name in HEADS if name != "2 silu"}
-RUNS |= {f"zero {c}": train(training=f"--zero_coefficient {c}") for c in (0.001, 0.01, 0.1)}
-RUNS |= {"length normalisation": train(training="--length_normalisation")}
-RUNS |= {f"only {part}": train(part) for part in (*SOURCES, "everything", "selected")}
-RUNS |= {
-    name: train(backbone=folder_of_backbone(name), prepared_by="") for name in (*SIZES, *FAMILIES)
-}
-for name in (VLM, "LLM"):  # which have the same tokenizer
+for name in HEADS:
+    layers, activation = name.split()
+    if name != "2 silu":  # the default, which "base" has
+        RUNS[name] = train(model=f"--head_layers {layers} --head_activation {activation}")
+for coefficient in ZERO_COEFFICIENTS:
+    RUNS[f"zero {coefficient}"] = train(training=f"--zero_coefficient {coefficient}")
+RUNS["length normalisation"] = train(training="--length_normalisation")
+for part in (*SOURCES, "everything", "selected"):
+    RUNS[f"only {part}"] = train(part)
+for name in (*SIZES, *FAMILIES):
+    RUNS[name] = train(backbone=folder_of_backbone(name), prepared_by="")
+for name in (VLM, "LLM"):  # both have the same tokenizer
     RUNS[f"{name}, text"] = train(
         "train_text", folder_of_backbone(name), text_only=True, prepared_by=VLM
     )
-RUNS |= {
-    "other": train("train_other"),
-    "language model": train("train_text", LANGUAGE_HALF, text_only=True),
-}
-RUNS |= {"critic": train(model="--kind critic"), "generative": train(model="--kind generative")}
-RUNS |= {"ensemble": combine()}
-RUNS |= {reward: improve(reward) for reward in ("rule", "hybrid")}
-# Raw scores have any scale, and the KL coefficient means the same beside them only once they are divided by something.
-RUNS |= {
-    "model": improve("model", advantage="batch"),
-    "judge": improve("model", "generative", "batch"),
-}
-RUNS |= {f"hybrid {scale}": improve("hybrid", advantage=scale) for scale in ("group", "batch")}
+RUNS["other"] = train("train_other")
+RUNS["language model"] = train("train_text", LANGUAGE_HALF, text_only=True)
+RUNS["critic"] = train(model="--kind critic")
+RUNS["generative"] = train(model="--kind generative")
+RUNS["ensemble"] = combine()
+RUNS["rule"] = improve("rule")
+RUNS["hybrid"] = improve("hybrid")
+# Raw scores have any scale: only the division gives the KL coefficient its usual meaning.
+RUNS["model"] = improve("model", advantage="batch")
+RUNS["judge"] = improve("model", "generative", "batch")
+RUNS["hybrid group"] = improve("hybrid", advantage="group")
+RUNS["hybrid batch"] = improve("hybrid", advantage="batch")
 
 LOOK = ["new scenes", "unseen combinations", "new text", "mean", "Acc+"]
 STUDIES = {
@@ -271,8 +282,8 @@ STUDIES = {
     "head": Study(
         LOOK,
         [
-            Row(name.replace(" ", ", "), "base" if name == "2 silu" else name, paper=HEADS[name])
-            for name in HEADS
+            Row(name.replace(" ", ", "), "base" if name == "2 silu" else name, paper=paper)
+            for name, paper in HEADS.items()
         ],
         "VL-RewardBench / MM-RLHF",
     ),
@@ -280,14 +291,17 @@ STUDIES = {
         LOOK,
         [
             Row("none", "base"),
-            *(Row(f"zero-coefficient {c}", f"zero {c}") for c in (0.001, 0.01, 0.1)),
-        ]
-        + [Row("length normalisation", "length normalisation")],
+            *(Row(f"zero-coefficient {c}", f"zero {c}") for c in ZERO_COEFFICIENTS),
+            Row("length normalisation", "length normalisation"),
+        ],
     ),
     "data": Study(
         LOOK,
-        [Row(f"only {part}", f"only {part}") for part in SOURCES]
-        + [Row("all five", "only everything"), Row("without the flawed two", "only selected")],
+        [
+            *(Row(f"only {part}", f"only {part}") for part in SOURCES),
+            Row("all five", "only everything"),
+            Row("without the flawed two", "only selected"),
+        ],
     ),
     "text": Study(
         ["new text"],
@@ -304,8 +318,9 @@ STUDIES = {
         [
             Row("Qwen2.5-VL", VLM, paper="81.0 / 74.8"),
             Row("InternVL3", "InternVL", paper="78.1 / 81.1"),
-        ]
-        + [Row(name, name) for name in ("Qwen2-VL", "Qwen3-VL")],
+            Row("Qwen2-VL", "Qwen2-VL"),
+            Row("Qwen3-VL", "Qwen3-VL"),
+        ],
         "multimodal / text average",
     ),
     "ensemble": Study(
@@ -331,22 +346,23 @@ STUDIES = {
             Row("start policy", "hybrid", "start: "),
             Row("rule", "rule"),
             Row("generative judge", "judge"),
-        ]
-        + [Row("reward model", "model"), Row("hybrid", "hybrid")],
+            Row("reward model", "model"),
+            Row("hybrid", "hybrid"),
+        ],
     ),
     "advantage": Study(
         ["closed", "open", "average", "phantom advantage"],
         [
             Row("less the group's mean", "hybrid"),
             Row("divided by the batch's deviation", "hybrid batch"),
-        ]
-        + [Row("divided by the group's deviation", "hybrid group")],
+            Row("divided by the group's deviation", "hybrid group"),
+        ],
     ),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Performing them.
+# --------------------------------------------------------------------------------------------------
+# Performing the runs.
 
 
 def folder_of(run: str, seed: int) -> Path:
@@ -373,7 +389,7 @@ def make_backbone(name: str) -> None:
 
 
 def make_backbones(runs: set[str], workers: int) -> None:
-    """The backbones that these runs use beside the embedded one."""
+    """Make the backbones that these runs use beside the embedded one."""
     if not Path(LANGUAGE_HALF).exists():
         importlib.import_module("05_ensemble").language_half("tests/tiny", LANGUAGE_HALF)
     with ThreadPool(workers) as pool:
@@ -385,12 +401,13 @@ def depth(run: str) -> int:
 
 
 def perform(task: tuple[str, int]) -> dict:
-    """One run of one seed, in this process; the line for results.jsonl, or the run's name and what went wrong."""
+    """Perform one run of one seed; return its line for results.jsonl, or where its failure is."""
     name, seed = task
     sys.path.insert(0, str(ROOT))
     folder = folder_of(name, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    lines, began = filled(name, seed), time.process_time()
+    lines = filled(name, seed)
+    began = time.process_time()
     with (
         open(folder / "log.txt", "w") as log,
         contextlib.redirect_stdout(log),
@@ -402,9 +419,9 @@ def perform(task: tuple[str, int]) -> dict:
                 script, *arguments = line.split()
                 stage = importlib.import_module(script.removesuffix(".py"))
                 importlib.import_module("01_data").start_distributed()
-                stage.main(
-                    HfArgumentParser(stage.Settings).parse_args_into_dataclasses(arguments)[0]
-                )
+                parser = HfArgumentParser(stage.Settings)
+                (settings,) = parser.parse_args_into_dataclasses(arguments)
+                stage.main(settings)
                 gc.collect()
             measured = RUNS[name].measure(folder)
         except (Exception, SystemExit):
@@ -415,27 +432,32 @@ def perform(task: tuple[str, int]) -> dict:
 
 
 def read_results() -> dict[tuple[str, int], dict]:
-    """The lines of results.jsonl whose command lines are still those of their run, {(run, seed): line}."""
-    lines = map(json.loads, RESULTS.read_text().splitlines()) if RESULTS.is_file() else ()
-    found = {(line["run"], line["seed"]): line for line in lines}
-    return {
-        at: line for at, line in found.items() if at[0] in RUNS and line["commands"] == filled(*at)
-    }
+    """Read {(run, seed): line of results.jsonl} where a run still has the same command lines."""
+    if not RESULTS.is_file():
+        return {}
+    results = {}
+    for text in RESULTS.read_text().splitlines():
+        line = json.loads(text)
+        results[line["run"], line["seed"]] = line
+    current = {}
+    for (run, seed), line in results.items():
+        if run in RUNS and line["commands"] == filled(run, seed):
+            current[run, seed] = line
+    return current
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each"
-    )
+    option = parser.add_argument
+    option("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
+    option("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    option("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(ROOT))
-    done, failed = read_results(), 0
-    rows = [run for study in arguments.study for _, run, *_ in STUDIES[study].rows]
+    done = read_results()
+    rows = [row for study in arguments.study for row in STUDIES[study].rows]
     wanted = set()
 
     def want(run: str, seed: int) -> None:
@@ -444,24 +466,25 @@ def main() -> None:
             if (needed, seed) not in done or not folder_of(needed, seed).exists():
                 want(needed, seed)
 
-    for run, seed in itertools.product(rows, arguments.seeds):
-        if (run, seed) not in done:
-            want(run, seed)
+    for row, seed in itertools.product(rows, arguments.seeds):
+        if (row.run, seed) not in done:
+            want(row.run, seed)
     make_backbones({run.split(",")[0] for run, _ in wanted}, arguments.workers)
     tasks = [(run, seed) for run in RUNS for seed in arguments.seeds if (run, seed) in wanted]
     print(f"{len(tasks)} runs to do, {arguments.workers} at a time")
+    failed = 0
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        for level in sorted(
-            {depth(run) for run, _ in tasks}
-        ):  # what a run needs is done before it begins
-            for line in pool.imap_unordered(
-                perform, [task for task in tasks if depth(task[0]) == level]
-            ):
-                failed += "failed" in line
-                print({key: value for key, value in line.items() if key != "commands"}, flush=True)
-                if "failed" not in line:
-                    with open(RESULTS, "a") as file:
-                        file.write(json.dumps(line) + "\n")
+        # All runs of a depth end before those that need them begin.
+        for level in sorted({depth(run) for run, _ in tasks}):
+            ready = [(run, seed) for run, seed in tasks if depth(run) == level]
+            for line in pool.imap_unordered(perform, ready):
+                shown = {key: value for key, value in line.items() if key != "commands"}
+                print(shown, flush=True)
+                if "failed" in line:
+                    failed += 1
+                    continue
+                with open(RESULTS, "a") as file:
+                    file.write(json.dumps(line) + "\n")
     sys.exit(f"{failed} runs failed" if failed else 0)
 
 
