@@ -1,4 +1,4 @@
-"""The READMEs say what is so: commands parse and run, excerpts are in the scripts, links lead somewhere."""
+"""The READMEs are true: commands parse and run, excerpts are in the scripts, links lead somewhere."""
 
 import json
 import re

@@ -135,7 +135,7 @@ def test_the_readmes_lines_work_from_another_folder(reward, tmp_path):
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )
     assert not done.returncode, done.stderr
-    messages = [user("What is at row 1 column 1?", picture())]
+    messages = [user("What is it?", picture())]
     expected = reward.score(messages, ["A red circle.", "A blue square."])
     assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(expected.tolist(), abs=1e-5)
 

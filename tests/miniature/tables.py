@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import ROOT, RUNS, STUDIES, read_results  # noqa: E402
+from run import RUNS, STUDIES, read_results  # noqa: E402
 
 README = Path(__file__).with_name("README.md")
 
