@@ -1,4 +1,4 @@
-"""Stage 3's way into memory: sharded while empty, then filled, each rank with the rows of its own shards."""
+"""Stage 3 shards an empty model, then fills it: each rank reads the rows of its own shards."""
 
 import pytest
 import torch
@@ -11,42 +11,42 @@ model = stages.model
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, processors):
-    """Folders of Hugging Face checkpoints with an LM head, and of reward models made of each."""
+    """Save Hugging Face checkpoints with an LM head, and a reward model of each."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     several_files = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float16)
     several_files.save_pretrained(folder / "several_files", max_shard_size="1MB")
     assert len([*(folder / "several_files").glob("model-*.safetensors")]) > 1
     for tied in (True, False):  # a bias of 4 rows: of 3 ranks the last has none
-        sizes = {
-            "vocab_size": 576,
-            "hidden_size": 8,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-        }
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        text = AutoModelForCausalLM.from_config(
-            Qwen2Config(**sizes, **heads, tie_word_embeddings=tied)
+        config = Qwen2Config(
+            vocab_size=576,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=tied,
         )
+        text = AutoModelForCausalLM.from_config(config)
         text.save_pretrained(folder / f"text_tied_{tied}")
     policies = [*folder.iterdir()]
     for policy in policies:
         processors.save(policy)
     policies.append(TINY)
+    rewards = []
     for i, policy in enumerate(policies):
-        model.RewardModel.from_backbone(str(policy), model.HeadSettings()).save_pretrained(
-            folder / f"reward_{i}"
-        )
-    return [*policies, *(folder / f"reward_{i}" for i in range(len(policies)))]
+        rewards.append(folder / f"reward_{i}")
+        reward = model.RewardModel.from_backbone(str(policy), model.HeadSettings())
+        reward.save_pretrained(rewards[-1])
+    return [*policies, *rewards]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_sharded_loading_gives_every_parameter_and_buffer_of_a_plain_load(ranks, checkpoints):
     done = torchrun("tests/sharded_load.py", *checkpoints, ranks=ranks)
     rewards = sum("reward_" in str(folder) for folder in checkpoints)
-    assert done.stdout.count("same as a plain load") == ranks * (
-        rewards + 3 * (len(checkpoints) - rewards)
-    )
+    loads = rewards + 3 * (len(checkpoints) - rewards)
+    assert done.stdout.count("same as a plain load") == ranks * loads
 
 
 def remove(weights):
@@ -54,9 +54,8 @@ def remove(weights):
 
 
 def transpose(weights):
-    weights["visual.blocks.0.mlp.down_proj.weight"] = weights[
-        "visual.blocks.0.mlp.down_proj.weight"
-    ].T.contiguous()
+    name = "visual.blocks.0.mlp.down_proj.weight"
+    weights[name] = weights[name].T.contiguous()
 
 
 def add(weights):
@@ -83,21 +82,8 @@ def test_a_checkpoint_that_is_not_the_models_ends_in_one_line_that_names_the_ten
         save_file(weights, path, metadata={"format": "pt"})
     else:
         path.write_bytes(path.read_bytes()[:-1])
-    arguments = [
-        "--model",
-        tmp_path,
-        "--data",
-        world / "data/train",
-        "--out",
-        tmp_path / "out",
-        "--steps",
-        1,
-    ]
-    done = torchrun("03_train.py", *arguments, ranks=1, check=False)
+    folders = ["--model", tmp_path, "--data", world / "data/train", "--out", tmp_path / "out"]
+    done = torchrun("03_train.py", *folders, "--steps", 1, ranks=1, check=False)
     own = [line for line in done.stderr.splitlines() if line.startswith("03_train.py: ")]
-    assert (
-        done.returncode
-        and len(own) == 1
-        and says in own[0]
-        and "Traceback" not in done.stderr.split(own[0])[0]
-    )
+    assert done.returncode and len(own) == 1 and says in own[0]
+    assert "Traceback" not in done.stderr.split(own[0])[0]

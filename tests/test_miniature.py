@@ -1,20 +1,22 @@
-"""The studies in miniature: every run's command lines are ones that the stages take, results count only for what made
-them, the README has their tables, and backbones of all families can be made."""
+"""The studies in miniature.
+
+The stages accept every run's command lines, a result counts only for the command lines that made
+it, the README has the tables, and make_tiny.py makes backbones of all families.
+"""
 
 import importlib
-import json
 import re
 import sys
 
 import pytest
-from conftest import ROOT, stages
+from conftest import ROOT, stages, write_jsonl
 from transformers import HfArgumentParser
 
 for folder in ("miniature", "tiny"):
     sys.path.insert(0, str(ROOT / "tests" / folder))
-runner, tables, make_tiny = (
-    importlib.import_module(name) for name in ("run", "tables", "make_tiny")
-)
+runner = importlib.import_module("run")
+tables = importlib.import_module("tables")
+make_tiny = importlib.import_module("make_tiny")
 README = (ROOT / "tests/miniature/README.md").read_text()
 SHOWN = set(re.findall(r"<!-- study: (\w+) -->", README))
 
@@ -23,9 +25,8 @@ def test_every_command_line_of_every_run_is_one_that_its_stage_takes():
     for run in runner.RUNS:
         for line in runner.filled(run, 0):
             script, *arguments = line.split()
-            HfArgumentParser(getattr(stages, script[3:-3]).Settings).parse_args_into_dataclasses(
-                arguments
-            )
+            settings = getattr(stages, script[3:-3]).Settings
+            HfArgumentParser(settings).parse_args_into_dataclasses(arguments)
         assert all(needed in runner.RUNS for needed in runner.RUNS[run].needs)
 
 
@@ -45,10 +46,8 @@ def test_every_row_of_a_study_in_the_readme_stands_on_five_seeds():
 def test_a_result_counts_only_for_the_command_lines_that_made_it(tmp_path, monkeypatch):
     line = {"run": "base", "seed": 7, "measured": {}, "commands": runner.filled("base", 7)}
     other = line | {"seed": 8}
-    (tmp_path / "results.jsonl").write_text(
-        "".join(json.dumps(each) + "\n" for each in (line, other))
-    )
-    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results.jsonl")
+    results = write_jsonl(tmp_path / "results.jsonl", [line, other])
+    monkeypatch.setattr(runner, "RESULTS", results)
     assert list(runner.read_results()) == [("base", 7)]
 
 
@@ -68,9 +67,8 @@ def test_a_backbone_of_every_family_can_be_pretrained_and_loaded_by_the_stages(f
     stream = make_tiny.lessons(0, "train", text=1.0 if family == "qwen2" else 0.5)
     groups = [next(stream) for _ in range(4)]
     loss, outcomes = make_tiny.learn(policy, groups, processors)
-    again, _ = make_tiny.learn(
-        stages.model.load_backbone(str(tmp_path), lm_head=True), groups, processors
-    )
+    loaded = stages.model.load_backbone(str(tmp_path), lm_head=True)
+    again, _ = make_tiny.learn(loaded, groups, processors)
     assert loss.item() == pytest.approx(again.item(), abs=1e-6) and len(outcomes) == 32
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())

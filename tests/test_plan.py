@@ -1,4 +1,4 @@
-"""Stage 3, --plan: the work it counts is the work that is done, the memory it expects is the memory that is needed."""
+"""Stage 3, --plan: its work and memory are those that torch counts and measures."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def process_group():
 
 
 def counted(reward, row, freeze_vision: bool, activation_checkpointing: bool) -> int:
-    """FLOPs of forward and backward as torch counts them."""
+    """Count FLOPs of forward and backward with torch."""
     if hasattr(reward.backbone, "visual"):
         reward.backbone.visual.requires_grad_(not freeze_vision)
     train.shard(reward, reward.backbone, torch.device("cpu"), activation_checkpointing)
@@ -96,13 +96,13 @@ def test_lengths_read_from_the_offsets_are_those_of_the_comparisons(world):
     side = 8  # of a window in patches
     for i in range(0, len(comparisons), 7):
         c = comparisons[i]
-        P, Rs = len(c.prompt), [len(response) for response in c.responses]
-        windows = [
-            min(side, h - y) * min(side, w - x)
-            for _, h, w in c.grids.tolist()
-            for y in range(0, h, side)
-            for x in range(0, w, side)
-        ]
+        P = len(c.prompt)
+        Rs = [len(response) for response in c.responses]
+        windows = []
+        for _, h, w in c.grids.tolist():
+            for y in range(0, h, side):
+                for x in range(0, w, side):
+                    windows.append(min(side, h - y) * min(side, w - x))
         assert work[i].tolist() == [
             c.length,
             P * P / 2 + sum(R * P + R * R / 2 for R in Rs),
@@ -130,68 +130,55 @@ def test_the_memory_of_a_step_is_within_15_percent_of_what_is_measured(ranks, op
     done = torchrun("tests/bench/plan_memory.py", "--json", *options, ranks=ranks)
     parts = json.loads(done.stdout.splitlines()[-1])
     for part in ("parameters", "gradients", "AdamW's two moments"):
-        assert parts[part]["estimated"] == pytest.approx(parts[part]["measured"], rel=1e-3), (
-            part
-        )  # uneven shards
+        measured = pytest.approx(parts[part]["measured"], rel=1e-3)  # uneven shards
+        assert parts[part]["estimated"] == measured, part
     for part in parts.keys() & {"activations", "peak"}:
-        assert parts[part]["estimated"] == pytest.approx(parts[part]["measured"], rel=0.15), part
+        measured = pytest.approx(parts[part]["measured"], rel=0.15)
+        assert parts[part]["estimated"] == measured, part
 
 
 # ---- the command
 
 
 def plain_python(*arguments) -> subprocess.CompletedProcess:
-    command, environment = (
-        [sys.executable, "03_train.py", *map(str, arguments)],
-        {**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    command = [sys.executable, "03_train.py", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment
     )
 
 
 def printed_plan(*arguments, fresh: bool = False) -> tuple[str, dict[str, list[float]]]:
-    """What `03_train.py --plan` prints, whole and by line: the numbers behind its name."""
-    done = (
-        plain_python("--plan", *arguments)
-        if fresh
-        else torchrun("03_train.py", "--plan", *arguments, ranks=1)
-    )
+    """Return the output of `03_train.py --plan`, whole and as {name of a line: its numbers}."""
+    if fresh:
+        done = plain_python("--plan", *arguments)
+    else:
+        done = torchrun("03_train.py", "--plan", *arguments, ranks=1)
     assert not done.returncode, done.stderr
     found = re.findall(r"^ *(\S.*?) {2,}([\d.,]+)(?:  (\d[\d.e+]*))?", done.stdout, re.MULTILINE)
-    return done.stdout, {
-        name: [float(n.replace(",", "")) for n in numbers if n] for name, *numbers in found
-    }
+    lines = {}
+    for name, *numbers in found:
+        lines[name] = [float(number.replace(",", "")) for number in numbers if number]
+    return done.stdout, lines
 
 
 def test_the_papers_run_is_planned_in_seconds_from_a_config_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_VL_7B))
-    paper = [
-        "--model",
-        tmp_path,
-        "--gpus",
-        64,
-        "--batch_size",
-        128,
-        "--epochs",
-        1,
-        "--plan_comparisons",
-        2_800_000,
-    ]
+    paper = ["--model", tmp_path, "--gpus", 64, "--batch_size", 128, "--epochs", 1]
+    paper += ["--plan_comparisons", 2_800_000, "--plan_lengths", 150, 512, 300, 300]
     began = time.perf_counter()
-    text, lines = printed_plan(*paper, "--plan_lengths", 150, 512, 300, 300, fresh=True)
+    text, lines = printed_plan(*paper, fresh=True)
     assert time.perf_counter() - began < 60
     assert "21,875 steps" in text and "fits in 80 GB" in text
-    assert (
-        "7,760,021,504 parameters" in text
-    )  # 8,292,166,656 of the published checkpoint - its LM head + a reward head
+    assert "7,760,021,504 parameters" in text
+    # 8,292,166,656 of the published checkpoint - its LM head + a reward head
     assert 8_292_166_656 - 152064 * 3584 + 3584 * 3584 + 2 * 3584 == 7_760_021_504
     assert lines["tokens"] == [1262, pytest.approx(1262 * 2.8e6, rel=1e-2)]
-    # The usual rule of 6 FLOPs a token and parameter, for the language model's 6.5e9 without the embedding.
+    # The usual rule: 6 FLOPs a token and parameter; the language model has 6.5e9 of them without
+    # the embedding.
     assert lines["TFLOP, language model"][0] == pytest.approx(6 * 6.525e-3 * 1262, rel=0.03)
-    assert (
-        "does NOT fit" in printed_plan(*paper, "--plan_lengths", 150, 512, 300, 300, "--gpus", 1)[0]
-    )
+    text, _ = printed_plan(*paper, "--gpus", 1)
+    assert "does NOT fit" in text
 
 
 def test_the_plan_of_the_embedded_data_has_the_steps_and_tokens_of_the_run(world, tmp_path):
@@ -205,7 +192,7 @@ def test_the_plan_of_the_embedded_data_has_the_steps_and_tokens_of_the_run(world
     logged = [json.loads(line) for line in open(tmp_path / "out/metrics.jsonl")]
     comparisons = data.Comparisons(str(world / "data/train"))
     assert len(logged) == -(-len(comparisons) // 16)
-    # The run also reads the tokens of blank images and, in its last step, comparisons of the next epoch.
+    # The run also reads tokens of blank images, and its last step comparisons of the next epoch.
     assert sum(line["tokens"] for line in logged) == pytest.approx(lines["tokens"][-1], rel=0.02)
     assert [checkpoint / 1e9] == pytest.approx(lines["a checkpoint"], rel=0.02)
     exported = (tmp_path / "out/model.safetensors").stat().st_size + 4 * 192 * 192
@@ -219,16 +206,11 @@ def test_the_first_rank_has_the_largest_rows(world):
     steps = [list(range(start, start + 40)) for start in (0, 40, 80)]
     plans = [train.plan(steps, tokens, patches, 600, rank, 3) for rank in range(3)]
     for together in zip(*plans, strict=True):
-        assert (
-            np.argmax([cost[batch.indices].sum() if batch.indices else 0 for batch in together])
-            == 0
-        )
+        costs = [cost[batch.indices].sum() if batch.indices else 0 for batch in together]
+        assert np.argmax(costs) == 0
 
 
 def test_a_model_without_a_config_is_refused_by_name(tmp_path):
     done = plain_python("--plan", "--model", tmp_path / "nothing")
-    assert (
-        done.returncode
-        and "no model in the Hugging Face layout" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode and "no model in the Hugging Face layout" in done.stderr
+    assert "Traceback" not in done.stderr
