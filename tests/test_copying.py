@@ -52,7 +52,7 @@ PIECES = pieces()
 
 
 def source_of(piece: str) -> str:
-    """What one would copy: the scripts' imports of libraries, and the named statements."""
+    """Return a copy: the scripts' imports of libraries, and the named statements."""
     imports = [node for body in SCRIPTS.values() for node in body]
     imports = [node for node in imports if isinstance(node, (ast.Import, ast.ImportFrom))]
     order = [node for body in SCRIPTS.values() for node in body]
@@ -182,7 +182,7 @@ def test_reward_head(lift):
 
 
 def test_batch_planner(lift):
-    """All ranks' micro-batches together are the steps, within the budget, and about equally heavy."""
+    """All ranks' micro-batches together are the steps, keep the budget and weigh about the same."""
     copied, rng = lift("batch planner"), np.random.default_rng(0)
     tokens, patches = rng.integers(20, 200, 90), rng.integers(0, 2, 90) * 64
     steps = rng.permutation(90).reshape(3, 30).tolist()
@@ -222,7 +222,7 @@ def test_ranking_loss(lift):
 
 
 def run_on_ranks(piece: str, code: str, folder: Path, *arguments, ranks: int) -> None:
-    """Runs `code` behind a copied piece."""
+    """Run `code` behind a copied piece."""
     (folder / "copied.py").write_text(f"{source_of(piece)}\n{code}")
     torchrun(folder / "copied.py", *arguments, ranks=ranks)
 
@@ -287,9 +287,8 @@ def test_benchmark_metrics(lift):
         pairs = [(a, b) for a in range(len(rank)) for b in range(len(rank)) if rank[a] < rank[b]]
         for name in ("all", categories[i], groups[i]):
             right.setdefault(name, []).extend(score[a] > score[b] for a, b in pairs)
-    found = copied.metrics(
-        scores, copied.Items(ranks, categories, groups, [[1] * len(each) for each in ranks])
-    )
+    lengths = [[1] * len(each) for each in ranks]
+    found = copied.metrics(scores, copied.Items(ranks, categories, groups, lengths))
     share = {name: np.mean(outcomes) for name, outcomes in right.items()}
     expected = {"overall": share["all"]} | {name: share[name] for name in ("c0", "c1", "c2")}
     expected["macro"] = np.mean([share[name] for name in ("c0", "c1", "c2")])

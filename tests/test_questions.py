@@ -1,5 +1,8 @@
-"""Questions with checkable answers: published rows become the benchmarks' own prompts, rules tell right answers from
-wrong ones, scores are the benchmarks' own. The rows are written here, in the schemas that the readers name."""
+"""Questions with checkable answers.
+
+Published rows become the benchmarks' own prompts, rules tell right answers from wrong ones, and
+scores are the benchmarks' own. The tests write the rows, in the schemas that the readers name.
+"""
 
 import base64
 import json
@@ -84,62 +87,50 @@ def write_thinklite(folder: Path) -> str:
     return f"thinklite-vl:{folder}"
 
 
-MMBENCH = [
-    "index",
-    "question",
-    "hint",
-    "A",
-    "B",
-    "C",
-    "D",
-    "answer",
-    "category",
-    "image",
-    "source",
-    "l2-category",
-    "split",
-]
+def mmbench_row(index, hint, options, answer, image) -> dict:
+    row = {"index": index, "question": 'Which is "it"?', "hint": hint}
+    row |= dict(zip("ABCD", options, strict=True))
+    row |= {"answer": answer, "category": "identity_reasoning", "image": image, "source": "sqa"}
+    return row | {"l2-category": "attribute_reasoning", "split": "dev"}
+
+
+def quoted(value) -> str:
+    return '"' + str(value).replace('"', '""') + '"'
 
 
 def write_mmbench(folder: Path) -> str:
-    image, of = (
-        base64.b64encode(PNG).decode(),
-        ["identity_reasoning", "sqa", "attribute_reasoning", "dev"],
-    )
-    row = lambda index, hint, options, answer, image: dict(
-        zip(MMBENCH, [index, 'Which is "it"?', hint, *options, answer, of[0], image, *of[1:]])
-    )
+    image = base64.b64encode(PNG).decode()
+    hint = "A passage.\nIn two lines."
     rows = [
-        row(241, "A passage.\nIn two lines.", ["red", "blue", "", ""], "A", image),
-        row(252, "nan", ["one", "two", "three", "nan"], "C", image),
-        row(
-            1000241, "A passage.\nIn two lines.", ["blue", "red", "", ""], "B", 241
-        ),  # the picture of row 241
-        row(260, "", ["one", "two", "", ""], "", image),  # as in the test split
-        row(270, "", ["one", "two", "", ""], "A", 999),  # of a row that is not there
+        mmbench_row(241, hint, ["red", "blue", "", ""], "A", image),
+        mmbench_row(252, "nan", ["one", "two", "three", "nan"], "C", image),
+        mmbench_row(1000241, hint, ["blue", "red", "", ""], "B", 241),  # the picture of row 241
+        mmbench_row(260, "", ["one", "two", "", ""], "", image),  # as in the test split
+        mmbench_row(270, "", ["one", "two", "", ""], "A", 999),  # the file has no row 999
     ]
-    quoted = lambda value: '"' + str(value).replace('"', '""') + '"'
-    lines = [
-        "\t".join(MMBENCH),
-        *("\t".join(quoted(row[name]) for name in MMBENCH) for row in rows),
-    ]
+    lines = ["\t".join(rows[0])]
+    for row in rows:
+        lines.append("\t".join(quoted(value) for value in row.values()))
     (folder / "MMBench_DEV_EN.tsv").write_text("\n".join(lines) + "\n")
     return f"mmbench:{folder / 'MMBench_DEV_EN.tsv'}"
 
 
-def write_mme(folder: Path) -> str:
-    asked = lambda name, text, answer, category: {
-        "question_id": f"{category}/{name}.png",
+def mme_row(text: str, answer: str, category: str) -> dict:
+    return {
+        "question_id": f"{category}/1.png",
         "image": IMAGE,
         "question": f"{text} Please answer yes or no.",
         "answer": answer,
         "category": category,
     }
+
+
+def write_mme(folder: Path) -> str:
     rows = [
-        asked("1", "Is there a dog?", "Yes", "existence"),
-        asked("1", "Is there a cat?", "No", "existence"),
-        asked("1", "Should I multiply?", "Yes", "numerical_calculation"),
-        asked("1", "Should I divide?", "No", "numerical_calculation"),
+        mme_row("Is there a dog?", "Yes", "existence"),
+        mme_row("Is there a cat?", "No", "existence"),
+        mme_row("Should I multiply?", "Yes", "numerical_calculation"),
+        mme_row("Should I divide?", "No", "numerical_calculation"),
     ]
     write_parquet(folder / "data/test-00000-of-00001.parquet", rows)
     return f"mme:{folder}"
@@ -147,12 +138,16 @@ def write_mme(folder: Path) -> str:
 
 def write_mmstar(folder: Path) -> str:
     text = "Where is the cat?\nOptions: A: on the mat, B: under it, C: beside it, D: away"
-    of = {"category": "coarse perception", "l2_category": "image scene and topic"}
-    meta = {"meta_info": {"source": "SEEDBench", "split": "val", "image_path": "images/0.jpg"}}
-    write_parquet(
-        folder / "mmstar.parquet",
-        [{"index": 0, "question": text, "image": PNG, "answer": "A", **of, **meta}],
-    )
+    row = {
+        "index": 0,
+        "question": text,
+        "image": PNG,
+        "answer": "A",
+        "category": "coarse perception",
+        "l2_category": "image scene and topic",
+        "meta_info": {"source": "SEEDBench", "split": "val", "image_path": "images/0.jpg"},
+    }
+    write_parquet(folder / "mmstar.parquet", [row])
     return f"mmstar:{folder}"
 
 
@@ -163,49 +158,21 @@ def write_mathvista(folder: Path) -> str:
         "decoded_image": IMAGE,
         "unit": None,
         "precision": None,
+        "metadata": {"task": "geometry problem solving", "split": "testmini"},
     }
-    free, choice = (
-        {"question_type": "free_form", "choices": None},
-        {"question_type": "multi_choice"},
-    )
-    of = {"metadata": {"task": "geometry problem solving", "split": "testmini"}}
+    free = {**row, "question_type": "free_form", "choices": None}
+    area = {**free, "precision": 1.0, "unit": "cm^2"}
+    choice = {**row, "question_type": "multi_choice", "choices": ["140°", "145°"]}
     rows = [
-        {
-            "pid": "1",
-            **row,
-            **free,
-            **of,
-            "answer": "1.2",
-            "answer_type": "float",
-            "precision": 1.0,
-            "unit": "cm^2",
-        },
-        {"pid": "2", **row, **free, **of, "answer": "1000", "answer_type": "integer"},
-        {"pid": "3", **row, **free, **of, "answer": "[2007, 2008]", "answer_type": "list"},
-        {
-            "pid": "4",
-            **row,
-            **choice,
-            **of,
-            "answer": "145°",
-            "answer_type": "text",
-            "choices": ["140°", "145°"],
-        },
-        {
-            "pid": "5",
-            **row,
-            **choice,
-            **of,
-            "answer": "12°",
-            "answer_type": "text",
-            "choices": ["140°", "145°"],
-        },
-        {"pid": "6", **row, **free, **of, "answer": "", "answer_type": "integer"},
+        {**area, "pid": "1", "answer": "1.2", "answer_type": "float"},
+        {**free, "pid": "2", "answer": "1000", "answer_type": "integer"},
+        {**free, "pid": "3", "answer": "[2007, 2008]", "answer_type": "list"},
+        {**choice, "pid": "4", "answer": "145°", "answer_type": "text"},
+        {**choice, "pid": "5", "answer": "12°", "answer_type": "text"},
+        {**free, "pid": "6", "answer": "", "answer_type": "integer"},
     ]
-    rows = [
-        {**row, "query": f"Hint: Please answer it.\nQuestion {row['pid']}: How far?"}
-        for row in rows
-    ]
+    for row in rows:
+        row["query"] = f"Hint: Please answer it.\nQuestion {row['pid']}: How far?"
     write_parquet(folder / "data/testmini-00000-of-00001.parquet", rows)
     write_parquet(folder / "data/test-00000-of-00002.parquet", rows[-1:])  # not read: no answers
     return f"mathvista:{folder}"
@@ -227,13 +194,12 @@ def write_llava(folder: Path) -> str:
     write_picture(folder / "images/001.jpg")
     row = {"image": "001.jpg", "category": "conv"}
     rows = [
-        {"question_id": i, **row, "text": text}
-        for i, text in enumerate(("What is this scene?", "Describe it."))
+        {"question_id": 0, **row, "text": "What is this scene?"},
+        {"question_id": 1, **row, "text": "Describe it."},
     ]
     write_jsonl(folder / "questions.jsonl", rows)
-    write_jsonl(
-        folder / "context.jsonl", [{"id": "001", "image": "001.jpg", "caption": "A scene."}]
-    )  # not read
+    context = {"id": "001", "image": "001.jpg", "caption": "A scene."}
+    write_jsonl(folder / "context.jsonl", [context])  # not read
     return f"llava-in-the-wild:{folder}"
 
 
@@ -244,10 +210,8 @@ def write_wildvision(folder: Path) -> str:
         "image": IMAGE,
         "language": "English",
     }
-    write_parquet(folder / "vision_bench_0617/test-00000-of-00001.parquet", [row])
-    write_parquet(
-        folder / "vision_bench_0701/test-00000-of-00001.parquet", [row]
-    )  # the other version
+    for version in ("0617", "0701"):  # 01 reads one of them
+        write_parquet(folder / f"vision_bench_{version}/test-00000-of-00001.parquet", [row])
     return f"wildvision:{folder}"
 
 
@@ -267,7 +231,7 @@ WRITERS = {
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory, processors):
-    """For each source, what its rows become: (text of the prompt, record), or the reason why a row is rejected."""
+    """Read each source: {name: (text of the prompt, record) or the reason for rejecting a row}."""
     become = {}
     for name, write in WRITERS.items():
         become[name] = []
@@ -278,11 +242,8 @@ def read(tmp_path_factory, processors):
             except data.Unusable as error:
                 become[name].append(str(error))
                 continue
-            assert (
-                encoded.images == [PNG]
-                and not encoded.responses
-                and encoded.record.get("rule") == record.get("rule")
-            )
+            assert encoded.images == [PNG] and not encoded.responses
+            assert encoded.record.get("rule") == record.get("rule")
             become[name].append((record["prompt"][0]["content"][1]["text"], record))
     return become
 
@@ -324,25 +285,25 @@ def test_arxivqa_letters_its_options_and_rejects_what_is_not_clean(read):
         "does not begin with a letter",
         "not a row of this data set",
     ]
-    assert all(
-        reason in rejected for reason, rejected in zip(reasons, read["arxivqa"][2:], strict=True)
-    )
+    for reason, rejected in zip(reasons, read["arxivqa"][2:], strict=True):
+        assert reason in rejected
 
 
 def test_thinklites_answers_decide_their_rules(read):
-    assert (
-        prompts(read["thinklite-vl"])[0] == "Hint: Give the letter.\nQuestion: Which?\n(A) 1 (B) 2"
-    )
+    prompt = "Hint: Give the letter.\nQuestion: Which?\n(A) 1 (B) 2"
+    assert prompts(read["thinklite-vl"])[0] == prompt
     rules = [("B", "letter"), ("1,200", "number"), ("Yes", "yes_no"), ("Martha White", "text")]
     assert kept(read["thinklite-vl"], "answer", "rule") == rules
 
 
 def test_mmbench_is_asked_as_vlmevalkit_asks_it_and_rotations_are_one_group(read):
     asked = "Please select the correct answer from the options above. \n"
+    hint = "Hint: A passage.\nIn two lines.\n"
+    question = 'Question: Which is "it"?\nOptions:\n'
     assert prompts(read["mmbench"]) == [
-        f'Hint: A passage.\nIn two lines.\nQuestion: Which is "it"?\nOptions:\nA. red\nB. blue\n{asked}',
-        f'Question: Which is "it"?\nOptions:\nA. one\nB. two\nC. three\n{asked}',
-        f'Hint: A passage.\nIn two lines.\nQuestion: Which is "it"?\nOptions:\nA. blue\nB. red\n{asked}',
+        f"{hint}{question}A. red\nB. blue\n{asked}",
+        f"{question}A. one\nB. two\nC. three\n{asked}",
+        f"{hint}{question}A. blue\nB. red\n{asked}",
     ]
     assert kept(read["mmbench"], "id", "group", "answer", "category") == [
         ("241", 241, "A", "attribute_reasoning"),
@@ -352,11 +313,8 @@ def test_mmbench_is_asked_as_vlmevalkit_asks_it_and_rotations_are_one_group(read
     assert kept(read["mmbench"], "rule")[1] == (
         {"kind": "letter", "options": ["one", "two", "three"]},
     )
-    assert (
-        "no answer" in read["mmbench"][3]
-        and len(read["mmbench"]) == 5
-        and isinstance(read["mmbench"][4], str)
-    )
+    assert len(read["mmbench"]) == 5
+    assert "no answer" in read["mmbench"][3] and isinstance(read["mmbench"][4], str)
 
 
 def test_mme_keeps_its_instruction_and_pairs_the_questions_of_a_picture(read):
@@ -391,9 +349,8 @@ def test_mathvista_is_asked_by_its_own_query_and_carries_precision_and_unit(read
         ("B", {"kind": "letter", "options": ["140°", "145°"]}),
     ]
     assert "none of the choices" in read["mathvista"][4] and "no answer" in read["mathvista"][5]
-    assert len(read["mathvista"]) == 6 and kept(read["mathvista"], "category")[0] == (
-        "geometry problem solving",
-    )
+    assert len(read["mathvista"]) == 6
+    assert kept(read["mathvista"], "category")[0] == ("geometry problem solving",)
 
 
 def test_questions_for_a_judge_have_no_answer_and_carry_what_its_file_needs(read):
@@ -406,20 +363,12 @@ def test_questions_for_a_judge_have_no_answer_and_carry_what_its_file_needs(read
 
 
 def test_a_row_without_a_published_field_names_it():
-    for source, name in (
-        ("mme", "image"),
-        ("vstar", "conversations"),
-        ("mathvista", "question_type"),
-    ):
-        row = {
-            "question_id": "1",
-            "category": "c",
-            "question": "?",
-            "target_instances": [1],
-            "answer": "1",
-        }
+    row = {"question_id": "1", "category": "c", "question": "?", "answer": "1"}
+    row["target_instances"] = [1]
+    missing = {"mme": "image", "vstar": "conversations", "mathvista": "question_type"}
+    for source, name in missing.items():
         with pytest.raises(data.Unusable, match=f"missing field: {name}"):
-            data.convert_row(lambda: row, data.SOURCES[source].convert)
+            data.convert_row(row.copy, data.SOURCES[source].convert)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -597,7 +546,7 @@ def test_an_exact_match_ignores_case_punctuation_and_a_leading_article(text, ans
 
 
 def metrics_of(name: str, outcomes: list[tuple]) -> dict:
-    """The metric of outcomes (category, group, whether the response is right)."""
+    """Return the metric of outcomes (category, group, whether the response is right)."""
     questions = []
     for category, group, _ in outcomes:
         record = {"category": category, "group": group, "answer": "A"}
@@ -640,7 +589,7 @@ def test_every_benchmark_has_a_metric_or_a_judge_and_no_training_set_has():
 
 
 def prepared(folder: Path, *names: str) -> Path:
-    """The sources of these names as one data set, prepared by 01."""
+    """Prepare the sources of these names as one data set, by 01."""
     sources = []
     for name in names:
         (folder / name).mkdir()

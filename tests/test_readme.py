@@ -1,4 +1,4 @@
-"""The READMEs are true: commands parse and run, excerpts are in the scripts, links lead somewhere."""
+"""The READMEs are true: commands parse and run, scripts have the excerpts, links have targets."""
 
 import json
 import re
@@ -80,9 +80,9 @@ def test_links_lead_to_a_heading_and_files_named_are_there():
             assert other.exists(), (path, target)
             if anchor:
                 titles = re.findall(r"^#+ (.*)$", other.read_text(), re.M)
-                slugs = [
-                    re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
-                ]
+                slugs = []
+                for title in titles:
+                    slugs.append(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-"))
                 assert anchor in slugs, (path, anchor)
         for name in re.findall(r"`(tests/[\w./]*)`", page):
             assert (ROOT / name).exists(), (path, name)

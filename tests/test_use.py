@@ -31,14 +31,13 @@ from transformers import (
     Qwen2Config,
 )
 
-data, model, evaluation, ensemble, grpo = (
-    stages.data,
-    stages.model,
-    stages.eval,
-    stages.ensemble,
-    stages.grpo,
-)
-ABOUT_A_PICTURE, TEXT = [user("What do you see?", picture(56, 84, 1))], [user("What is 2 + 3?")]
+data = stages.data
+model = stages.model
+evaluation = stages.eval
+ensemble = stages.ensemble
+grpo = stages.grpo
+ABOUT_A_PICTURE = [user("What do you see?", picture(56, 84, 1))]
+TEXT = [user("What is 2 + 3?")]
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +75,14 @@ def folders(tmp_path_factory, reward, text_reward, foreign_reward):
 
 def test_many_responses_are_scored_in_several_rows_as_in_one(reward, processors):
     texts = [f"A red circle, {'very ' * (i % 7)}large, at row {i}." for i in range(60)]
-    comparisons = [
-        reward.encode(messages, texts, ()) for messages in (ABOUT_A_PICTURE, TEXT, ABOUT_A_PICTURE)
-    ]
+    prompts = (ABOUT_A_PICTURE, TEXT, ABOUT_A_PICTURE)
+    comparisons = [reward.encode(messages, texts, ()) for messages in prompts]
     rows = list(model.split_into_rows(comparisons, 700))
     assert len(rows) > 3 and all(sum(part.length for part in row) <= 700 for row in rows)
-    assert [len(part.responses) for row in rows for part in row] and sum(
-        len(p.responses) for r in rows for p in r
-    ) == 180
-    torch.testing.assert_close(
-        reward.score_encoded(comparisons, 700), reward.score_encoded(comparisons, 10**6)
-    )
+    lengths = [len(part.responses) for row in rows for part in row]
+    assert lengths and sum(lengths) == 180
+    in_one_row = reward.score_encoded(comparisons, 10**6)
+    torch.testing.assert_close(reward.score_encoded(comparisons, 700), in_one_row)
     assert reward.score(TEXT, []).shape == (0,) and reward.score_encoded([]).shape == (0,)
 
 
@@ -105,12 +101,13 @@ def test_in_bfloat16_the_head_and_rotary_frequencies_stay_exact(reward, tmp_path
     assert model.place(small, "cpu", torch.bfloat16) is small
     for name, tensor in small.state_dict().items():
         expected = reward.state_dict()[name]
-        assert torch.equal(tensor, expected if name.startswith("head.") else expected.bfloat16()), (
-            name
-        )
+        if not name.startswith("head."):
+            expected = expected.bfloat16()
+        assert torch.equal(tensor, expected), name
     for (name, buffer), expected in zip(small.named_buffers(), reward.buffers(), strict=True):
         assert buffer.dtype == torch.float32 and torch.equal(buffer, expected), name
-    exact, rounded = (each.score(ABOUT_A_PICTURE, RESPONSES) for each in (reward, small))
+    exact = reward.score(ABOUT_A_PICTURE, RESPONSES)
+    rounded = small.score(ABOUT_A_PICTURE, RESPONSES)
     assert rounded.dtype == torch.float32 and (rounded - exact).abs().max() < 0.1 * exact.std()
     with pytest.raises(data.UserError, match="place"):
         small.to(torch.bfloat16).score(TEXT, RESPONSES)
@@ -120,20 +117,14 @@ def test_the_readmes_lines_work_from_another_folder(reward, tmp_path):
     reward.save_pretrained(str(tmp_path / "artifacts/my_reward"))
     (tmp_path / "picture.png").write_bytes(picture())
     readme = (ROOT / "README.md").read_text()
-    lines = next(
-        block for block in readme.split("```python\n")[1:] if "reward.score(" in block
-    ).split("```")[0]
+    blocks = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
+    lines = next(block for block in blocks if "reward.score(" in block)
     assert "/path/to/this" in lines
-    lines = lines.replace("/path/to/this", str(ROOT)).replace(
-        "reward.score(", "found = reward.score("
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", lines + "print(found.tolist())"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-    )
+    lines = lines.replace("/path/to/this", str(ROOT))
+    lines = lines.replace("reward.score(", "found = reward.score(")
+    command = [sys.executable, "-c", lines + "print(found.tolist())"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert not done.returncode, done.stderr
     messages = [user("What is it?", picture())]
     expected = reward.score(messages, ["A red circle.", "A blue square."])
@@ -145,12 +136,11 @@ def test_the_readmes_lines_work_from_another_folder(reward, tmp_path):
 
 def test_the_router_gives_each_comparison_the_score_of_its_model(reward, text_reward):
     router = model.RewardRouter(reward, text_reward)
-    assert torch.equal(
-        router.score(ABOUT_A_PICTURE, RESPONSES), reward.score(ABOUT_A_PICTURE, RESPONSES)
-    )
+    expected = reward.score(ABOUT_A_PICTURE, RESPONSES)
+    assert torch.equal(router.score(ABOUT_A_PICTURE, RESPONSES), expected)
     assert torch.equal(router.score(TEXT, RESPONSES), text_reward.score(TEXT, RESPONSES))
     in_column = router.score([user("What do you see?")], RESPONSES, [picture(56, 84, 1)])
-    assert torch.equal(in_column, reward.score(ABOUT_A_PICTURE, RESPONSES))
+    assert torch.equal(in_column, expected)
     mixed = [TEXT, ABOUT_A_PICTURE, TEXT, ABOUT_A_PICTURE]
     found = router.score_encoded([router.encode(messages, RESPONSES[:2]) for messages in mixed])
     expected = torch.cat([router.score(messages, RESPONSES[:2]) for messages in mixed])
@@ -188,7 +178,8 @@ def test_04_scores_a_benchmark_with_each_model_where_it_belongs(
 def test_the_router_rewards_a_group_in_06_as_the_model_that_it_belongs_to(
     reward, text_reward, comparisons
 ):
-    router, settings = model.RewardRouter(reward, text_reward), grpo.Settings(micro_tokens=300)
+    router = model.RewardRouter(reward, text_reward)
+    settings = grpo.Settings(micro_tokens=300)
     texts = [RESPONSES] * len(comparisons)
     found = grpo.score_groups(router, comparisons, texts, settings)
     for scores, comparison in zip(found, comparisons):
@@ -198,36 +189,15 @@ def test_the_router_rewards_a_group_in_06_as_the_model_that_it_belongs_to(
 
 
 def test_06_trains_with_a_router(folders, world, tmp_path):
-    both = [
-        "--model",
-        folders / "reward",
-        "--text_model",
-        folders / "text",
-        "--reward",
-        "model",
-        "--steps",
-        1,
-    ]
-    both += [
-        "--batch_size",
-        4,
-        "--group_size",
-        2,
-        "--max_new_tokens",
-        8,
-        "--benchmark",
-        "",
-        "--out",
-        tmp_path,
-    ]
-    torchrun(
-        "06_grpo.py", *both, "--data", world / "data/questions", "--export_dtype", "bf16", ranks=1
-    )
+    both = ["--model", folders / "reward", "--text_model", folders / "text", "--reward", "model"]
+    sizes = ["--steps", 1, "--batch_size", 4, "--group_size", 2, "--max_new_tokens", 8]
+    data_sets = ["--data", world / "data/questions", "--benchmark", ""]
+    export = ["--out", tmp_path, "--export_dtype", "bf16"]
+    torchrun("06_grpo.py", *both, *sizes, *data_sets, *export, ranks=1)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["reward"] == pytest.approx(line["score"], abs=1e-6) and line["score_std"] > 0
-    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {
-        torch.bfloat16
-    }
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
 # ---- a JSONL, in and out
@@ -308,7 +278,7 @@ def test_a_jsonl_is_scored_by_two_models_with_their_own_tokenizers(
 
 
 def test_lines_are_scored_as_they_come(reward):
-    """A file may be larger than memory: the first record comes long before the last line is read."""
+    """A file may be larger than memory: the first record comes long before the last line."""
     read = []
 
     def lines():
@@ -343,9 +313,11 @@ def train_with_trl(policy, processing_class, dataset, reward, folder, **more):
     )
     seen = []
 
-    def watched(**given):  # what TRL passes, and what it gets back
-        seen.append((given, model.trl_reward(reward, **given)))
-        return seen[-1][1]
+    def watched(**given):
+        """Record TRL's arguments and the rewards it gets."""
+        rewards = model.trl_reward(reward, **given)
+        seen.append((given, rewards))
+        return rewards
 
     funcs = [partial(model.trl_reward, reward), watched]
     trainer = GRPOTrainer(
@@ -367,17 +339,14 @@ def test_trl_trains_on_the_scores_and_reads_each_prompt_once(
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = Qwen2Config(**sizes, **tokens, num_attention_heads=2, num_key_value_heads=1)
     policy = AutoModelForCausalLM.from_config(config)
-    questions = [f"What is {i} + 3?" for i in range(4)]
-    prompts = (
-        [[{"role": "user", "content": text}] for text in questions] if conversational else questions
-    )
-    logs, seen = train_with_trl(
-        policy,
-        copy.deepcopy(tokenizer),
-        Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        text_reward,
-        tmp_path,
-    )
+    rows = []
+    for i in range(4):
+        question = f"What is {i} + 3?"
+        prompt = [{"role": "user", "content": question}] if conversational else question
+        rows.append({"prompt": prompt})
+    dataset = Dataset.from_list(rows)
+    tokenizer = copy.deepcopy(tokenizer)  # the trainer sets on which side it pads
+    logs, seen = train_with_trl(policy, tokenizer, dataset, text_reward, tmp_path)
     steps = [line for line in logs if "reward" in line]
     assert len(steps) == 2
     for line, (given, rewards) in zip(steps, seen, strict=True):
@@ -410,51 +379,46 @@ def test_trl_trains_with_pictures_in_either_of_its_columns(
     files = [picture(seed=i) for i in range(4)]
     images = [data.open_image(file) for file in files]
     prompt = [{"role": "user", "content": "What do you see?"}]
-    rows = [
-        {"prompt": prompt, column: [image] if column == "images" else image} for image in images
-    ]
+    rows = []
+    for image in images:
+        rows.append({"prompt": prompt, column: [image] if column == "images" else image})
     policy = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
     tokenizer = copy.deepcopy(processors.tokenizer)  # the trainer sets on which side it pads
     processing_class = Pictures(processors.image, tokenizer, tokenizer.chat_template)
     router = model.RewardRouter(reward, text_reward)
     logs, seen = train_with_trl(policy, processing_class, Dataset.from_list(rows), router, tmp_path)
-    for line, (given, rewards) in zip(
-        [line for line in logs if "reward" in line], seen, strict=True
-    ):
+    steps = [line for line in logs if "reward" in line]
+    for line, (given, rewards) in zip(steps, seen, strict=True):
         assert line["completions_per_prompt"] == 3 and line["rewards/trl_reward/std"] > 0
         for shown, completion, score in zip(given[column], given["completions"], rewards):
             image = shown[0] if column == "images" else shown
-            if completion[0]["content"].strip():
-                alone = reward.score(
-                    [user("What do you see?")], [completion[0]["content"]], [image]
-                ).item()
-                assert score == pytest.approx(alone, abs=1e-4)
+            text = completion[0]["content"]
+            if text.strip():
+                alone = reward.score([user("What do you see?")], [text], [image])
+                assert score == pytest.approx(alone.item(), abs=1e-4)
 
 
 def test_equal_words_about_equal_pictures_are_one_prompt_and_an_empty_completion_has_a_score(
     reward,
 ):
     logged = {}
-    asked = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}],
-        }
-    ]
-    one, same, other = (data.open_image(picture(seed=seed)) for seed in (1, 1, 2))
-    said = [[assistant(text)] for text in ("A dog", "", "A dog", "A cat")]
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+    prompt = [{"role": "user", "content": content}]
+    one = data.open_image(picture(seed=1))
+    same = data.open_image(picture(seed=1))
+    other = data.open_image(picture(seed=2))
+    completions = [[assistant(text)] for text in ("A dog", "", "A dog", "A cat")]
     found = model.trl_reward(
         reward,
-        [asked] * 4,
-        said,
+        [prompt] * 4,
+        completions,
         images=[[one], [same], [other], [one]],
         log_metric=logged.__setitem__,
         answer=[None] * 4,
     )
     assert logged == {"completions_per_prompt": 2} and len(set(found)) == 4
-    alone = reward.score(asked, ["A dog", "A cat"], [picture(seed=1)])
+    alone = reward.score(prompt, ["A dog", "A cat"], [picture(seed=1)])
     assert [found[0], found[3]] == pytest.approx(alone.tolist(), abs=1e-5)
+    two_turns = [assistant("A call"), {"role": "tool", "content": "5"}]
     with pytest.raises(ValueError, match="completions"):
-        model.trl_reward(
-            reward, ["What?"], [[assistant("A call"), {"role": "tool", "content": "5"}]]
-        )
+        model.trl_reward(reward, ["What?"], [two_turns])
