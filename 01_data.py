@@ -17,7 +17,7 @@ In    Lines like the one above; or a published set, by its name in SOURCES; or n
       the embedded world draws coloured shapes, asks about them and knows the answers.
 Out   artifacts/data/<name>/: shards of comparisons; index.safetensors, their lengths; dataset.json,
       how they were made; rejected.jsonl, every unusable line with its file, number and reason.
-      Lines read = comparisons kept + lines rejected, always.
+      Lines read = comparisons kept or held out + lines rejected, always.
 
 The idea: everything in the recipe compares responses to the *same* prompt. A training pair has
 N = 2 responses, a ranking or a benchmark item any N, a group of GRPO rollouts N = G, a question to
@@ -25,7 +25,8 @@ a policy N = 0. One class holds them all, and one forward of the model (02) scor
 
 The paper (BaseReward, arXiv 2509.16127) trains on 2.8 M pairs of seven published sets, multimodal
 and text-only. It keeps or drops whole sets and filters no samples. It does not state image size or
-length; we take at most 501,760 pixels and 4,096 tokens, as its authors do for text-only rewards.
+length; we take at most 501,760 pixels and 4,096 tokens, as in the authors' public command for a
+text-only reward model.
 """
 
 from __future__ import annotations
@@ -427,7 +428,8 @@ def main(settings: Settings) -> None:
     if dist.get_rank() == 0:
         folder = Path(settings.out, name)
         if len(Comparisons(folder)):
-            print("Next: torchrun --standalone --nproc_per_node=2 02_model.py")
+            option = f" --data {folder}" if settings.source else ""
+            print(f"Next: torchrun --standalone --nproc_per_node=2 02_model.py{option}")
         else:
             print(f"{folder} is empty: nothing to go on with; rejected.jsonl has the reasons")
 

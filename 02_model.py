@@ -241,8 +241,8 @@ def prompt_positions(prompt, grids, image_token) -> np.ndarray:
         height  0 1  2 2 2 3 3 3  5
         width   0 1  2 3 4 2 3 4  5
 
-    Text after a picture continues max(h, w) further, at the first position that the picture uses on
-    no axis: so no position repeats, and 20 x 30 tokens take up 30 positions, not 600.
+    The next text starts at the picture's first position + max(h, w), the first number used on no
+    axis: text never gets a position of the picture, and 20 x 30 tokens take up 30, not 600.
 
     `grids` [images, 3] counts tokens: a processor's grid_thw // [1, merge, merge].
     """
@@ -334,7 +334,7 @@ ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn
 class RewardHead(nn.Module):
     """An MLP from hidden states [N, hidden] to scores [N].
 
-    The last layer has no bias. It would cancel in every difference of two scores, so its gradient
+    The last layer has no bias. A bias would cancel in every difference of scores, so its gradient
     is pure rounding noise, which AdamW would turn into full-size steps. The head computes in
     float32 even if the backbone computes in bfloat16, whose spacing near 4 is 0.03.
     """

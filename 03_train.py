@@ -1,7 +1,7 @@
 """Stage 3: train the reward model with FSDP2 and the pairwise ranking loss
 
     torchrun --standalone --nproc_per_node=2 03_train.py
-    torchrun --standalone --nproc_per_node=8 03_train.py --learning_rate 3e-6 --batch_size 128
+    torchrun --standalone --nproc_per_node=8 03_train.py --learning_rate 3e-6 --epochs 1
     python 03_train.py --plan --gpus 64    # train nothing: print what such a run needs
 
 In:   artifacts/model, a reward model (02), and artifacts/data/train, comparisons (01)
@@ -98,7 +98,7 @@ def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> li
     All ranks get equally many micro-batches, since FSDP's all-gathers need all ranks, and about
     equal work, since all wait for the slowest. A rank without an image would skip the vision tower
     while the others wait in the tower's all-gather forever: it reads a blank one (`dummy_image`),
-    whose gradient is zero. Only a comparison that is longer by itself exceeds `micro_tokens`.
+    whose gradient is zero. `micro_tokens` bounds the work of a bin, and a longer comparison does.
     `steps` are lists of indices; `tokens` and `patches` are the sizes of all comparisons, [n] each.
     """
     cost = tokens + patches // 4  # rough: in the smaller tower, a patch costs a quarter token
@@ -110,8 +110,8 @@ def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> li
     for step, indices in enumerate(steps):
         count = max(1, math.ceil(work(indices) / (micro_tokens * world)))
         bins = deal(indices, cost, count * world)
-        # Equal shares can still exceed the budget: then more bins, but not more than comparisons.
-        while count * world < len(indices) and max(map(work, bins)) > micro_tokens:
+        budget = max([micro_tokens, *cost[indices]])  # one long comparison may exceed it
+        while max(map(work, bins)) > budget:
             count += 1
             bins = deal(indices, cost, count * world)
         bins.sort(key=work, reverse=True)  # bins that run at the same time cost about the same
@@ -183,7 +183,7 @@ def loss_and_scores(model, row, pairs: Pairs, settings: "Settings") -> tuple[Ten
 # 3. FSDP2. Each rank stores a share of every parameter, gradient and AdamW moment. `fully_shard`
 # makes a module a unit: its parameters are gathered before its forward and backward (all-gather),
 # its gradients are averaged over ranks, each rank keeping its share (reduce-scatter). In order:
-#   a. Build the backbone empty, on the meta device, since no rank has memory for all of it.
+#   a. Build the backbone (not the small head) empty, on the meta device: no GPU has room for it.
 #   b. Freeze what is not trained, before c: FSDP then neither makes nor reduces gradients for it.
 #   c. Shard from the inside out, as a unit takes the parameters that no inner unit has.
 #   d. Load the weights, now that each rank has room for its share.

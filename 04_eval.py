@@ -11,10 +11,10 @@ In    Reward models (03) and prepared benchmarks (01); by default artifacts/rewa
 Out   A table per benchmark. In artifacts/scores/<model>/ raw scores, <benchmark>.safetensors,
       summary.json, cost.json (of a comparison) and report.html (curves, margins, worst errors).
 
-A reward model learns order alone: its scores tell which of two responses to one prompt is better,
-and nothing else. So a benchmark asks for order. A pair is two responses to one prompt, one of them
-ranked better; it is right if that one scores strictly higher. A tie is wrong, because a model that
-scores everything alike has no opinion. Scores are saved as they are: rounding would make ties.
+A reward model learns differences between responses to one prompt, and a benchmark asks for their
+sign. A pair is two responses to one prompt, one of them ranked better; it is right if that one
+scores strictly higher. A tie is wrong, because a model that scores everything alike has no opinion.
+Scores are saved in float32, not rounded further: rounding would make ties.
 
 An accuracy needs two companions, which the paper does not give. A baseline: `longer wins` alone
 gets 71.8% of MM-RLHF-RewardBench. An interval: with 46 groups, 78% and 80% cannot be told apart.

@@ -7,11 +7,11 @@ In    Reward models (03). Without --member: artifacts/reward, a second one train
       data, and a text-only one trained here from the language half of the backbone.
 Out   A table of members and combinations; artifacts/ensemble/summary.json and the new members.
 
-Models trained on different data err on different items, so the mean of their scores errs less. The
-paper finds the plain mean of raw scores better than means weighted by accuracy or confidence (mean
-margin), fitted on 1,000 held-out training pairs; and it routes inputs without images to a reward
-model on a text-only LLM. It leaves the weights' formula open: here each member's share of the sum.
-Scores have no common scale, and the widest are the loudest in a plain mean: see the printed spread.
+Models of different data should err on different items, so their mean errs less. The paper finds the
+plain mean of raw scores better than means weighted by accuracy or confidence (mean |margin|),
+fitted on 1,000 held-out training pairs; and it routes inputs without images to a reward model on a
+text-only LLM. It leaves the weights' formula open: here each member's share of the sum. Scores have
+no common scale, and the widest are the loudest in a plain mean: see the printed spread.
 """
 
 import importlib

@@ -18,23 +18,23 @@ best, `hybrid`: 1 for a match, else sigmoid(score). It trains Qwen2.5-VL-3B with
 and 256 prompts a step. KL coefficient, learning rate, clipping and temperature are not stated.
 
 Why is sigmoid(score) a reward? In Bradley-Terry, sigmoid(r_a - r_b) is the probability that a beats
-b. So sigmoid(r) is the probability of beating a response of score 0, and it has the rule's range,
-0 to 1. But training compares responses to one prompt: nothing fixes which response scores 0. Only
-the order within a group was learned; far from 0 sigmoid saturates and even the order fades. And a
-wrong answer that the reward model likes would earn almost 1: --fallback_scale halves it (paper: 1).
+b. So sigmoid(r) is the probability of beating a response of score 0, and it has the rule's range, 0
+to 1. But training compares responses to one prompt: nothing fixes which response scores 0. Only
+differences within a group were learned; far from 0 sigmoid saturates and they fade. And a wrong
+answer that the reward model likes would earn almost 1: --fallback_scale halves it (paper: 1).
 
-Left out of the published algorithm, or changed:
+Compared with the published algorithm:
   - Advantage: reward - group mean, not divided by the group's deviation, as in Dr. GRPO (arXiv
     2503.20783). Phantom advantages are those in a group of wrong answers only: the reward model's
-    opinion on which is less wrong. Divided, rewards of 0.24 and 0.26 become -0.7 and +0.7, exactly
-    as 0 and 1 do. --advantage group divides as published; batch divides by the deviation of the
-    whole batch, for raw scores, which have any scale.
+    opinion on which is less wrong. Divided, rewards of 0.24 and 0.26 become -0.7 and +0.7, as 0 and
+    1 do; undivided they stay small. --advantage group divides as published; batch divides by the
+    deviation of the whole batch, for raw scores, which have any scale.
   - Loss: the sum over all tokens of the step divided by their number on all ranks, as in DAPO
     (2503.14476). A mean within each response first, as published, is lenient on long wrong ones.
   - Clipping: none. A batch of rollouts gets one update, so the probability ratio is 1, and clipping
     (PPO, DAPO's clip-higher, GSPO 2507.18071, CISPO 2506.13585) would be inert.
   - Sampling: by the code that trains, with a KV cache (`write` in 02), not by an inference server.
-    Special tokens are never sampled: an <|image_pad|> in a response has no picture behind it.
+    Special tokens but end-of-turn are never sampled: an <|image_pad|> would have no picture.
   - Kept: the KL divergence to the reference policy, the frozen start, as a mean over tokens.
 """
 
@@ -77,7 +77,7 @@ class Settings:
     max_new_tokens: int = option(96, "longest response, in tokens")
     rollout_batch: int = option(64, "prompts a rank samples from at a time; bounds the KV cache")
     temperature: float = option(1.0, "of sampling, and of the probabilities in the loss")
-    learning_rate: float = option(1e-4, "AdamW's peak: 5 steps up, then linear to 0 (3B: 1e-6)")
+    learning_rate: float = option(1e-4, "AdamW's; 5 steps of warm-up, linear decay (3B: 1e-6)")
     advantage: Literal["centred", "batch", "group"] = option(
         "centred", "reward - group mean, divided by nothing or by the deviation in batch or group"
     )
@@ -108,7 +108,7 @@ class Policy(model_stage.Writer):
         places, predictors = row.response_tokens()  # indices in the row, [tokens] each
         hidden = model_stage.run_backbone(self.lm, row)[predictors]  # [tokens, hidden]
         # The largest tensor: 8,192 tokens times Qwen's vocabulary are 5 GB in float32.
-        log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary], special tokens -inf
+        log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary], -inf if forbidden
         sampled = log_p.gather(-1, row.input_ids[0, places, None])  # [tokens, 1]
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # 0 * -inf would be nan
@@ -179,7 +179,7 @@ def advantage_of(reward, scale) -> Tensor:
     centred = reward - reward.mean(1, keepdim=True)
     if scale == "batch":
         return centred / (centred.std() + 1e-4)
-    if scale == "group":  # [0.24, 0.26] becomes [-0.7, 0.7], exactly as [0, 1] does
+    if scale == "group":  # [0.24, 0.26] becomes [-0.7, 0.7], as [0, 1] does
         return centred / (reward.std(1, keepdim=True) + 1e-4)
     return centred
 
