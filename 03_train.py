@@ -16,9 +16,8 @@ decides which comparisons make up a step, bin packing deals them to ranks, and e
 by the number of comparisons in the whole step. So a run may continue on another number of ranks.
 
 The paper trains with learning rate 3e-6 and batches of 128 on 64 GPUs. It does not state optimizer,
-schedule, epochs, or whether the vision tower is frozen: settings marked "authors" come from the
-authors' public command for a text-only reward model. The default learning rate, batch size and
-epochs suit the embedded backbone of 1.7 M parameters.
+schedule, epochs, or whether the vision tower is frozen: settings marked "authors" are those of the
+authors' public command for a text-only reward model. Other defaults suit the embedded backbone.
 """
 
 import dataclasses
@@ -326,8 +325,8 @@ def train(settings: "Settings") -> dict:
     sums = torch.zeros(4, device=device)  # of a step: loss, right pairs, margins, ranks to stop
     remaining = [micro for micro in micro_batches if micro.step >= start]
     model.train()
-    batches = load(comparisons, remaining, model, device, settings.workers)
-    for micro, row, pairs in log.time_waiting(batches):
+    for micro, row, pairs in load(comparisons, remaining, model, device, settings.workers):
+        log.stop_waiting()
         # Forward and backward. Let g_k be the gradient of rank k's summed losses. FSDP averages:
         # (g_0 + g_1 + ...) / world. Each loss is scaled by world / step_size, so the result is
         # (g_0 + g_1 + ...) / step_size: that of one rank that reads the whole step in one row.
@@ -336,6 +335,7 @@ def train(settings: "Settings") -> dict:
         margins = (scores[pairs.better] - scores[pairs.worse]).detach()  # [pairs]
         right = (pairs.weight * (margins > 0)).sum()
         sums[:3] += torch.stack([loss.detach(), right, (pairs.weight * margins).sum()])
+        log.start_waiting()
         if not micro.last:
             continue
 
@@ -510,7 +510,11 @@ def read_micro_batch(micro: MicroBatch, comparisons: Dataset, processors, pack) 
 
 
 def ignore_sigterm(worker: int) -> None:
-    """Keep a worker alive: SIGTERM may reach all processes, and the step needs its data."""
+    """Keep a worker alive: SIGTERM may reach all processes, and the step needs its data.
+
+    A rank that exits while its loader lives would wait for such a worker forever. So loaders have
+    no name: an error that ends the loop over one also ends the loader.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -636,14 +640,13 @@ class Log:
     def start_step(self) -> None:
         self.began = time.perf_counter()
         self.waited = 0.0
+        self.start_waiting()
 
-    def time_waiting(self, batches):
-        """Pass batches on and add up how long each took to come."""
-        began = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - began
-            yield batch
-            began = time.perf_counter()
+    def start_waiting(self) -> None:
+        self.waiting_since = time.perf_counter()
+
+    def stop_waiting(self) -> None:
+        self.waited += time.perf_counter() - self.waiting_since
 
     def seconds(self) -> dict[str, float]:
         """Seconds of this step, and of these the wait for the loader."""
@@ -801,6 +804,10 @@ def memory(model: nn.Module, activations: int, ranks: int) -> dict[str, float]:
     }
 
 
+def add_without_mask(hidden: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+    return hidden + images.sum()
+
+
 def model_to_plan(settings: Settings) -> RewardModel:
     """Build the model on the meta device from its folder or hub name, which needs no weights."""
     if Path(settings.model, model_stage.HEAD_FILE).is_file():
@@ -819,12 +826,8 @@ def model_to_plan(settings: Settings) -> RewardModel:
         parts.vision.requires_grad_(not settings.freeze_vision)
     # InternVL and Qwen3-VL read numbers here, which this device has none of; both steps are cheap.
     parts.language.rotary_emb.rope_type = "default"
-    parts.language._deepstack_process = add_sum
+    parts.language._deepstack_process = add_without_mask
     return RewardModel(backbone, head, data.load_processors(settings.model)).train()
-
-
-def add_sum(hidden: Tensor, mask: Tensor, images: Tensor) -> Tensor:
-    return hidden + images.sum()
 
 
 def assumed_comparison(lengths: list[int], processors):

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Rehearse training on two nodes: two network namespaces joined by a virtual cable, one rank in each,
+# Rehearse training on two nodes: two network namespaces joined by a virtual cable, a rank in each,
 # and the same run as two ranks of one host to compare with. Needs root and iproute2 (`ip`). As on a
 # cluster, both see one file system.
 #
@@ -37,7 +37,7 @@ for node in $node0 $node1; do
     ip -n $node link set lo up
     ip -n $node link set cable up
 done
-# Gloo (for NCCL: NCCL_SOCKET_IFNAME) would take the interface of the host's name, often the loopback.
+# Gloo (for NCCL: NCCL_SOCKET_IFNAME) would else take the host name's interface, often loopback.
 export GLOO_SOCKET_IFNAME=cable
 for rank in 1 0; do
     node=node$rank
