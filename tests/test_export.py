@@ -1,5 +1,6 @@
 """An export is loaded by transformers alone, in any files and dtype, and is whole or absent."""
 
+import copy
 import json
 import os
 import signal
@@ -215,3 +216,13 @@ def test_02_says_that_it_leaves_a_trained_head_behind(reward, tmp_path):
     told = {"--backbone": tmp_path / "trained", "--out": tmp_path / "new", "--data": ""}
     done = torchrun("02_model.py", *(word for pair in told.items() for word in pair), ranks=1)
     assert f"03_train.py --model {tmp_path}/trained continues with it" in done.stdout
+
+
+def test_02_never_replaces_a_trained_model(reward, tmp_path):
+    trained = copy.deepcopy(reward)
+    trained.trained_with = {"data": ["somewhere"], "steps": 1}
+    trained.save_pretrained(str(tmp_path))
+    before = (tmp_path / "reward_head.safetensors").read_bytes()
+    done = torchrun("02_model.py", "--out", tmp_path, ranks=1, check=False)
+    assert done.returncode and "has a trained reward model; give another --out" in done.stderr
+    assert (tmp_path / "reward_head.safetensors").read_bytes() == before
