@@ -317,7 +317,7 @@ def train(settings: "Settings") -> dict:
     optimizer = make_optimizer(model, settings)
 
     state = training_state(model, optimizer)
-    run = describe_run(settings, tokens)
+    run = describe_run(settings)
     start = begin(settings, state, run)  # 0, or the step of a checkpoint
     log = Log(settings, model, micro_batches, patches, start)  # metrics.jsonl and a progress bar
     sigterm = []  # filled when the machine is about to be taken away (spot preemption)
@@ -559,10 +559,17 @@ def validate(model, comparisons, settings: Settings, device) -> dict[str, float]
 # Appendix: how a run begins and ends.
 
 
-def describe_run(settings: Settings, tokens: np.ndarray) -> dict:
-    """Say what the weights follow from: the recipe, and a hash of the lengths of the data."""
+def describe_run(settings: Settings) -> dict:
+    """Say what the weights follow from: the recipe, and a hash of how the data was made and of the
+    lengths, prompts and images of all comparisons."""
     run = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Recipe)}
-    return {**run, "lengths of the data": f"{data.hash_of(tokens.tobytes()):016x}"}
+    files = [
+        Path(folder, name)
+        for folder in settings.data
+        for name in ("dataset.json", "index.safetensors")
+    ]
+    content = b"".join(file.read_bytes() for file in files)
+    return {**run, "content of the data": f"{data.hash_of(content):016x}"}
 
 
 def begin(settings: Settings, state: dict, run: dict) -> int:

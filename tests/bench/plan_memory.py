@@ -120,7 +120,8 @@ def measure(folder: str, comparisons: int, **settings) -> dict[str, dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", nargs="?", default="/tmp/plan_memory", help="for a random model")
+    default = "artifacts/plan_memory"  # ignored by git
+    parser.add_argument("folder", nargs="?", default=default, help="for a random model")
     parser.add_argument("--comparisons", type=int, default=3, help="of a micro-batch")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--freeze_vision", action="store_true")
