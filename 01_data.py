@@ -1,4 +1,4 @@
-"""Stage 1 · preference data -> shards of token ids and image bytes
+"""Stage 1: turn preference data into shards of token ids and image bytes
 
 Preference data has one JSON object a line. This is one (broken here to fit):
 
@@ -103,12 +103,27 @@ def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. A record, the dict of one line, becomes a Comparison. `processors` (appendix) are read from the
-# checkpoint of the backbone and hold its
-#     tokenizer; image, the image processor, None for text alone; vision.patch, 14 pixels, and
-#     vision.merge, 2; image_token and end_token, ids; family, what differs between model families
-# Where a record is unusable, `require(condition, reason)` raises Unusable, and the line goes to
-# rejected.jsonl.
+# 1. A record, the dict of one line, becomes a Comparison.
+#
+# How a picture enters a language model: the vision tower turns each patch of 14 x 14 pixels into a
+# vector and merges 2 x 2 of them into one. The prompt has a placeholder, the image token, for each
+# merged vector; in the model (02) that vector takes the place of the token's embedding. So a larger
+# picture makes a longer prompt. For a picture of 56 x 84 pixels, 4 x 6 patches, 2 x 3 image tokens:
+#
+#     record      {"prompt": [{"role": "user", "content": "What is it?"}], "images": ["0.png"], ...}
+#     messages    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}]
+#     rendered    <|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>
+#                 \n<|im_start|>assistant\n         (one string; a system turn, if any, comes first)
+#     token ids   the same with six times <|image_pad|>
+#     Comparison  prompt [17], responses [[..., <|im_end|>], [...]], ranks [1, 2], grids [[1, 4, 6]]
+#
+# `processors` (appendix) come with the backbone's checkpoint:
+#     tokenizer; image_token, end_token     ids of <|image_pad|> and <|im_end|>
+#     image                                 the image processor, None if the backbone is text-only
+#     vision.patch, vision.merge            14 pixels, 2
+#     family                                how this family of models differs from Qwen2.5-VL
+# `require(condition, reason)` raises Unusable, and the line goes to rejected.jsonl. Functions that
+# are not defined in this lesson do what their names say; they are in the appendix.
 
 
 def encode_record(
@@ -116,9 +131,10 @@ def encode_record(
 ) -> Comparison:
     """Make one record a Comparison; raise Unusable with the reason if that is impossible.
 
-    Image paths are relative to `folder` and have to lie in one of the folders `within`, if given.
+    Image paths are relative to `folder` and have to lie in one of the folders `within`, if given: a
+    file from the internet must not make a picture of anything else on this machine.
     """
-    check(record, RECORD)  # the schema, in the appendix
+    check(record, RECORD)  # the schema
     texts, ranks = responses_of(record)
     messages = check_messages(record["prompt"], without_images)
     images = [] if without_images else images_in(record)
@@ -133,8 +149,8 @@ def encode_prompt(messages, images, processors, folder=Path(), within=None):
 
     Returns token ids [P], the images' encoded bytes, and their grids [images, 3]. Raises Unusable.
     """
-    messages = check_messages(messages)  # again: `score` in 02 enters here
-    images = place_images(messages, images)
+    messages = check_messages(messages)  # also for callers that skip `encode_record`
+    images = images_in_order(messages, images)
     require(not images or processors.image, "images: the backbone is text-only")
     files = [read_image(image, folder, within) for image in images]
     grids = [patch_grid(open_image(file).size, processors) for file in files]
@@ -148,20 +164,14 @@ def encode_prompt(messages, images, processors, folder=Path(), within=None):
 def tokenize_chat(messages: list[dict], tokenizer) -> np.ndarray:
     """Render messages with the backbone's chat template and tokenize them, [P].
 
-    The template's special tokens become single ids, as in <|im_start|>user\\nHi<|im_end|>. The same
-    strings in a user's text stay text: `mark_special` (appendix) cuts them out before rendering and
-    puts \\ue000<number>\\ue001 in their place, and they are tokenized as ordinary characters.
+    A special token of the template, like <|im_start|>, becomes one id. The same characters in a
+    user's text must stay text, or a user could end his own turn: marks take their place while the
+    template is rendered, and they are tokenized as ordinary characters.
     """
     marked, cut = mark_special(messages, tokenizer)
     # The rendering ends with <|im_start|>assistant, where a response begins.
     rendered = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
-    ids = []
-    for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):  # text, number, text, ...
-        if i % 2:
-            ids += tokenize_text(cut[int(piece)], tokenizer)
-        else:
-            ids += tokenizer.encode(piece, add_special_tokens=False)
-    return np.array(ids, np.int32)
+    return np.array(tokenize_marked(rendered, cut, tokenizer), np.int32)
 
 
 def tokenize_text(text: str, tokenizer) -> list[int]:
@@ -185,6 +195,8 @@ def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int,
     width, height = size
     patch, limits = processors.vision.patch, processors.image.size
     unit = patch * processors.vision.merge
+    # transformers calls the limits edges, but they are areas, in pixels. Where the aspect ratio is
+    # absurd, it raises ValueError, which becomes Unusable with our text.
     with explaining(f"unusable image of {width} x {height} pixels", ValueError, Unusable):
         height, width = smart_resize(
             height, width, unit, limits["shortest_edge"], limits["longest_edge"]
@@ -193,7 +205,7 @@ def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int,
 
 
 def expand_image_tokens(ids: np.ndarray, grids: np.ndarray, processors: Processors) -> np.ndarray:
-    """Repeat an image's token for each feature of the vision tower, one for 2 x 2 patches."""
+    """Repeat each image's token, one for each 2 x 2 of its patches; images come in order."""
     if processors.family.around:  # InternVL sets a marker before and after an image
         ids = surround_image_tokens(ids, processors)
     repeats = np.ones(len(ids), int)
@@ -202,174 +214,39 @@ def expand_image_tokens(ids: np.ndarray, grids: np.ndarray, processors: Processo
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Comparisons are kept in shards, safetensors files that later stages map into memory.
-
-# Ragged arrays: vectors of different lengths lie one after the other in a flat array, and vector i
-# is flat[offsets[i] : offsets[i + 1]].
-RAGGED = {
-    "rows": np.int32,  # of each comparison, the tokens of its prompt and responses
-    "layouts": np.uint8,  # of each comparison, JSON: lengths in its row, ranks, its images, ...
-    "images": np.uint8,  # the encoded files, each once, however many comparisons share it
-}
-INDEX = {  # numbers of each comparison or image, for planning and for overlap checks
-    "tokens": np.int32,
-    "patches": np.int32,
-    "response_counts": np.int32,
-    "prompt_hashes": np.uint64,
-    "image_hashes": np.uint64,
-}
-
-
-def flatten(arrays: list, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """Concatenate vectors; return them flat, and their offsets [vectors + 1]."""
-    flat = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
-    return flat, np.cumsum([0, *map(len, arrays)], dtype=np.int64)
-
-
-def write_shard(path: Path, comparisons: list[Comparison], image_token=None, **notes) -> None:
-    """Write comparisons, and notes as JSON, to one safetensors file."""
-    images = list(dict.fromkeys(image for c in comparisons for image in c.images))  # each once
-    places = dict(zip(images, range(len(images))))
-    rows, layouts, index = [], [], defaultdict(list)
-    for c in comparisons:
-        rows.append(np.concatenate([c.prompt, *c.responses]))
-        layout = {
-            "lengths": [len(c.prompt), *map(len, c.responses)],
-            "ranks": c.ranks,
-            "images": [places[image] for image in c.images],
-            "grids": c.grids.tolist(),
-            "record": c.record,
-        }
-        layouts.append(np.frombuffer(json.dumps(layout).encode(), np.uint8))
-        index["tokens"].append(c.length)
-        index["patches"].append(c.grids.prod(1).sum())
-        index["response_counts"].append(len(c.responses))
-        index["prompt_hashes"].append(prompt_hash(c.prompt, image_token))
-    index["image_hashes"] = list(map(hash_of, images))
-    images = [np.frombuffer(image, np.uint8) for image in images]
-    tensors = {name: np.array(index[name], dtype) for name, dtype in INDEX.items()}
-    for (name, dtype), vectors in zip(RAGGED.items(), (rows, layouts, images)):
-        tensors[name], tensors[f"{name}_offsets"] = flatten(vectors, dtype)
-    notes["comparisons"] = len(comparisons)
-    write_tensors(path, tensors, {"notes": json.dumps(notes)})
-
-
-class Shard:
-    """One memory-mapped shard: `shard[i]` reads comparison i and nothing else."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with reading(path):
-            self.file = safe_open(path, framework="np")
-            self.offsets = {name: self.file.get_tensor(f"{name}_offsets") for name in RAGGED}
-
-    def vector(self, name: str, i: int) -> np.ndarray:
-        start, end = map(int, self.offsets[name][i : i + 2])
-        return self.file.get_slice(name)[start:end]
-
-    def __getitem__(self, i: int) -> Comparison:
-        with reading(self.path):
-            layout = json.loads(self.vector("layouts", i).tobytes())
-            splits = np.cumsum(layout["lengths"])[:-1]
-            prompt, *responses = np.split(self.vector("rows", i), splits)
-            images = [self.vector("images", place).tobytes() for place in layout["images"]]
-            grids = np.array(layout["grids"], np.int32).reshape(-1, 3)
-            return Comparison(prompt, responses, layout["ranks"], images, grids, layout["record"])
-
-
-open_shard = lru_cache(512)(Shard)  # a process may have only so many files open
-
-
-class Comparisons(torch.utils.data.Dataset):
-    """A prepared data set: `comparisons[i]` reads one Comparison, at random, from its shards.
-
-    `expect` is the fingerprint of the tokenizer that is going to read it; token ids of another
-    tokenizer would be noise, and raise UserError. `text_only` leaves out comparisons with images.
-    """
-
-    def __init__(self, folder: str, expect: str | None = None, text_only: bool = False):
-        self.folder = Path(folder)
-        path = self.folder / "dataset.json"
-        if not path.is_file():
-            raise UserError(f"{folder}: no prepared data set there; run 01_data.py first")
-        with reading(path):
-            self.info = json.loads(path.read_bytes())
-            if self.info["format"] != FORMAT:
-                formats = f"shards of format {self.info['format']}, this code reads {FORMAT}"
-                raise UserError(f"{folder}: {formats}; run 01_data.py again")
-            if expect and self.info["tokenizer"] != expect:
-                reason = f"prepared with another tokenizer, that of {self.info['backbone']}"
-                hint = "run 01_data.py again with --backbone set to this model"
-                raise UserError(f"{folder}: {reason}; {hint}")
-            sizes = [size for _, size in self.info["shards"]]
-            self.starts = np.cumsum([0, *sizes])  # [shards + 1]
-        path = self.folder / "index.safetensors"
-        with reading(path):
-            self.index = load_file(path)  # see INDEX
-            entries, expected = len(self.index["tokens"]), self.starts[-1]
-            require(entries == expected, f"{entries} entries for {expected} comparisons")
-        self.chosen = np.arange(self.starts[-1])  # [len(self)], numbers in the order of shards
-        if text_only:
-            self.chosen = np.flatnonzero(self.index["patches"] == 0)
-
-    def hashes(self, name: str) -> np.ndarray:
-        """All "prompt_hashes" or "image_hashes" in the shards."""
-        return self.index[name]
-
-    def response_counts(self) -> np.ndarray:
-        """N of every comparison, [len(self)]."""
-        return self.index["response_counts"][self.chosen]
-
-    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of the packed row and image patches of every comparison, [len(self)] each."""
-        return self.index["tokens"][self.chosen], self.index["patches"][self.chosen]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, i: int) -> Comparison:
-        number = int(self.chosen[i])
-        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        file = self.folder / self.info["shards"][shard][0]
-        comparison = open_shard(file)[number - self.starts[shard]]
-        comparison.origin = f"{self.folder}[{number}]"
-        return comparison
-
-
-# --------------------------------------------------------------------------------------------------
-# 3. The stage. Every rank makes shards of its own chunks of lines; rank 0 writes the index. A line
-# is (file, number, read): only the rank that owns it calls `read()`, which parses it.
+# 2. Comparisons are kept in shards: safetensors files of flat arrays, with the offsets at which
+# each comparison begins. Later stages map them into memory and read one without the others:
+#     comparisons = Comparisons("artifacts/data/train")  # a torch Dataset, in the appendix
+#     comparisons[7]                                     # a Comparison
+#     comparisons.sizes()                                # tokens and patches of all, [n] each
+# Every rank makes the shards of its own chunks of lines. A line is (file, number, read), and only
+# the rank that owns it calls `read()`, which parses it.
 
 
 def prepare(name: str, lines, processors, settings, holdout: float, within=None) -> None:
     """Prepare one data set; all ranks call it with the same lines.
 
-    A chunk of `shard_size` lines becomes one file, whose name has a hash of all it is made of. An
-    interrupted run finds its files and continues; a finished set is made anew. The result does not
-    depend on the number of ranks. Memory does not grow with the number of lines, except for the
-    index: 20 bytes a comparison and 8 an image.
+    A chunk of `shard_size` lines becomes one file, whose name has a hash of lines and settings: an
+    interrupted run finds its files and continues. A finished set (it has a dataset.json) is made
+    anew, since pictures may have changed. The result does not depend on the number of ranks. Memory
+    does not grow with the number of lines, except for the index: 20 bytes a comparison, 8 an image.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     names = [name, f"{name}_holdout"] if holdout > 0 else [name]
     folders = [Path(settings.out, name) for name in names]
-    if rank == 0 and (folders[0] / "dataset.json").is_file():
-        # The last run was finished. Begin anew: pictures may have been mended since then.
-        for folder in folders:
-            for old in [folder / "dataset.json", *folder.glob("shard-*")]:
-                old.unlink(missing_ok=True)
-    dist.barrier()
-
+    remove_finished(folders)
     shards = []  # file names
     progress = tqdm(desc=name, unit=" lines", disable=rank > 0, mininterval=1)
     while chunk := list(itertools.islice(lines, settings.shard_size)):
         progress.update(len(chunk))
         number = len(shards)
-        key = chunk_key(chunk, processors, settings, holdout)
+        key = chunk_key(chunk, processors, settings, holdout)  # the hash
         shards.append(f"shard-{number:05d}-{key}.safetensors")
         paths = [folder / shards[number] for folder in folders]
         if number % world != rank or all(path.is_file() for path in paths):
             continue
         kept, held_out, notes = encode_chunk(chunk, processors, settings, holdout, within)
+        # The image token is left out of the hashes by which 04 finds equal prompts.
         write_shard(paths[0], kept, processors.image_token, **notes)
         if holdout > 0:
             write_shard(paths[1], held_out, processors.image_token)
@@ -379,26 +256,15 @@ def prepare(name: str, lines, processors, settings, holdout: float, within=None)
         finish(folders, shards, processors, settings)  # index, dataset.json, rejected.jsonl
 
 
-def chunk_key(chunk: list[Line], processors, settings, holdout: float) -> str:
-    """Hash all that the shards of a chunk are made of. Files count by size and time."""
-    lines = [(file, number) for file, number, _ in chunk]
-    files = {file for file, _ in lines} | {__file__, str(WORLD)}
-    stats = [os.stat(file) for file in sorted(files) if os.path.exists(file)]
-    times = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    options = vars(settings) | {"out": "", "holdout": holdout}
-    made_of = [FORMAT, lines, times, options, processors.fingerprint, processors.pixels]
-    return f"{hash_of(json.dumps(made_of).encode()):016x}"
-
-
 def encode_chunk(chunk: list[Line], processors, settings, holdout: float, within):
     """Return the comparisons to keep and to hold out, and notes on lines and fields not used."""
     kept, held_out, rejected, unused = [], [], [], Counter()
-    length, text_only = settings.max_length, settings.without_images
+    length, without_images = settings.max_length, settings.without_images
     for file, number, read in chunk:
         folder = Path(file).parent
         try:
             record = read()
-            comparison = encode_record(record, processors, length, folder, text_only, within)
+            comparison = encode_record(record, processors, length, folder, without_images, within)
         except Unusable as error:
             rejected.append({"file": file, "line": number, "reason": str(error)[:500]})
             continue
@@ -609,7 +475,161 @@ def refuse(message: str) -> None:
     raise UserError(f"{message}; --help lists all options")
 
 
-# The end of `prepare`, on rank 0.
+# --------------------------------------------------------------------------------------------------
+# Appendix: shards. Ragged arrays: vectors of different lengths lie one after the other in a flat
+# array, and vector i is flat[offsets[i] : offsets[i + 1]].
+
+RAGGED = {
+    "rows": np.int32,  # of each comparison, the tokens of its prompt and responses
+    "layouts": np.uint8,  # of each comparison, JSON: lengths in its row, ranks, its images, ...
+    "images": np.uint8,  # the encoded files, each once, however many comparisons share it
+}
+INDEX = {  # numbers of each comparison or image, for planning and for overlap checks
+    "tokens": np.int32,
+    "patches": np.int32,
+    "response_counts": np.int32,
+    "prompt_hashes": np.uint64,
+    "image_hashes": np.uint64,
+}
+
+
+def flatten(arrays: list, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate vectors; return them flat, and their offsets [vectors + 1]."""
+    flat = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
+    return flat, np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+
+
+def write_shard(path: Path, comparisons: list[Comparison], image_token=None, **notes) -> None:
+    """Write comparisons, and notes as JSON, to one safetensors file."""
+    images = list(dict.fromkeys(image for c in comparisons for image in c.images))  # each once
+    places = dict(zip(images, range(len(images))))
+    rows, layouts, index = [], [], defaultdict(list)
+    for c in comparisons:
+        rows.append(np.concatenate([c.prompt, *c.responses]))
+        layout = {
+            "lengths": [len(c.prompt), *map(len, c.responses)],
+            "ranks": c.ranks,
+            "images": [places[image] for image in c.images],
+            "grids": c.grids.tolist(),
+            "record": c.record,
+        }
+        layouts.append(np.frombuffer(json.dumps(layout).encode(), np.uint8))
+        index["tokens"].append(c.length)
+        index["patches"].append(c.grids.prod(1).sum())
+        index["response_counts"].append(len(c.responses))
+        index["prompt_hashes"].append(prompt_hash(c.prompt, image_token))
+    index["image_hashes"] = list(map(hash_of, images))
+    images = [np.frombuffer(image, np.uint8) for image in images]
+    tensors = {name: np.array(index[name], dtype) for name, dtype in INDEX.items()}
+    for (name, dtype), vectors in zip(RAGGED.items(), (rows, layouts, images)):
+        tensors[name], tensors[f"{name}_offsets"] = flatten(vectors, dtype)
+    notes["comparisons"] = len(comparisons)
+    write_tensors(path, tensors, {"notes": json.dumps(notes)})
+
+
+class Shard:
+    """One memory-mapped shard: `shard[i]` reads comparison i and nothing else."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with reading(path):
+            self.file = safe_open(path, framework="np")
+            self.offsets = {name: self.file.get_tensor(f"{name}_offsets") for name in RAGGED}
+
+    def vector(self, name: str, i: int) -> np.ndarray:
+        start, end = map(int, self.offsets[name][i : i + 2])
+        return self.file.get_slice(name)[start:end]
+
+    def __getitem__(self, i: int) -> Comparison:
+        with reading(self.path):
+            layout = json.loads(self.vector("layouts", i).tobytes())
+            splits = np.cumsum(layout["lengths"])[:-1]
+            prompt, *responses = np.split(self.vector("rows", i), splits)
+            images = [self.vector("images", place).tobytes() for place in layout["images"]]
+            grids = np.array(layout["grids"], np.int32).reshape(-1, 3)
+            return Comparison(prompt, responses, layout["ranks"], images, grids, layout["record"])
+
+
+open_shard = lru_cache(512)(Shard)  # a process may have only so many files open
+
+
+class Comparisons(torch.utils.data.Dataset):
+    """A prepared data set: `comparisons[i]` reads one Comparison, at random, from its shards.
+
+    `expect` is the fingerprint of the tokenizer that is going to read it; token ids of another
+    tokenizer would be noise, and raise UserError. `text_only` leaves out comparisons with images.
+    """
+
+    def __init__(self, folder: str, expect: str | None = None, text_only: bool = False):
+        self.folder = Path(folder)
+        path = self.folder / "dataset.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: no prepared data set there; run 01_data.py first")
+        with reading(path):
+            self.info = json.loads(path.read_bytes())
+            if self.info["format"] != FORMAT:
+                formats = f"shards of format {self.info['format']}, this code reads {FORMAT}"
+                raise UserError(f"{folder}: {formats}; run 01_data.py again")
+            if expect and self.info["tokenizer"] != expect:
+                reason = f"prepared with another tokenizer, that of {self.info['backbone']}"
+                hint = "run 01_data.py again with --backbone set to this model"
+                raise UserError(f"{folder}: {reason}; {hint}")
+            sizes = [size for _, size in self.info["shards"]]
+            self.starts = np.cumsum([0, *sizes])  # [shards + 1]
+        path = self.folder / "index.safetensors"
+        with reading(path):
+            self.index = load_file(path)  # see INDEX
+            entries, expected = len(self.index["tokens"]), self.starts[-1]
+            require(entries == expected, f"{entries} entries for {expected} comparisons")
+        self.numbers = np.arange(self.starts[-1])  # [len(self)], numbers in the order of shards
+        if text_only:
+            self.numbers = np.flatnonzero(self.index["patches"] == 0)
+
+    def hashes(self, name: str) -> np.ndarray:
+        """All "prompt_hashes" or "image_hashes" in the shards."""
+        return self.index[name]
+
+    def response_counts(self) -> np.ndarray:
+        """N of every comparison, [len(self)]."""
+        return self.index["response_counts"][self.numbers]
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the packed row and image patches of every comparison, [len(self)] each."""
+        return self.index["tokens"][self.numbers], self.index["patches"][self.numbers]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Comparison:
+        number = int(self.numbers[i])
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        file = self.folder / self.info["shards"][shard][0]
+        comparison = open_shard(file)[number - self.starts[shard]]
+        comparison.origin = f"{self.folder}[{number}]"
+        return comparison
+
+
+# The beginning and the end of `prepare`.
+
+
+def remove_finished(folders: list[Path]) -> None:
+    """Delete a finished set, since its pictures may have been mended after it was made."""
+    if dist.get_rank() == 0 and (folders[0] / "dataset.json").is_file():
+        for folder in folders:
+            for old in [folder / "dataset.json", *folder.glob("shard-*")]:
+                old.unlink(missing_ok=True)
+    dist.barrier()
+
+
+def chunk_key(chunk: list[Line], processors, settings, holdout: float) -> str:
+    """Hash all that the shards of a chunk are made of. Files count by size and time."""
+    lines = [(file, number) for file, number, _ in chunk]
+    files = {file for file, _ in lines} | {__file__, str(WORLD)}
+    stats = [os.stat(file) for file in sorted(files) if os.path.exists(file)]
+    times = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    options = vars(settings) | {"out": "", "holdout": holdout}
+    made_of = [FORMAT, lines, times, options, processors.fingerprint, processors.pixels]
+    return f"{hash_of(json.dumps(made_of).encode()):016x}"
 
 
 def finish(folders: list[Path], shards: list[str], processors, settings) -> None:
@@ -758,7 +778,7 @@ def image_parts(messages: list[dict]) -> list[dict]:
     return [part for part in itertools.chain(*lists) if part["type"] == "image"]
 
 
-def place_images(messages: list[dict], images: list) -> list:
+def images_in_order(messages: list[dict], images: list) -> list:
     """Give each image a place in the messages; return the images in the order of their places.
 
     A part of type image is a place, and may hold its image itself. Without such parts, <image> in
@@ -871,6 +891,17 @@ def mark_special(messages: list[dict], tokenizer) -> tuple[list[dict], list[str]
                     part["text"] = special.sub(mark, part["text"])
         marked.append({"role": turn["role"], "content": content})
     return marked, cut
+
+
+def tokenize_marked(rendered: str, cut: list[str], tokenizer) -> list[int]:
+    """Tokenize a rendered prompt, and as ordinary text what `mark_special` has cut out of it."""
+    ids = []
+    for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):  # text, number, text, ...
+        if i % 2:
+            ids += tokenize_text(cut[int(piece)], tokenizer)
+        else:
+            ids += tokenizer.encode(piece, add_special_tokens=False)
+    return ids
 
 
 def check_length(prompt: np.ndarray, responses: list[np.ndarray], max_length: int) -> None:

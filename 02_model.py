@@ -12,11 +12,11 @@ One idea carries this project: a comparison, a prompt with N responses, is encod
     [prompt | response 1 | ... | response N]
 
 Each response attends to the prompt and to itself, never to another response, and its positions
-continue where the prompt's end. So it cannot know that it has siblings: its score, read at its own
+count on from the prompt's last. So it cannot know that it has siblings: its score, read at its own
 last token (the <|im_end|> that closes the turn), is the score that a forward over
 [prompt | response] alone would give, to 1e-5 in float32. With P tokens of prompt and R of response
-that takes N (P + R) / (P + N R) times less work and N times fewer images. Comparisons follow one
-another in the same row, so nothing is ever padded.
+that takes N (P + R) / (P + N R) times fewer tokens, 4.9 for P = 1000, R = 100, N = 8, and N times
+fewer images. Comparisons follow one another in the same row, so nothing is ever padded.
 
 The paper (arXiv 2509.16127) replaces the LM head by an MLP of 2 layers with SiLU between them; it
 compares depths 1 to 5 and no activation, tanh and SiLU. It does not state the MLP's width (we use
@@ -60,14 +60,18 @@ Comparison = data.Comparison
 Processors = data.Processors
 UserError = data.UserError
 HEAD_FILE = "reward_head.safetensors"
-Lengths = list[tuple[int, list[int]]]  # for each comparison P, [R_1, ..., R_N], in tokens
 
 # --------------------------------------------------------------------------------------------------
 # The packed row: which token attends to which.
 
+Lengths = list[tuple[int, list[int]]]  # for each comparison (P, [R_1, ..., R_N]), in tokens
+
 
 def dense_mask(lengths: Lengths) -> Tensor:
     """Return the mask of a packed row, [T, T] bool: rows are queries, columns are keys.
+
+    This is the specification, for reading and for tests. The attention below follows it without
+    building it.
 
     Two comparisons, one with a prompt of 2 tokens and responses of 2 and 1, the other with a prompt
     of 1 and a response of 1:
@@ -115,42 +119,80 @@ class PackedRow:
     def attend(self, layer, query, key, value, scale) -> Tensor:
         return self.segments.attend(query, key, value, scale)  # a KV cache (appendix) needs `layer`
 
-    def response_tokens(self) -> tuple[Tensor, Tensor]:
-        return response_tokens(self)  # for a policy, see the appendix
-
 
 # --------------------------------------------------------------------------------------------------
 # The same attention without building the mask, most of whose T x T cells are empty.
+#
+# transformers looks up the attention of every layer by a name, `attn_implementation`, which
+# `load_backbone` (appendix) sets for the language model.
+# - Arguments of `model(...)` that it does not know travel down to that function: so `row` arrives.
+# - It builds a causal mask only for names that also have a mask function. Ours has none, hence
+#   `attention_mask` is None, no T x T mask is ever made, and the row alone decides.
+# - The vision tower has another name (appendix), under which pictures attend to themselves.
+# `compiler.disable`: in a compiled graph, every new row's lengths would trigger a recompilation.
+
+
+@torch.compiler.disable
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling, row, **options):
+    """Attend over a packed row: [1, heads, T, d] -> [1, T, heads, d]."""
+    # Other models ask for more: a sliding window, a cap on logits, attention sinks (s_aux).
+    others = [options.get(name) for name in ("sliding_window", "softcap", "s_aux")]
+    if options.get("dropout") or any(other is not None for other in others):
+        raise ValueError("over a row: no dropout, no sliding window, no softcap, no sinks")
+    if len(query) != 1:
+        raise ValueError(f"input_ids has {len(query)} rows: pack all comparisons into one")
+    # In a trainer that uses autocast, rotary embeddings leave query and key in float32.
+    query = query.to(value.dtype)
+    key = key.to(value.dtype)
+    output = row.attend(module.layer_idx, query, key, value, scaling)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+
+
+def bounds(sizes: list[int]) -> Tensor:
+    """Return where parts of these sizes begin, and where the last one ends."""
+    return torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
 
 
 @dataclass
 class Segments:
-    """The segments of a row, prompts and responses, and the attention among them."""
+    """The segments of a row, prompts and responses, and the attention among them.
+
+    A prompt of 2 tokens with responses of 2 and 1:
+
+        segment      prompt_of   starts in the row   attends to    these start in key_indices
+        0 prompt     None        0                   0 1           0
+        1 response   0           2                   0 1 2 3       2
+        2 response   0           4                   0 1 4         6
+    """
 
     lengths: list[int]  # tokens of each segment
-    prompts: list[int | None]  # for a response the index of its prompt's segment, for a prompt None
-    starts: Tensor  # [segments + 1] int32, where each segment begins in the row
-    key_indices: Tensor  # [K] the tokens that each segment attends to: [prompt | own]
-    key_starts: Tensor  # [segments + 1] int32, where each segment begins in `key_indices`
+    prompt_of: list[int | None]  # the segment of a response's prompt
+    starts: Tensor  # [segments + 1] int32; the last one is the end, 5 above
+    key_indices: Tensor  # [K] what all segments attend to, [prompt | own] of each
+    key_starts: Tensor  # [segments + 1] int32; the end is K, 9 above
     longest_keys: int
-    masks: dict[int, Tensor] = field(default_factory=dict)  # of responses, for the CPU
+    masks: dict[int, Tensor] = field(default_factory=dict)  # of responses, for `one_by_one`
 
     @classmethod
     def of_comparisons(cls, lengths: Lengths) -> "Segments":
         """Lay out a row's segments, once, in the loader; all layers use this."""
-        sizes, prompts, keys = [], [], []
+        sizes, prompt_of, keys = [], [], []
         start = 0
         for P, Rs in lengths:
-            first = len(sizes)
-            for i, size in enumerate([P, *Rs]):
+            prompt_segment = len(sizes)
+            for size in [P, *Rs]:
+                is_prompt = len(sizes) == prompt_segment
                 own = np.arange(start, start + size)
+                keys.append(own if is_prompt else np.concatenate([keys[prompt_segment], own]))
+                prompt_of.append(None if is_prompt else prompt_segment)
                 sizes.append(size)
-                prompts.append(first if i > 0 else None)
-                keys.append(np.concatenate([keys[first], own]) if i > 0 else own)
                 start += size
         key_sizes = list(map(len, keys))
         indices = torch.from_numpy(np.concatenate(keys))
-        return cls(sizes, prompts, bounds(sizes), indices, bounds(key_sizes), max(key_sizes))
+        return cls(sizes, prompt_of, bounds(sizes), indices, bounds(key_sizes), max(key_sizes))
 
     def attend(self, query, key, value, scale: float) -> Tensor:
         """Attend as `dense_mask` says.
@@ -162,38 +204,40 @@ class Segments:
         return self.one_by_one(query, key, value, scale)
 
     def one_by_one(self, query, key, value, scale):
-        """The CPU way: one call for each segment, against [prompt keys | own keys]."""
-        # `split` and not slices: the backward of each slice would fill a whole row with zeros.
+        """The CPU way, also a GPU's in float32: attend once per segment, to [prompt | own] keys."""
+        # `split`, not slices: each slice's backward would make zeros of the size of the whole row.
         queries = query.split(self.lengths, dim=2)
         keys = key.split(self.lengths, dim=2)
         values = value.split(self.lengths, dim=2)
         options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
         attention = partial(F.scaled_dot_product_attention, **options)
         outputs = []
-        for i, prompt in enumerate(self.prompts):
+        for s, prompt in enumerate(self.prompt_of):
             if prompt is None:
-                outputs.append(attention(queries[i], keys[i], values[i], is_causal=True))
+                outputs.append(attention(queries[s], keys[s], values[s], is_causal=True))
                 continue
-            if i not in self.masks:  # built in the first layer, for all layers
-                P, R = self.lengths[prompt], self.lengths[i]
-                everything = torch.ones(R, P + R, dtype=torch.bool, device=query.device)
-                self.masks[i] = everything.tril(P)  # all of the prompt, then causal
-            k = torch.cat([keys[prompt], keys[i]], dim=2)  # [1, kv heads, P + R, d]
-            v = torch.cat([values[prompt], values[i]], dim=2)
-            outputs.append(attention(queries[i], k, v, attn_mask=self.masks[i]))
+            if s not in self.masks:  # built in the first layer, for all layers
+                P, R = self.lengths[prompt], self.lengths[s]
+                ones = torch.ones(R, P + R, dtype=torch.bool, device=query.device)
+                # Query i of the response sees keys 0 to P + i. For P = 2, R = 2:  1 1 1 0
+                #                                                                  1 1 1 1
+                self.masks[s] = ones.tril(P)
+            k = torch.cat([keys[prompt], keys[s]], dim=2)  # [1, kv heads, P + R, d]
+            v = torch.cat([values[prompt], values[s]], dim=2)
+            outputs.append(attention(queries[s], k, v, attn_mask=self.masks[s]))
         return torch.cat(outputs, dim=2)
 
     def varlen(self, query, key, value, scale):
         """The GPU way: one call of flash attention over segments of different lengths.
 
-        Each response's keys are a copy of its prompt's, then its own. The window (-1, 0) allows any
-        key to the left and none to the right, aligned at the lower right corner: with P + R keys,
-        query i of a response sees keys 0 to P + i. For P = 2 and R = 2:  1 1 1 0
-                                                                          1 1 1 1
+        Each response's keys are a copy of its prompt's, then its own; queries are never copied. The
+        window (-1, 0) allows any key to the left and none to the right. Where there are more keys
+        than queries, flash attention aligns their ends: the same mask as in `one_by_one`.
         """
         q = query[0].transpose(0, 1)  # [T, heads, d]
         k = key[0].transpose(0, 1)[self.key_indices]  # [K, kv heads, d]
         v = value[0].transpose(0, 1)[self.key_indices]
+        # PyTorch's varlen_attn cuts queries at `starts` and keys at `key_starts` (appendix)
         return call_varlen(self, q, k, v, scale=scale, window_size=(-1, 0))
 
 
@@ -202,60 +246,39 @@ def has_varlen(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
-# transformers looks up the attention of every layer by a name, `attn_implementation`.
-# - Arguments of `model(...)` that it does not know travel down to that function: so `row` arrives.
-# - It builds a causal mask only for names that also have a mask function. Ours has none, hence
-#   `attention_mask` is None, no T x T mask is ever made, and the row alone decides.
-# `compiler.disable`: in a compiled graph, every new row's lengths would trigger a recompilation.
-
-
-@torch.compiler.disable
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling, row, **options):
-    """Attend over a packed row: [1, heads, T, d] -> [1, T, heads, d]."""
-    others = [options.get(name) for name in ("sliding_window", "softcap", "s_aux")]
-    if options.get("dropout") or any(other is not None for other in others):
-        raise ValueError("over a row: no dropout, no sliding window, no softcap, no sinks")
-    if len(query) != 1:
-        raise ValueError(f"input_ids has {len(query)} rows: pack all comparisons into one")
-    query = query.to(value.dtype)  # under autocast, rotary embeddings leave it in float32
-    key = key.to(value.dtype)
-    output = row.attend(module.layer_idx, query, key, value, scaling)
-    return output.transpose(1, 2), None
-
-
-AttentionInterface.register("shared_prefix", shared_prefix_attention)
-
 # --------------------------------------------------------------------------------------------------
 # From comparisons to a row. This runs on the CPU, in the loader's processes.
 
 
-def prompt_positions(prompt, grids, image_token) -> np.ndarray:
+def prompt_positions(prompt, token_grids, image_token) -> np.ndarray:
     """Return the M-RoPE position ids [3, P] of a prompt [P] (Qwen2-VL, arXiv 2409.12191).
 
-    Rotary embeddings turn each pair of a head's channels by an angle that grows with the position.
-    M-RoPE gives some channels the time, some the row, some the column, so that attention can tell
-    where in a picture a token is. Text counts up on all three axes. Two tokens of text, a picture
-    of 2 x 3 tokens, one token of text:
+    Rotary embeddings turn each pair of a head's channels by an angle that grows with the position,
+    so the product of a query and a key depends on how far apart they are. M-RoPE gives some
+    channels the time, some the row, some the column: attention can tell where in a picture a token
+    is. Text counts up on all three axes; a picture is one instant. Two tokens of text, a picture of
+    2 x 3 tokens, one token of text:
 
         time    0 1  2 2 2 2 2 2  5
         height  0 1  2 2 2 3 3 3  5
         width   0 1  2 3 4 2 3 4  5
 
-    The next text starts at the picture's first position + max(h, w), the first number used on no
-    axis: text never gets a position of the picture, and 20 x 30 tokens take up 30, not 600.
+    A picture at p uses rows p to p + h - 1 and columns p to p + w - 1. The next text starts at
+    p + max(h, w), the first number that no axis has used: no text looks like a part of the picture,
+    and 20 x 30 tokens take up 30 positions, not 600.
 
-    `grids` [images, 3] counts tokens: a processor's grid_thw // [1, merge, merge].
+    `token_grids` [images, 3]: time, height and width of each image in tokens, not in patches.
     """
-    sizes = [t * h * w for t, h, w in grids]
+    sizes = [t * h * w for t, h, w in token_grids]
     if sizes and sum(sizes) != np.sum(prompt == image_token):
         raise ValueError("grids: not the prompt's image tokens; count in tokens, not in patches")
     parts = []
     start, position = 0, 0  # in the prompt; the next free one
-    for grid, size in zip(grids, sizes):
+    for grid, size in zip(token_grids, sizes):
         text = int(np.argmax(prompt[start:] == image_token))  # tokens before the image
         parts.append(count_up(position, text))
         position += text
-        parts.append(position + np.indices(grid).reshape(3, -1))
+        parts.append(position + np.indices(grid).reshape(3, -1))  # time, row, column of each token
         position += max(grid[1:])
         start += text + size
     parts.append(count_up(position, len(prompt) - start))
@@ -280,7 +303,7 @@ def pack_tokens(prompts: list, responses: list, positions: list = ()) -> PackedR
         ids += [prompt, *answers]
         position_ids.append(prompt_position)
         T += len(prompt)
-        for answer in answers:  # each continues where the prompt ends
+        for answer in answers:  # each counts on from the prompt's last position, on any axis
             position_ids.append(count_up(prompt_position.max() + 1, len(answer)))
             T += len(answer)
             last.append(T - 1)
@@ -294,8 +317,9 @@ def pack_tokens(prompts: list, responses: list, positions: list = ()) -> PackedR
 def pack(comparisons: list, processors: Processors, dummy_image: bool = False) -> PackedRow:
     """Pack comparisons into one row and decode their images.
 
-    `dummy_image` appends a blank image without responses. No score depends on it, so it adds
-    exactly zero to all gradients. Training needs it where another rank has an image (03, `plan`).
+    `dummy_image` appends a blank image without responses. It is in the row, so backward runs
+    through the vision tower, and no score depends on it, so all it adds is zeros. Training needs
+    that: all ranks must enter a sharded tower together (03, `plan`).
     """
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
@@ -309,7 +333,8 @@ def pack(comparisons: list, processors: Processors, dummy_image: bool = False) -
             grids = comparison.grids // patches_per_token
             positions.append(prompt_positions(comparison.prompt, grids, processors.image_token))
     row = pack_tokens(prompts, responses, positions)
-    row.images = pack_images_of(comparisons, processors)  # see the appendix
+    # Patches of 3 channels x 2 frames (a picture is both) x 14 x 14, and their layout: appendix
+    row.images = pack_images_of(comparisons, processors)
     return row
 
 
@@ -324,8 +349,10 @@ def run_backbone(backbone: nn.Module, row: PackedRow) -> Tensor:
     if not data.FAMILIES[backbone.config.model_type].mrope:
         inputs["position_ids"] = row.position_ids[0]
     if row.images is not None:
+        # transformers runs the vision tower and puts its vectors in place of the image tokens'.
         inputs |= row.images.arguments()
-    return getattr(backbone, "model", backbone)(**inputs, row=row).last_hidden_state[0]
+    without_lm_head = getattr(backbone, "model", backbone)
+    return without_lm_head(**inputs, row=row).last_hidden_state[0]
 
 
 ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
@@ -357,7 +384,7 @@ class RewardHead(nn.Module):
         scores = self.mlp(hidden.to(self.mlp[0].weight.dtype))  # [N, 1]
         if scores.dtype != torch.float32:
             raise UserError("the reward head must stay float32 (use `place`), outside autocast")
-        return scores.sum(-1)  # [N]; a squeezed view would trip FSDP's backward hooks
+        return scores.sum(-1)  # [N]; FSDP warns of outputs that are views, as `squeeze` gives
 
 
 class RewardModel(nn.Module):
@@ -367,7 +394,7 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
-    # A critic or a judge (appendix) has its own:
+    # A critic or a judge (appendix) packs rows in its own way and first rewrites the comparisons.
     kind = "naive"
     pack = staticmethod(pack)
     rewrite = None
@@ -427,6 +454,8 @@ class RewardModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    # Loading and saving: the backbone's checkpoint, and the head in a file of its own.
+
     @classmethod
     def from_backbone(cls, path: str, settings: "HeadSettings", max_pixels: int = 0):
         """Put a new head on a Hugging Face checkpoint."""
@@ -437,7 +466,7 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str, empty: bool = False):
-        """Load a model that `save_pretrained` wrote; `empty` is as in `load_backbone`."""
+        """Load a model that `save_pretrained` wrote; `empty` leaves weights on the meta device."""
         model_class, head, description = load_head(folder)  # appendix, like load_backbone
         if model_class.kind != cls.kind:
             return model_class.from_pretrained(folder, empty)
@@ -471,10 +500,6 @@ def change_tensors(value, change: Callable):
 def new_head(backbone: nn.Module, settings: "HeadSettings") -> RewardHead:
     hidden = backbone.config.get_text_config().hidden_size
     return RewardHead(hidden, settings.head_layers, settings.head_activation, settings.head_width)
-
-
-def bounds(sizes: list[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
 
 
 def call_varlen(segments: Segments, q, k, v, **options) -> Tensor:
@@ -966,7 +991,7 @@ def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None) -> 
     key_sizes = row.segments.key_starts.diff().tolist()
     texts = []  # the segments that nothing follows, each with all that it attends to
     for i, indices in enumerate(row.segments.key_indices.split(key_sizes)):
-        if i not in row.segments.prompts:
+        if i not in row.segments.prompt_of:
             texts.append(indices)
     last = torch.stack([indices[-1] for indices in texts])
     last = last.repeat_interleave(group)  # [samples]
@@ -1056,7 +1081,7 @@ def pack_written(comparisons: list, processors: Processors, dummy_image=False) -
     for comparison in comparisons:
         weights += getattr(comparison, "learned", [])
     weight = torch.tensor(np.concatenate(weights), dtype=torch.float32)  # [response tokens]
-    targets, predictors = row.response_tokens()
+    targets, predictors = response_tokens(row)
     learned = weight > 0
     tokens = row.input_ids[0, targets[learned]]
     written = Written(predictors[learned], tokens, weight[learned])

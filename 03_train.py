@@ -4,16 +4,17 @@
     torchrun --standalone --nproc_per_node=8 03_train.py --learning_rate 3e-6 --epochs 1
     python 03_train.py --plan --gpus 64    # train nothing: print what such a run needs
 
-In:   artifacts/model, a reward model (02), and artifacts/data/train, comparisons (01)
-Out:  artifacts/reward: the trained model, metrics.jsonl with a line per step, checkpoints/
+In    artifacts/model, a reward model (02), and artifacts/data/train, comparisons (01)
+Out   artifacts/reward: the trained model, metrics.jsonl with a line per step, checkpoints/
 
 The loss is -log sigmoid(r_w - r_l), with r_w the score of the better response and r_l of the worse:
 Bradley-Terry's negative log-likelihood, if w wins with probability sigmoid(r_w - r_l). A ranking of
 N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155).
 
 Keep one idea in mind: the gradient of a step does not depend on the number of ranks. The seed
-decides which comparisons make up a step, bin packing deals them to ranks, and every loss is divided
-by the number of comparisons in the whole step. So a run may continue on another number of ranks.
+decides which comparisons make up a step, bin packing deals them to ranks, no score depends on the
+row that a comparison is packed into (02), and every loss is divided by the number of comparisons in
+the whole step. So a run may continue on another number of ranks.
 
 The paper trains with learning rate 3e-6 and batches of 128 on 64 GPUs. It does not state optimizer,
 schedule, epochs, or whether the vision tower is frozen: settings marked "authors" are those of the
@@ -28,6 +29,7 @@ import shutil
 import signal
 import time
 import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +64,10 @@ RewardModel = model_stage.RewardModel
 
 
 def order_of_training(count: int, settings: "Settings") -> list[list[int]]:
-    """Cut one shuffle per epoch into steps, as lists of indices; one more fills the last step."""
+    """Cut one shuffle per epoch into steps, as lists of indices.
+
+    If the epochs do not fill the last step, the next shuffle does.
+    """
     steps = settings.steps or math.ceil(count * settings.epochs / settings.batch_size)
     needed = steps * settings.batch_size
     rng = np.random.default_rng(settings.seed)
@@ -84,11 +89,11 @@ def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
 @dataclass
 class MicroBatch:
     step: int
-    indices: list[int]  # of one rank's comparisons; if none, it reads a token nobody scores
+    indices: list[int]  # of one rank's comparisons; if none, `load` packs a token nobody scores
     last: bool  # of its step
     step_size: int  # comparisons of the whole step, over all ranks and micro-batches
     dummy_image: bool  # another rank has an image here and this one has none
-    loads: list[int]  # work of each rank in this micro-batch, in tokens
+    loads: list[int]  # cost of each rank in this micro-batch
 
 
 def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> list[MicroBatch]:
@@ -97,29 +102,32 @@ def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> li
     All ranks get equally many micro-batches, since FSDP's all-gathers need all ranks, and about
     equal work, since all wait for the slowest. A rank without an image would skip the vision tower
     while the others wait in the tower's all-gather forever: it reads a blank one (`dummy_image`),
-    whose gradient is zero. `micro_tokens` bounds the work of a bin, and a longer comparison does.
-    `steps` are lists of indices; `tokens` and `patches` are the sizes of all comparisons, [n] each.
+    whose gradient is zero. `steps` are lists of indices; `tokens` and `patches` [n] are sizes.
+
+    Example: 2 ranks, a budget of 6, costs 5, 4, 3, 2, 2. Two bins would hold 12 of these 16, so
+    there are two rounds, four bins: [5], [4], [3], [2, 2]. By cost, the ranks read [5] and [4] in
+    the first micro-batch, [2, 2] and [3] in the second.
     """
-    cost = tokens + patches // 4  # rough: in the smaller tower, a patch costs a quarter token
+    cost = tokens + patches // 4  # a guess: in the smaller tower a patch costs a quarter token
 
     def work(indices: list[int]) -> int:
         return int(cost[indices].sum())
 
     micro_batches = []
     for step, indices in enumerate(steps):
-        count = max(1, math.ceil(work(indices) / (micro_tokens * world)))
-        bins = deal(indices, cost, count * world)
-        budget = max([micro_tokens, *cost[indices]])  # one long comparison may exceed it
-        while max(map(work, bins)) > budget:
-            count += 1
-            bins = deal(indices, cost, count * world)
+        rounds = max(1, math.ceil(work(indices) / (micro_tokens * world)))
+        bins = deal(indices, cost, rounds * world)
+        budget = max([micro_tokens, *cost[indices]])  # one long comparison may exceed micro_tokens
+        while max(map(work, bins)) > budget:  # ends, since at last each bin holds one comparison
+            rounds += 1
+            bins = deal(indices, cost, rounds * world)
         bins.sort(key=work, reverse=True)  # bins that run at the same time cost about the same
-        for k in range(count):
+        for k in range(rounds):
             together = bins[k * world : (k + 1) * world]  # one bin per rank
             has_image = [bool(patches[part].any()) for part in together]
             dummy = any(has_image) and not has_image[rank]
             loads = list(map(work, together))
-            last = k == count - 1
+            last = k == rounds - 1
             micro_batches.append(MicroBatch(step, together[rank], last, len(indices), dummy, loads))
     return micro_batches
 
@@ -142,7 +150,7 @@ class Pairs:
 
 
 def pairs_of(comparisons: list) -> Pairs:
-    """List the pairs of the comparisons of a row."""
+    """List the pairs of the comparisons of a row. Where all responses tie, there are none."""
     better, worse, weight, lengths = [], [], [], []
     for comparison in comparisons:
         start = len(lengths)  # responses of the comparisons before
@@ -182,10 +190,12 @@ def loss_and_scores(model, row, pairs: Pairs, settings: "Settings") -> tuple[Ten
 # 3. FSDP2. Each rank stores a share of every parameter, gradient and AdamW moment. `fully_shard`
 # makes a module a unit: its parameters are gathered before its forward and backward (all-gather),
 # its gradients are averaged over ranks, each rank keeping its share (reduce-scatter). In order:
-#   a. Build the backbone (not the small head) empty, on the meta device: no GPU has room for it.
+#   a. Build the backbone (not the small head) empty, on the meta device. Else every rank of a node
+#      would hold a whole copy first, 31 GB for a 7B.
 #   b. Freeze what is not trained, before c: FSDP then neither makes nor reduces gradients for it.
 #   c. Shard from the inside out, as a unit takes the parameters that no inner unit has.
-#   d. Load the weights, now that each rank has room for its share.
+#   d. Load the weights: rank 0 reads the checkpoint, every rank keeps its share. A sharded
+#      parameter is a DTensor, and `full_tensor()` gathers it.
 #   e. Make the optimizer after c, which replaces parameters by their shards: it must hold those.
 # Gradient accumulation needs no switch: each micro-batch adds its reduced gradients to the shards.
 # Reducing once per step (`set_requires_gradient_sync`) would save traffic, but each rank would hold
@@ -201,26 +211,18 @@ def shard(
     shard_size: int = 0,
     compile: bool = False,
 ) -> None:
-    """Shard `model`, which contains the transformers model `backbone`, in place (c).
-
-    Hybrid sharding: each `shard_size` neighbouring ranks hold one copy of the model, and only
-    gradients pass between such groups, for nodes with a slow network between them.
-    """
-    world = dist.get_world_size()
-    shard_size = shard_size or world
-    if shard_size < 0 or world % shard_size:
-        raise UserError(f"--shard_size {shard_size}: has to divide the number of ranks, {world}")
-    sizes = {"shard": world}
-    if shard_size < world:
-        sizes = {"replicate": world // shard_size, "shard": shard_size}
-    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    """Shard `model`, which contains the transformers model `backbone`, in place (c)."""
+    mesh = mesh_of(device, shard_size)
     policy = MixedPrecisionPolicy()
-    if device.type == "cuda":  # weights stay float32: in bfloat16 a step of 3e-6 rounds to nothing
+    if device.type == "cuda":
+        # AdamW updates shards in float32, where a step of 3e-6 is not rounded away. FSDP casts what
+        # it gathers to bfloat16.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     parts = model_stage.parts_of(backbone)
     if activation_checkpointing:
         backbone.activation_checkpointing_enable()
-        backbone.disable_input_require_grads()  # the line above enables them, even if frozen
+        # Else embeddings require gradients, and a frozen tower runs backward for nothing.
+        backbone.disable_input_require_grads()
     if compile:
         for layer in [*parts.language.layers, *parts.blocks]:
             layer.compile(dynamic=True)  # lengths differ from row to row
@@ -228,25 +230,9 @@ def shard(
         fully_shard(parts.vision, mesh=mesh, mp_policy=policy)
     for layer in parts.language.layers:  # a unit each: only one or two are whole at a time
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    for module in in_float32:  # the reward head: near 4, bfloat16 has a spacing of 0.03
+    for module in in_float32:  # the reward head
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh, mp_policy=policy)  # the rest: embeddings and last norm
-
-
-def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
-    """Fill an empty, sharded transformers model (d): rank 0 reads its checkpoint, a full float32
-    copy in main memory (31 GB for a 7B), and broadcasts it."""
-    full = {}
-    if dist.get_rank() == 0:
-        lm_head = hasattr(backbone, "lm_head")
-        full = model_stage.load_backbone(path, lm_head=lm_head).state_dict()
-    backbone.to_empty(device=device)
-    backbone.tie_weights()  # `to_empty` parts an LM head from the embeddings it shares
-    for parameter in backbone.parameters():  # mark them as done, so that the next line computes
-        parameter._is_hf_initialized = True  # only what no checkpoint holds: rotary frequencies
-    backbone.initialize_weights()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(backbone, full, options=options)
 
 
 def make_optimizer(model: nn.Module, settings: "Settings") -> torch.optim.AdamW:
@@ -302,19 +288,21 @@ def learning_rate_at(step: int, steps: int, settings: Recipe) -> float:
 def train(settings: "Settings") -> dict:
     """Train a reward model, export it to `settings.out`, and return the last line of metrics."""
     rank, world, device = data.start_distributed()
-    model = RewardModel.from_pretrained(settings.model, empty=True)
+    model = RewardModel.from_pretrained(settings.model, empty=True)  # a
     comparisons, held_out = open_data(settings, model.processors, model.rewrite)
     tokens, patches = comparisons.sizes()
     order = order_of_training(len(comparisons), settings)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world)
 
     if vision := model_stage.parts_of(model.backbone).vision:
-        vision.requires_grad_(not settings.freeze_vision)
+        vision.requires_grad_(not settings.freeze_vision)  # b
     heads = [module for module in model.modules() if isinstance(module, model_stage.RewardHead)]
     recompute = settings.activation_checkpointing
-    shard(model, model.backbone, device, recompute, heads, settings.shard_size, settings.compile)
-    load_weights(model.backbone, settings.model, device)
-    optimizer = make_optimizer(model, settings)
+    shard(
+        model, model.backbone, device, recompute, heads, settings.shard_size, settings.compile
+    )  # c
+    load_weights(model.backbone, settings.model, device)  # d, in the appendix
+    optimizer = make_optimizer(model, settings)  # e
 
     state = training_state(model, optimizer)
     run = describe_run(settings)
@@ -322,20 +310,21 @@ def train(settings: "Settings") -> dict:
     log = Log(settings, model, micro_batches, patches, start)  # metrics.jsonl and a progress bar
     sigterm = []  # filled when the machine is about to be taken away (spot preemption)
     signal.signal(signal.SIGTERM, lambda *_: sigterm.append(True))
-    sums = torch.zeros(4, device=device)  # of a step: loss, right pairs, margins, ranks to stop
-    remaining = [micro for micro in micro_batches if micro.step >= start]
+    sums = torch.zeros(4, device=device)  # of a step: loss, right pairs, margins; SIGTERMs
+    rest = [micro for micro in micro_batches if micro.step >= start]
     model.train()
-    for micro, row, pairs in load(comparisons, remaining, model, device, settings.workers):
-        log.stop_waiting()
-        # Forward and backward. Let g_k be the gradient of rank k's summed losses. FSDP averages:
+    # Worker processes pack rows while the model trains on earlier ones.
+    for micro, row, pairs in log.timing(load(comparisons, rest, model, device, settings.workers)):
+        # Forward and backward of a micro-batch; gradients add up until the step's last one. Let g_k
+        # be the gradient of rank k's losses, which are sums over comparisons. FSDP averages:
         # (g_0 + g_1 + ...) / world. Each loss is scaled by world / step_size, so the result is
-        # (g_0 + g_1 + ...) / step_size: that of one rank that reads the whole step in one row.
-        loss, scores = LOSSES[model.kind](model, row, pairs, settings)
+        # (g_0 + g_1 + ...) / step_size: that of one rank that reads the whole step in one row, but
+        # for rounding.
+        loss, scores = LOSSES[model.kind](model, row, pairs, settings)  # naive: `loss_and_scores`
         (loss * world / micro.step_size).backward()
         margins = (scores[pairs.better] - scores[pairs.worse]).detach()  # [pairs]
         right = (pairs.weight * (margins > 0)).sum()
         sums[:3] += torch.stack([loss.detach(), right, (pairs.weight * margins).sum()])
-        log.start_waiting()
         if not micro.last:
             continue
 
@@ -343,7 +332,8 @@ def train(settings: "Settings") -> dict:
         norm = clip_grad_norm_(model.parameters(), settings.clip or math.inf).full_tensor()
         sums[3] = len(sigterm)
         dist.all_reduce(sums)
-        loss, accuracy, margin, stopping = (sums / micro.step_size).tolist()
+        stopping = sums[3].item() > 0  # one rank's signal stops all
+        loss, accuracy, margin = (sums[:3] / micro.step_size).tolist()
         norm = norm.item()
         step = micro.step + 1
         if not math.isfinite(loss + norm):
@@ -369,18 +359,17 @@ def train(settings: "Settings") -> dict:
             "tokens": int(tokens[order[micro.step]].sum()),  # of the packed rows of all ranks
             **log.seconds(),
         }
-        due = step % (settings.validate_every or math.inf) == 0
-        if held_out and (due or step == len(order)):
+        validation_due = step % (settings.validate_every or math.inf) == 0
+        if held_out and (validation_due or step == len(order)):
             line |= validate(model, held_out, settings, device)
         log.write(line)
 
         # Save a checkpoint; on SIGTERM exit.
-        due = step % (settings.checkpoint_every or math.inf) == 0
-        if (due or stopping) and step < len(order):
+        checkpoint_due = step % (settings.checkpoint_every or math.inf) == 0
+        if (checkpoint_due or stopping) and step < len(order):
             save_checkpoint(Path(settings.out, "checkpoints"), step, state, run)
             if stopping:
                 raise UserError(f"stopped by SIGTERM after step {step}; continue with --resume")
-        log.start_step()
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     export(model, settings, len(order))
@@ -388,10 +377,13 @@ def train(settings: "Settings") -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Checkpoints: parameters and AdamW's state as safetensors, each rank writing its share, and the
-# recipe in run.json. Nothing else is needed: order and learning rate follow from seed and step, and
-# there is no dropout. They are read on any number of ranks; on as many as before, the run ends in
-# the same weights, bit for bit.
+# 5. A checkpoint holds
+#   - parameters and AdamW's state as safetensors, of which each rank writes its share;
+#   - run.json: the step, the recipe, and a hash of the data.
+# Nothing else is needed: order and learning rate follow from seed and step, there is no dropout.
+# Each file says which slice of a parameter it holds, and any number of ranks reads the slices it
+# needs; on as many as before, the run ends in the same weights, bit for bit. `begin` (appendix)
+# finds the newest one, compares its run.json and removes what a crash has left unfinished.
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -411,12 +403,12 @@ def save_checkpoint(folder: Path, step: int, state: dict, run: dict, keep: int =
     """
     final = folder / f"step_{step:06d}"
     unfinished = folder / f".writing_{step:06d}"
-    with data.writing(final), one_error():
+    with data.writing(final), one_error():  # a full disk gives one line
         if dist.get_rank() == 0:
             unfinished.mkdir(parents=True)
         dist.barrier()
         writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-        dcp.save(state, storage_writer=writer)
+        dcp.save(state, storage_writer=writer)  # on rank 0 it returns when all ranks have written
         if dist.get_rank() == 0:
             data.write_file(unfinished / "run.json", json.dumps({"step": step, **run}, indent=1))
             unfinished.rename(final)
@@ -424,6 +416,12 @@ def save_checkpoint(folder: Path, step: int, state: dict, run: dict, keep: int =
                 # Rename first: a crash while deleting must not leave half a folder called step_...
                 shutil.rmtree(old.rename(folder / f".old_{old.name}"))
         dist.barrier()
+
+
+def load_checkpoint(checkpoint: Path, state: dict) -> None:
+    """Read a checkpoint into the tensors of `state`, of which each rank has a share."""
+    with data.reading(checkpoint, "remove it"), one_error():
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -572,6 +570,40 @@ def describe_run(settings: Settings) -> dict:
     return {**run, "content of the data": f"{data.hash_of(content):016x}"}
 
 
+def mesh_of(device: torch.device, shard_size: int = 0):
+    """Lay out the ranks for `shard`: in one group, or in groups of `shard_size` neighbours.
+
+    Hybrid sharding: each group holds one copy of the model, and only gradients pass between groups,
+    for nodes with a slow network between them.
+    """
+    world = dist.get_world_size()
+    shard_size = shard_size or world
+    if shard_size < 0 or world % shard_size:
+        raise UserError(f"--shard_size {shard_size}: has to divide the number of ranks, {world}")
+    sizes = {"shard": world}
+    if shard_size < world:
+        sizes = {"replicate": world // shard_size, "shard": shard_size}
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
+    """Fill an empty, sharded transformers model (d): rank 0 reads its checkpoint, a full float32
+    copy in main memory (31 GB for a 7B), and broadcasts it."""
+    full = {}
+    if dist.get_rank() == 0:
+        lm_head = hasattr(backbone, "lm_head")
+        full = model_stage.load_backbone(path, lm_head=lm_head).state_dict()
+    backbone.to_empty(device=device)
+    backbone.tie_weights()  # `to_empty` parts an LM head from the embeddings it shares
+    # `initialize_weights` skips marked parameters: it computes only what no checkpoint holds, the
+    # rotary frequencies.
+    for parameter in backbone.parameters():
+        parameter._is_hf_initialized = True
+    backbone.initialize_weights()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(backbone, full, options=options)
+
+
 def begin(settings: Settings, state: dict, run: dict) -> int:
     """Ready --out, with --resume load its newest checkpoint, and return the steps that are done."""
     folder = Path(settings.out, "checkpoints")
@@ -598,12 +630,6 @@ def begin(settings: Settings, state: dict, run: dict) -> int:
         data.write_file(log, "".join(lines[:step]))
     dist.barrier()
     return step
-
-
-def load_checkpoint(checkpoint: Path, state: dict) -> None:
-    """Read a checkpoint into the tensors of `state`, of which each rank has a share."""
-    with data.reading(checkpoint, "remove it"), one_error():
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
 
 
 @contextmanager
@@ -642,18 +668,21 @@ class Log:
         total = (micro_batches[-1].step + 1) * self.size
         counts = {"total": total, "initial": start * self.size, "unit": " comparisons"}
         self.bar = tqdm(**counts, disable=self.rank > 0)
-        self.start_step()
+        self.began, self.waited = time.perf_counter(), 0.0
 
-    def start_step(self) -> None:
-        self.began = time.perf_counter()
-        self.waited = 0.0
-        self.start_waiting()
+    def timing(self, batches: Iterable) -> Iterator:
+        """Hand on micro-batches and measure how long the loader takes to give them.
 
-    def start_waiting(self) -> None:
-        self.waiting_since = time.perf_counter()
-
-    def stop_waiting(self) -> None:
-        self.waited += time.perf_counter() - self.waiting_since
+        Nothing but the training loop may hold `batches`: then an error ends the loader's workers.
+        """
+        start = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
+            micro, _, _ = batch
+            if micro.last:
+                self.began, self.waited = start, 0.0
 
     def seconds(self) -> dict[str, float]:
         """Seconds of this step, and of these the wait for the loader."""

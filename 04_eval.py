@@ -1,4 +1,4 @@
-"""Stage 4 · Score reward models on benchmarks
+"""Stage 4: score reward models on benchmarks
 
     torchrun --standalone --nproc_per_node=2 04_eval.py
     torchrun --standalone --nproc_per_node=2 04_eval.py --model A --model B --benchmark FOLDER
@@ -14,10 +14,11 @@ Out   A table per benchmark. In artifacts/scores/<model>/ raw scores, <benchmark
 A reward model learns differences between responses to one prompt, and a benchmark asks for their
 sign. A pair is two responses to one prompt, one of them ranked better; it is right if that one
 scores strictly higher. A tie is wrong, because a model that scores everything alike has no opinion.
-Scores are saved in float32, not rounded further: rounding would make ties.
+Scores are saved as float32, as the model gives them: rounding would make ties.
 
 An accuracy needs two companions, which the paper does not give. A baseline: `longer wins` alone
-gets 71.8% of MM-RLHF-RewardBench. An interval: with 46 groups, 78% and 80% cannot be told apart.
+gets 71.8% of MM-RLHF-RewardBench. An interval: with that benchmark's 46 groups, 78% and 80% cannot
+be told apart.
 """
 
 import base64
@@ -42,7 +43,7 @@ training = importlib.import_module("03_train")
 option = data.option
 Comparisons = data.Comparisons
 UserError = data.UserError
-Reward = model_stage.Reward
+Reward = model_stage.Reward  # a RewardModel, or the router of two
 
 HELD_OUT = ("new_scenes", "unseen_combinations", "new_text")
 DEFAULT_BENCHMARKS = [f"artifacts/data/{name}" for name in HELD_OUT]
@@ -52,24 +53,14 @@ Scores = list[Array]  # one array [N] per comparison, in the benchmark's order
 Rows = dict[str, dict]  # {row of a table: {"accuracy", "items", and perhaps "low", "high"}}
 
 
-@dataclass
-class Settings:
-    model: list[str] = option([], "reward model, repeatable; none: artifacts/reward")
-    benchmark: list[str] = option([], "prepared comparisons, repeatable; none: the held-out sets")
-    scores_from: str = option("", "file of another system's scores: one JSON list a comparison")
-    text_model: str = option("", "text-only reward model for comparisons without images")
-    score: str = option("", "JSONL to score: prompt, images, and responses or chosen and rejected")
-    out: str = option("artifacts/scores", "folder that receives one folder per model")
-    micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens")
-    max_length: int = option(4096, "--score: longest prompt + response, in tokens")
-
-
 @torch.inference_mode()
 def score_comparisons(
     model: Reward, comparisons: Comparisons, device: torch.device, micro_tokens: int = 8192
 ) -> Scores:
-    """Score a benchmark: the ranks share the work, and every rank returns all scores, in float64.
-    Raises UserError if a text-only model meets images."""
+    """Score a benchmark: the ranks share the work, and every rank returns all scores.
+
+    Raises UserError if a text-only model meets images.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     model_stage.place(model, device)
     data.use_pixel_limits(model.processors, [comparisons])
@@ -77,7 +68,7 @@ def score_comparisons(
     if model.processors.image is None and patches.any():
         raise UserError(f"{comparisons.folder}: has images, but the model is text-only")
 
-    # Bin packing as in training: in each micro-batch all ranks have about equal work.
+    # Bin packing as in training, so that all ranks have about equal work: one step has everything.
     everything = [list(range(len(comparisons)))]
     micro_batches = training.plan(everything, tokens, patches, micro_tokens, rank, world)
     starts = np.cumsum([0, *comparisons.response_counts()])  # [n + 1]
@@ -98,6 +89,8 @@ def score_comparisons(
 
 
 # ---- A metric: scores and items in, rows out
+# Every metric weighs its items. Weights are ones, [items], and can be skipped on a first reading;
+# the bootstrap below draws items again and passes the counts of all draws at once, [draws, items].
 
 
 @dataclass
@@ -110,7 +103,7 @@ class Items:
     characters: list[list[int]] = field(default_factory=list)  # length of each response
     subsets: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # not always unique
-    weights: Array | None = None  # how often each counts: [items], or [draws, items] (bootstrap)
+    weights: Array | None = None  # [..., items] how often each counts; None: once
 
     def __post_init__(self):
         if self.weights is None:
@@ -119,16 +112,21 @@ class Items:
     @classmethod
     def of(cls, comparisons: Iterable[data.Comparison]) -> "Items":
         """Read the items of prepared comparisons; without a `group` each is a group of its own."""
-        items = cls([], [], [])
-        for i, comparison in enumerate(comparisons):
-            record = comparison.record
-            items.ranks.append(comparison.ranks)
-            items.categories.append(record.get("category", "all"))
-            items.groups.append(f"group {record['group']}" if "group" in record else f"item {i}")
-            items.characters.append(record["characters"])
-            items.subsets.append(record.get("subset", ""))
-            items.ids.append(str(record.get("id", "")))
-        return replace(items, weights=None)
+        ranks, records = [], []
+        for comparison in comparisons:
+            ranks.append(comparison.ranks)
+            records.append(comparison.record)
+        groups = []
+        for i, record in enumerate(records):
+            groups.append(f"group {record['group']}" if "group" in record else f"item {i}")
+        return cls(
+            ranks,
+            categories=[record.get("category", "all") for record in records],
+            groups=groups,
+            characters=[record["characters"] for record in records],
+            subsets=[record.get("subset", "") for record in records],
+            ids=[str(record.get("id", "")) for record in records],
+        )
 
 
 def right_pairs(scores: Scores, items: Items) -> tuple[Array, ...]:
@@ -156,10 +154,11 @@ def accuracy(right: Array, weights: Array) -> dict:
 
 
 def acc_plus(right: Array, groups: Array, weights: Array | None = None) -> dict:
-    """Give the share of groups with every pair right. All pairs of a group have one weight."""
+    """Give the share of groups with every pair right. All pairs of a group weigh the same."""
     weights = np.ones(len(right)) if weights is None else weights
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-    all_right = np.bincount(group, np.logical_not(right)) == 0  # [groups]
+    wrong_pairs = np.bincount(group, np.logical_not(right))  # [groups]
+    all_right = wrong_pairs == 0
     return accuracy(all_right, weights[..., first])
 
 
@@ -175,7 +174,8 @@ def by_category(right: Array, categories: Array, weights: Array) -> Rows:
 def mean_of(rows: Iterable[dict], weights: list[float] | None = None) -> dict:
     """Average rows, by `weights` if given. A row without items does not count."""
     shares = np.stack([row["accuracy"] for row in rows], -1)  # [..., rows]
-    weights = ~np.isnan(shares) * (1 if weights is None else np.array(weights))
+    weights = np.ones(shares.shape[-1]) if weights is None else np.array(weights)
+    weights = weights * ~np.isnan(shares)
     with np.errstate(invalid="ignore"):
         mean = (weights * np.nan_to_num(shares)).sum(-1) / weights.sum(-1)
     return {"accuracy": mean, "items": len(rows)}
@@ -233,7 +233,7 @@ def baselines(items: Items, measure: Callable = metrics, draws: int = 200) -> di
 # ---- The stage
 
 
-def main(settings: Settings) -> None:
+def main(settings: "Settings") -> None:
     if settings.score:
         return score_file(settings)
     rank, _, device = data.start_distributed()
@@ -276,6 +276,21 @@ def main(settings: Settings) -> None:
         write_report(out, scores, settings)
         print(f"\n{out}: scores, summary.json, and report.html to open in a browser")
     print("Next: torchrun --standalone --nproc_per_node=2 05_ensemble.py")
+
+
+# Appendix: settings.
+
+
+@dataclass
+class Settings:
+    model: list[str] = option([], "reward model, repeatable; none: artifacts/reward")
+    benchmark: list[str] = option([], "prepared comparisons, repeatable; none: the held-out sets")
+    scores_from: str = option("", "file of another system's scores: one JSON list a comparison")
+    text_model: str = option("", "text-only reward model for comparisons without images")
+    score: str = option("", "JSONL to score: prompt, images, and responses or chosen and rejected")
+    out: str = option("artifacts/scores", "folder that receives one folder per model")
+    micro_tokens: int = option(8192, "budget of one forward on one rank, in tokens")
+    max_length: int = option(4096, "--score: longest prompt + response, in tokens")
 
 
 # Appendix: official metrics of published benchmarks. Means leave out sections without items.

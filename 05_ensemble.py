@@ -1,4 +1,4 @@
-"""Stage 5 · Combine reward models: averaging, weighting, routing
+"""Stage 5: combine reward models by averaging, weighting and routing
 
     torchrun --standalone --nproc_per_node=2 05_ensemble.py
     torchrun --standalone --nproc_per_node=2 05_ensemble.py --member A --member B --text_member C
@@ -10,8 +10,8 @@ Out   A table of members and combinations; artifacts/ensemble/summary.json and t
 Models of different data should err on different items, so their mean errs less. The paper finds the
 plain mean of raw scores better than means weighted by accuracy or confidence (mean |margin|),
 fitted on 1,000 held-out training pairs; and it routes inputs without images to a reward model on a
-text-only LLM. It leaves the weights' formula open: here each member's share of the sum. Scores have
-no common scale, and the widest are the loudest in a plain mean: see the printed spread.
+text-only LLM. It leaves the weights' formula open: here each is divided by its sum. Scores have no
+common scale, and the widest are the loudest in a plain mean: see the printed spread.
 """
 
 import importlib
@@ -51,7 +51,7 @@ def combine(scores: Array, weights: dict, text: list[Array], has_image: Array) -
     systems = {"mean": scores.mean(0)}  # the paper's choice
     for name, values in weights.items():
         systems[f"by {name}"] = np.average(scores, axis=0, weights=values)
-    if text:
+    if text:  # its scores have a scale of their own, but pairs lie within one comparison
         routed = systems["mean, text routed"] = systems["mean"].copy()
         routed[~has_image] = text[0]
     if text and not has_image.any():
@@ -73,42 +73,6 @@ def fit_weights(scores: Array, ranks: list[list[int]]) -> dict[str, Array]:
     return {"accuracy": accuracy / accuracy.sum(), "confidence": confidence / confidence.sum()}
 
 
-def language_half(backbone: str, out: str) -> None:
-    """Write a vision-language model's language model as a checkpoint: a Qwen2.5-VL has a Qwen2."""
-    model = model_stage.load_backbone(backbone)
-    language = model_stage.parts_of(model).language
-    config = language.config.to_dict()
-    for multimodal in ("mrope_section", "mrope_interleaved"):  # on text M-RoPE is RoPE
-        config["rope_parameters"].pop(multimodal, None)
-    own_type = config.pop("model_type")
-    model_type = data.FAMILIES[model.config.model_type].half or own_type
-    half = AutoModel.from_config(AutoConfig.for_model(model_type, **config))
-    half.load_state_dict(language.state_dict())
-    model_stage.export(half, replace(data.load_processors(backbone), image=None), out)
-
-
-def train_members(settings: Settings) -> tuple[list[str], str]:
-    """Train the default ensemble; returns the folders of its members and of the text-only one."""
-    half = f"{settings.out}/language_half"
-    recipe = {name: getattr(settings, name) for name in ("steps", "learning_rate", "seed")}
-    recipe |= {"validate_every": 0, "checkpoint_every": 0}
-    if dist.get_rank() == 0:
-        language_half(settings.backbone, half)
-    new = {"second": (settings.backbone, "train_other"), "text": (half, "train_text")}
-    for name, (backbone, train_data) in new.items():
-        out = f"{settings.out}/{name}"
-        train_data = f"artifacts/data/{train_data}"
-        if dist.get_rank() == 0:
-            print(f"\n{name}: {backbone} on {train_data}", flush=True)
-            torch.manual_seed(settings.seed)
-            model = model_stage.RewardModel.from_backbone(backbone, model_stage.HeadSettings())
-            model.save_pretrained(f"{out}/initial")
-        dist.barrier()
-        places = {"model": f"{out}/initial", "data": [train_data], "out": out}
-        training.train(training.Settings(**places, **recipe))
-    return ["artifacts/reward", f"{settings.out}/second"], f"{settings.out}/text"
-
-
 def score_sets(
     members: list[str], folders: list[str], device: torch.device, text_only=False
 ) -> dict:
@@ -128,7 +92,9 @@ def main(settings: Settings) -> None:
     folders = settings.benchmark or evaluation.DEFAULT_BENCHMARKS
     evaluation.check_names(folders)  # before anything is trained
     heldout = data.Comparisons(settings.heldout)
-    members, text_member = (settings.member, "") if settings.member else train_members(settings)
+    members, text_member = settings.member, ""
+    if not members:
+        members, text_member = train_members(settings)  # in the appendix
     if settings.text_member != "auto":
         text_member = settings.text_member
     scores = score_sets(members, [settings.heldout, *folders], device)
@@ -164,6 +130,44 @@ def main(settings: Settings) -> None:
     text = json.dumps(summary, indent=1, default=Array.tolist)
     data.write_file(Path(settings.out, "summary.json"), text)
     print("Next: torchrun --standalone --nproc_per_node=2 06_grpo.py")
+
+
+# Appendix: the members of the default ensemble.
+
+
+def language_half(backbone: str, out: str) -> None:
+    """Write a vision-language model's language model as a checkpoint: a Qwen2.5-VL has a Qwen2."""
+    model = model_stage.load_backbone(backbone)
+    language = model_stage.parts_of(model).language
+    config = language.config.to_dict()
+    for multimodal in ("mrope_section", "mrope_interleaved"):  # on text M-RoPE is RoPE
+        config["rope_parameters"].pop(multimodal, None)
+    if half_type := data.FAMILIES[model.config.model_type].half:
+        config["model_type"] = half_type
+    half = AutoModel.from_config(AutoConfig.for_model(**config))
+    half.load_state_dict(language.state_dict())
+    model_stage.export(half, replace(data.load_processors(backbone), image=None), out)
+
+
+def train_members(settings: Settings) -> tuple[list[str], str]:
+    """Train the default ensemble; returns the folders of its members and of the text-only one."""
+    half = f"{settings.out}/language_half"
+    recipe = {name: getattr(settings, name) for name in ("steps", "learning_rate", "seed")}
+    if dist.get_rank() == 0:
+        language_half(settings.backbone, half)
+    new = {"second": (settings.backbone, "train_other"), "text": (half, "train_text")}
+    for name, (backbone, train_data) in new.items():
+        out = f"{settings.out}/{name}"
+        train_data = f"artifacts/data/{train_data}"
+        if dist.get_rank() == 0:
+            torch.manual_seed(settings.seed)
+            model = model_stage.RewardModel.from_backbone(backbone, model_stage.HeadSettings())
+            model.save_pretrained(f"{out}/initial")
+            print(f"\n{name}: {backbone} on {train_data}", flush=True)
+        dist.barrier()
+        recipe |= {"model": f"{out}/initial", "data": [train_data], "out": out}
+        training.train(training.Settings(**recipe, validate_every=0, checkpoint_every=0))
+    return ["artifacts/reward", f"{settings.out}/second"], f"{settings.out}/text"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage 6 · GRPO with the hybrid reward: the reward model improves a policy
+"""Stage 6: improve a policy by GRPO, with the reward model in a hybrid reward
 
     torchrun --standalone --nproc_per_node=2 06_grpo.py                  # the tiny policy learns
     torchrun --standalone --nproc_per_node=2 06_grpo.py --reward rule    # without a reward model
@@ -17,25 +17,25 @@ a reward model; R1-Reward, a generative judge (here --reward model with a judge 
 best, `hybrid`: 1 for a match, else sigmoid(score). It trains Qwen2.5-VL-3B with 8 rollouts a prompt
 and 256 prompts a step. KL coefficient, learning rate, clipping and temperature are not stated.
 
-Why is sigmoid(score) a reward? In Bradley-Terry, sigmoid(r_a - r_b) is the probability that a beats
-b. So sigmoid(r) is the probability of beating a response of score 0, and it has the rule's range, 0
-to 1. But training compares responses to one prompt: nothing fixes which response scores 0. Only
-differences within a group were learned; far from 0 sigmoid saturates and they fade. And a wrong
-answer that the reward model likes would earn almost 1: --fallback_scale halves it (paper: 1).
+Why is sigmoid(score) a reward? It is a plausible one, not a calibrated one.
+  - In Bradley-Terry, sigmoid(r_a - r_b) is the probability that a beats b, so sigmoid(r) is that of
+    beating a response of score 0. It lies between 0 and 1: a match always earns most.
+  - It rises with the score, so within a group it keeps the order that was learned.
+  - The size of its differences is arbitrary. Training never fixed which response scores 0, and far
+    from 0 the curve is flat: scores of 0 and 1 give 0.50 and 0.73, those of 4 and 5 give 0.98 and
+    0.99. `score` in metrics.jsonl, the mean of all scores, says where on the curve a run is.
+  - A wrong answer to a closed question that the reward model likes would earn almost as much as the
+    right one: there --fallback_scale halves the reward (paper: 1).
 
-Compared with the published algorithm:
+Compared with the published algorithm (reasons stand at the functions):
   - Advantage: reward - group mean, not divided by the group's deviation, as in Dr. GRPO (arXiv
-    2503.20783). Phantom advantages are those in a group of wrong answers only: the reward model's
-    opinion on which is less wrong. Divided, rewards of 0.24 and 0.26 become -0.7 and +0.7, as 0 and
-    1 do; undivided they stay small. --advantage group divides as published; batch divides by the
-    deviation of the whole batch, for raw scores, which have any scale.
+    2503.20783); --advantage group divides.
   - Loss: the sum over all tokens of the step divided by their number on all ranks, as in DAPO
-    (2503.14476). A mean within each response first, as published, is lenient on long wrong ones.
+    (2503.14476), not a mean within each response first.
   - Clipping: none. A batch of rollouts gets one update, so the probability ratio is 1, and clipping
     (PPO, DAPO's clip-higher, GSPO 2507.18071, CISPO 2506.13585) would be inert.
-  - Sampling: by the code that trains, with a KV cache (`write` in 02), not by an inference server.
-    Special tokens but end-of-turn are never sampled: an <|image_pad|> would have no picture.
-  - Kept: the KL divergence to the reference policy, the frozen start, as a mean over tokens.
+  - Sampling: by the code that trains, with a KV cache, not by an inference server.
+  - Kept: the KL divergence to the reference policy, a frozen copy of the first policy.
 """
 
 import importlib
@@ -60,6 +60,279 @@ data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
 option, UserError = data.option, data.UserError
+
+
+# ---- Rollout -------------------------------------------------------------------------------------
+
+
+class Policy(model_stage.Writer):
+    """A language model `lm` with its LM head.
+
+    `Writer` (appendix of 02) adds `logits`: the LM head over the temperature, in float32, with -inf
+    for special tokens other than end-of-turn, since a sampled <|image_pad|> would have no picture.
+    `empty` leaves the weights on the meta device, for `shard`.
+    """
+
+    def __init__(self, path: str, temperature: float, empty: bool = False):
+        lm = model_stage.load_backbone(path, lm_head=True, empty=empty)
+        super().__init__(lm, data.load_processors(path), temperature)
+        self.fingerprint = self.processors.fingerprint
+
+    def forward(self, row):
+        """Return log-probability and entropy at all response tokens of a packed row, [tokens]."""
+        # A token is predicted at the one before it, every response's first at its prompt's last. In
+        # the row [p1 p2 | a1 a2 | b1], a1 is predicted at p2, a2 at a1, and b1 at p2.
+        places, predictors = model_stage.response_tokens(row)  # indices in the row, [tokens] each
+        hidden = model_stage.run_backbone(self.lm, row)[predictors]  # [tokens, hidden]
+        # The largest tensor: 8,192 tokens times Qwen's vocabulary are 5 GB in float32.
+        log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary]
+        sampled = log_p.gather(-1, row.input_ids[0, places, None])  # [tokens, 1]
+        with torch.no_grad():
+            finite = log_p.clamp(min=-1e9)  # 0 * -inf would be nan
+            entropy = -(log_p.exp() * finite).sum(-1)
+        return sampled.sum(-1), entropy  # `sum`, not `squeeze`: see RewardHead in 02
+
+
+def rollout(policy, prompts, group, max_new_tokens, noise=None) -> Tensor:
+    """Sample token ids [prompts, group, max_new_tokens], -1 after the end-of-turn token.
+
+    One forward reads each prompt; its keys and values, the KV cache, serve all G samples. Then each
+    forward adds one token to every sample. `noise`, of the shape of the result and uniform in
+    [0, 1), picks the token at which the cumulative probability passes it (inverse-CDF sampling), so
+    a sample does not depend on its batch; without noise decoding is greedy.
+    """
+    device = next(policy.parameters()).device
+    bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
+    row = model_stage.pack(bare, policy.processors).to(device)
+    return model_stage.write(policy, row, group, max_new_tokens, noise)
+
+
+def sample(actor, prompts, noise, settings):
+    """Sample G responses to B prompts: token ids [B, G, max_new_tokens] and texts [B][G].
+
+    Each rank takes every world-th prompt, and all ranks get all responses. `noise` is that of
+    `rollout`, for all prompts; without it there is one greedy response to each.
+    """
+    rank, world, device = data.start_distributed()
+    B = len(prompts)
+    G = 1 if noise is None else noise.shape[1]
+    length = settings.max_new_tokens
+    samples = torch.full((B, G, length), -1, device=device)
+    stride = world * settings.rollout_batch
+    for start in range(rank, B, stride):
+        batch = slice(start, start + stride, world)  # start, start + world, ...
+        own = None if noise is None else noise[batch].copy()  # torch wants it contiguous
+        samples[batch] = rollout(actor, prompts[batch], G, length, own)
+    dist.all_reduce(samples, dist.ReduceOp.MAX)  # still -1 where another rank sampled
+    texts = [model_stage.texts_of(group, actor.processors) for group in samples]
+    return samples, texts
+
+
+# ---- Reward, advantage, loss ---------------------------------------------------------------------
+
+
+def score_groups(reward_model, prompts, texts, settings) -> Tensor:
+    """Score texts [B][G] with the reward model, [B, G]; each rank takes every world-th group.
+
+    A text that was cut at max_new_tokens is scored as if it had ended there.
+    """
+    rank, world, device = data.start_distributed()
+    groups = []
+    own = slice(rank, None, world)
+    for prompt, group in zip(prompts[own], texts[own]):
+        # Tokenized anew: a policy can spell a text in tokens that the reward model has never seen.
+        responses = [data.encode_response(text, reward_model.processors) for text in group]
+        groups.append(replace(prompt, responses=responses, ranks=[]))
+    scores = torch.zeros(len(texts), len(texts[0]), device=device)
+    if groups:
+        flat = reward_model.score_encoded(groups, settings.micro_tokens)
+        scores[own] = flat.view(len(groups), -1)
+    dist.all_reduce(scores)
+    return scores.cpu()
+
+
+def reward_of(kind, match, closed, score, fallback_scale) -> Tensor:
+    """Return rewards [B, G] (paper: Table 11) from matches and scores [B, G], closed [B, 1]."""
+    if kind == "rule":
+        return match
+    if kind == "model":
+        return score
+    fallback = torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0)
+    return torch.where(match > 0, 1.0, fallback)  # hybrid
+
+
+def advantage_of(reward, scale) -> Tensor:
+    """Return advantages [B, G]: how far each reward [B, G] is above its group's mean.
+
+    Published is a division by the group's deviation. Take a closed question with wrong answers
+    only, and rewards of 0.24 and 0.26: divided, they become -0.7 and +0.7, as 0 and 1 would.
+    "batch" divides by the deviation of the whole batch, for raw scores, which have any scale.
+    """
+    centred = reward - reward.mean(1, keepdim=True)
+    if scale == "batch":
+        return centred / (centred.std() + 1e-4)
+    if scale == "group":
+        return centred / (reward.std(1, keepdim=True) + 1e-4)
+    return centred
+
+
+def phantom_share(advantage, match, closed) -> float:
+    """Return the share of all |advantage| [B, G] that is phantom (our word).
+
+    If all answers to a closed question are wrong, a rule gives each 0 and teaches nothing. The
+    reward model still prefers some and pushes the policy towards a wrong answer. Undivided, such
+    advantages are as small as the differences of sigmoid(score), and --fallback_scale halves them.
+    """
+    size = advantage.abs().sum(1)  # [B]
+    hopeless = closed[:, 0] & (match.sum(1) == 0)  # the reward model compares wrong answers
+    total = size.sum().clamp(min=1e-9)
+    return (size[hopeless].sum() / total).item()
+
+
+def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
+    """Return the loss and the KL divergence in it, both summed over tokens.
+
+    All tensors are [tokens]: log-probabilities by policy and reference, and the advantage of the
+    token's response. Equations 3 and 4 of DeepSeekMath; the KL estimator is Schulman's k3. There, a
+    mean within each response comes first: a long wrong response is punished less per token.
+    """
+    # KL = q/p - 1 - log(q/p), p by the policy and q by the reference. Never negative, and unbiased:
+    # over samples of p the mean of q/p - 1 is 0, and that of -log(q/p) is the KL divergence.
+    log_ratio = reference_log_p - log_p
+    kl = log_ratio.exp() - log_ratio - 1
+    # p / p_old, as published. In the only update of a batch p_old is p: the value is 1, and the
+    # gradient is that of log p.
+    ratio = (log_p - log_p.detach()).exp()
+    loss = kl_coefficient * kl - advantage * ratio
+    return loss.sum(), kl.detach().sum()
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def update(policy, reference, optimizer, prompts, samples, advantage, settings):
+    """Take one optimizer step on samples [B, G, max_new_tokens] and advantages [B, G]."""
+    rank, world, device = data.start_distributed()
+    advantage = advantage.to(device)
+    lengths = (samples >= 0).sum(-1)  # [B, G]
+    total = lengths.sum()  # tokens of the whole step, since every rank has all samples
+    groups = []
+    token_ids = samples.cpu().numpy().astype(np.int32)
+    for prompt, group in zip(prompts, token_ids):
+        responses = [tokens[tokens >= 0] for tokens in group]
+        groups.append(replace(prompt, responses=responses, ranks=[]))
+    # One step, whose rows are planned and dealt to ranks as in 03.
+    steps = [list(range(len(groups)))]
+    tokens = np.array([group.length for group in groups])
+    patches = np.array([group.grids.prod(1).sum() for group in groups], int)
+    micro_batches = training.plan(steps, tokens, patches, settings.micro_tokens, rank, world)
+    sums = torch.zeros(2, device=device)  # KL divergence and entropy
+    for batch in micro_batches:
+        _, row = training.pack_micro_batch(batch, groups, policy.processors)
+        row = row.to(device)
+        log_p, entropy = policy(row)  # [tokens]
+        with torch.no_grad():
+            reference_log_p, _ = reference(row)  # [tokens]
+        # The row has the batch's prompts in order, and the responses of each in order.
+        repeats = lengths[batch.indices].flatten()  # tokens of each response
+        token_advantage = advantage[batch.indices].flatten().repeat_interleave(repeats)
+        loss, kl = grpo_loss(log_p, reference_log_p, token_advantage, settings.kl_coefficient)
+        # FSDP averages gradients over ranks. Times world that is the sum; divided by the tokens of
+        # the whole step it is the gradient that a single rank would have computed.
+        (loss * world / total).backward()
+        sums += torch.stack([kl, entropy.sum()])
+    norm = clip_grad_norm_(policy.parameters(), settings.clip)
+    norm = norm.full_tensor().item()
+    if not math.isfinite(norm):
+        raise UserError(f"gradient norm {norm} at the questions {', '.join(map(str, prompts))}")
+    optimizer.step()
+    optimizer.zero_grad()
+    dist.all_reduce(sums)
+    kl, entropy = (sums / total).tolist()
+    return {"kl": kl, "entropy": entropy, "grad_norm": norm}
+
+
+def train(settings):
+    """Train the policy and export it; return its metrics before and after."""
+    rank, world, device = data.start_distributed()
+    # Three copies of one model, and the reward model. The policy is trained and sharded: weights,
+    # gradients and two moments in float32 are 16 bytes a parameter, over all ranks together. The
+    # actor samples; it is whole on every rank, because a sharded model gathers its weights anew for
+    # every token. The reference never changes. Actor, reference and reward model take 2 bytes a
+    # parameter each, on every GPU (bfloat16).
+    policy = Policy(settings.backbone, settings.temperature, empty=True)
+    actor = model_stage.place(Policy(settings.backbone, settings.temperature), device)
+    reference = model_stage.place(Policy(settings.backbone, settings.temperature), device)
+    processors = policy.processors
+    models = [policy, actor, reference]
+    if settings.reward != "rule":
+        reward_model = model_stage.load_reward(settings.model, settings.text_model)
+        models.append(model_stage.place(reward_model, device))
+    questions, held_out = open_questions(settings, models)
+    training.shard(policy, policy.lm, device)
+    training.load_weights(policy.lm, settings.backbone, device)
+    optimizer = AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    before = evaluate(actor, held_out, settings)
+
+    order = training.order_of_training(len(questions), settings)  # [steps][B]
+    log = Path(settings.out, "metrics.jsonl")
+    if rank == 0:
+        data.write_file(log, "")
+    progress = tqdm(order, desc="grpo", unit=" step", disable=rank > 0)
+    for step, indices in enumerate(progress):
+        # 1. Rollout. Each prompt has a seed: samples do not depend on the number of ranks.
+        times = [time.perf_counter()]
+        prompts, noise = [], []
+        for i in indices:
+            prompts.append(questions[i])
+            generator = np.random.default_rng([settings.seed, step, i])
+            noise.append(generator.random((settings.group_size, settings.max_new_tokens)))
+        samples, texts = sample(actor, prompts, np.stack(noise), settings)
+        times.append(time.perf_counter())
+
+        # 2. Reward: a rule checks closed questions, the reward model scores all responses.
+        closed, match = matches(prompts, texts)  # [B, 1] has an answer, [B, G] equals it
+        score = torch.zeros_like(match)  # [B, G]
+        if settings.reward != "rule":
+            score = score_groups(reward_model, prompts, texts, settings)
+        reward = reward_of(settings.reward, match, closed, score, settings.fallback_scale)
+
+        # 3. Advantage: above or below the group's mean.
+        advantage = advantage_of(reward, settings.advantage)  # [B, G]
+        times.append(time.perf_counter())
+
+        # 4. Update the policy. The rate warms up in 5 steps and falls to 0.
+        warmup = min(1, (step + 1) / 5)
+        decay = 1 - step / settings.steps
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * warmup * decay
+        updated = update(policy, reference, optimizer, prompts, samples, advantage, settings)
+
+        # 5. Copy the sharded weights to the actor, so the next rollouts come from the new policy.
+        with torch.no_grad():
+            for target, source in zip(actor.parameters(), policy.parameters()):
+                target.copy_(source.full_tensor())
+        times.append(time.perf_counter())
+
+        # 6. Log.
+        line = {"step": step + 1, **updated}
+        line |= rollout_metrics(samples, processors, closed, match, score, reward, advantage)
+        line |= open_grade(prompts, texts)
+        line["seconds_sample"], line["seconds_judge"], line["seconds_update"] = np.diff(times)
+        if rank == 0:
+            with data.writing(log), open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        progress.set_postfix(reward=f"{line['reward']:.3f}", match=f"{line['match']:.2f}")
+
+    after = evaluate(actor, held_out, settings)
+    dtype = model_stage.DTYPES[settings.export_dtype]
+    with data.writing(settings.out):
+        model_stage.export(policy.lm, processors, settings.out, dtype, settings.export_file_size)
+    if rank == 0:
+        write_results(settings, held_out, before, after, processors.tokenizer)
+    return before[0], after[0]
+
+
+# Appendix: settings.
 
 
 @dataclass
@@ -91,153 +364,19 @@ class Settings:
     seed: int = option(0, "seed of the order of prompts and of sampling, for any number of ranks")
 
 
-# ---- Rollout -------------------------------------------------------------------------------------
+# Appendix: questions, evaluation, logging, rules for closed questions, benchmarks for policies
 
 
-class Policy(model_stage.Writer):
-    """A language model with its LM head. `empty` leaves it on the meta device, for `shard`."""
-
-    def __init__(self, path: str, temperature: float, empty: bool = False):
-        lm = model_stage.load_backbone(path, lm_head=True, empty=empty)
-        super().__init__(lm, data.load_processors(path), temperature)
-        self.fingerprint = self.processors.fingerprint
-
-    def forward(self, row):
-        """Return log-probability and entropy at all response tokens of a packed row, [tokens]."""
-        # A token is predicted at the one before it, every response's first at its prompt's last.
-        places, predictors = row.response_tokens()  # indices in the row, [tokens] each
-        hidden = model_stage.run_backbone(self.lm, row)[predictors]  # [tokens, hidden]
-        # The largest tensor: 8,192 tokens times Qwen's vocabulary are 5 GB in float32.
-        log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary], -inf if forbidden
-        sampled = log_p.gather(-1, row.input_ids[0, places, None])  # [tokens, 1]
-        with torch.no_grad():
-            entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # 0 * -inf would be nan
-        return sampled.sum(-1), entropy  # `sum`: a squeezed view would trip FSDP's backward hooks
-
-
-def rollout(policy, prompts, group, max_new_tokens, noise=None) -> Tensor:
-    """Sample token ids [prompts, group, max_new_tokens], -1 after the end-of-turn token.
-
-    `noise` of that shape, uniform in [0, 1), decides every token by inverting the cumulative
-    distribution, so a sample does not depend on its batch; without noise decoding is greedy.
-    """
-    bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
-    row = model_stage.pack(bare, policy.processors).to(next(policy.parameters()).device)
-    return model_stage.write(policy, row, group, max_new_tokens, noise)
-
-
-def sample(actor, prompts, noise, settings):
-    """Sample G responses to B prompts: token ids [B, G, max_new_tokens] and texts [B][G].
-
-    Each rank takes every world-th prompt, and all ranks get all responses. `noise` is that of
-    `rollout`, for all prompts; without it there is one greedy response to each.
-    """
-    rank, world, device = data.start_distributed()
-    G = 1 if noise is None else noise.shape[1]
-    samples = torch.full((len(prompts), G, settings.max_new_tokens), -1, device=device)
-    stride = world * settings.rollout_batch
-    for start in range(rank, len(prompts), stride):
-        batch = slice(start, start + stride, world)  # of this rank
-        own = None if noise is None else noise[batch].copy()  # contiguous
-        samples[batch] = rollout(actor, prompts[batch], G, settings.max_new_tokens, own)
-    dist.all_reduce(samples, dist.ReduceOp.MAX)  # still -1 where another rank sampled
-    texts = [model_stage.texts_of(group, actor.processors) for group in samples]
-    return samples, texts
-
-
-# ---- Reward, advantage, loss ---------------------------------------------------------------------
-
-
-def score_groups(reward_model, prompts, texts, settings) -> Tensor:
-    """Score texts [B][G] with the reward model, [B, G]; each rank takes every world-th group."""
-    rank, world, device = data.start_distributed()
-    groups = []
-    for prompt, group in zip(prompts[rank::world], texts[rank::world]):
-        # Tokenized anew: a policy can spell a text in tokens that the reward model has never seen.
-        responses = [data.encode_response(text, reward_model.processors) for text in group]
-        groups.append(replace(prompt, responses=responses, ranks=[]))
-    scores = torch.zeros(len(texts), len(texts[0]), device=device)
-    if groups:
-        flat = reward_model.score_encoded(groups, settings.micro_tokens)
-        scores[rank::world] = flat.view(len(groups), -1)
-    dist.all_reduce(scores)
-    return scores.cpu()
-
-
-def reward_of(kind, match, closed, score, fallback_scale) -> Tensor:
-    """Return rewards [B, G] (paper: Table 11) from matches and scores [B, G], closed [B, 1]."""
-    if kind == "rule":
-        return match
-    if kind == "model":
-        return score
-    fallback = torch.sigmoid(score) * torch.where(closed, fallback_scale, 1.0)
-    return torch.where(match > 0, 1.0, fallback)  # hybrid
-
-
-def advantage_of(reward, scale) -> Tensor:
-    """Return advantages [B, G]: how far each reward [B, G] is above its group's mean."""
-    centred = reward - reward.mean(1, keepdim=True)
-    if scale == "batch":
-        return centred / (centred.std() + 1e-4)
-    if scale == "group":  # [0.24, 0.26] becomes [-0.7, 0.7], as [0, 1] does
-        return centred / (reward.std(1, keepdim=True) + 1e-4)
-    return centred
-
-
-def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
-    """Return the loss and the KL divergence in it, both summed over tokens.
-
-    All tensors are [tokens]: log-probabilities by policy and reference, and the advantage of the
-    token's response. Equations 3 and 4 of DeepSeekMath; the KL estimator is Schulman's k3.
-    """
-    # KL = q/p - log(q/p) - 1, p by the policy and q by the reference: unbiased, never negative
-    log_ratio = reference_log_p - log_p
-    kl = log_ratio.exp() - log_ratio - 1
-    # p / p_old, as published: in the only update of a batch its value is 1, its gradient log p's.
-    ratio = (log_p - log_p.detach()).exp()
-    # loss = sum over tokens of  beta KL - A p / p_old
-    loss = kl_coefficient * kl - advantage * ratio
-    return loss.sum(), kl.detach().sum()
-
-
-# ---- Training ------------------------------------------------------------------------------------
-
-
-def update(policy, reference, optimizer, prompts, samples, advantage, settings):
-    """Take one optimizer step on samples [B, G, max_new_tokens] and advantages [B, G]."""
-    rank, world, device = data.start_distributed()
-    advantage = advantage.to(device)
-    lengths = (samples >= 0).sum(-1)  # [B, G]
-    total = lengths.sum()  # tokens of the whole step, since every rank has all samples
-    groups = []
-    for prompt, group in zip(prompts, samples.cpu().numpy().astype(np.int32)):
-        responses = [tokens[tokens >= 0] for tokens in group]
-        groups.append(replace(prompt, responses=responses, ranks=[]))
-    tokens = np.array([group.length for group in groups])
-    patches = np.array([group.grids.prod(1).sum() for group in groups], int)
-    steps = [list(range(len(groups)))]  # one step; rows are planned and dealt to ranks as in 03
-    sums = torch.zeros(2, device=device)  # KL divergence and entropy
-    for batch in training.plan(steps, tokens, patches, settings.micro_tokens, rank, world):
-        _, row = training.pack_micro_batch(batch, groups, policy.processors)
-        row = row.to(device)
-        log_p, entropy = policy(row)  # [tokens]
-        with torch.no_grad():
-            reference_log_p, _ = reference(row)  # [tokens]
-        repeats = lengths[batch.indices].flatten()  # tokens of each response in the row
-        token_advantage = advantage[batch.indices].flatten().repeat_interleave(repeats)
-        loss, kl = grpo_loss(log_p, reference_log_p, token_advantage, settings.kl_coefficient)
-        # FSDP averages gradients over ranks. Times world that is the sum; divided by the tokens of
-        # the whole step it is the gradient that a single rank would have computed.
-        (loss * world / total).backward()
-        sums += torch.stack([kl, entropy.sum()])
-    norm = clip_grad_norm_(policy.parameters(), settings.clip).full_tensor().item()
-    if not math.isfinite(norm):
-        raise UserError(f"gradient norm {norm} at the questions {', '.join(map(str, prompts))}")
-    optimizer.step()
-    optimizer.zero_grad()
-    dist.all_reduce(sums)
-    kl, entropy = (sums / total).tolist()
-    return {"kl": kl, "entropy": entropy, "grad_norm": norm}
+def open_questions(settings, models):
+    """Open the questions to train on and the held-out ones, [] for none, for all models."""
+    for model in models:
+        sets = [data.Comparisons(settings.data, model.fingerprint)]
+        if settings.benchmark:
+            sets.append(data.Comparisons(settings.benchmark, model.fingerprint))
+        data.use_pixel_limits(model.processors, sets)
+    if not len(sets[0]):
+        raise UserError(f"{settings.data}: no questions to train on")
+    return sets if settings.benchmark else (sets[0], [])
 
 
 def evaluate(policy, questions, settings):
@@ -253,104 +392,6 @@ def evaluate(policy, questions, settings):
         metrics |= benchmark_metrics(questions.info["metric"], prompts, match)
     metrics |= open_grade(prompts, texts)
     return metrics, texts
-
-
-def train(settings):
-    """Train the policy and export it; return its metrics before and after."""
-    rank, world, device = data.start_distributed()
-    # Three copies of one model. The policy is trained and sharded: weights, gradients and two
-    # moments in float32 are 16 bytes a parameter, over all ranks together. The actor samples; it is
-    # whole on every rank, because a sharded model gathers its weights anew for every token. The
-    # reference never changes. These two are 2 bytes a parameter each, on every GPU (bfloat16).
-    policy = Policy(settings.backbone, settings.temperature, empty=True)
-    actor = model_stage.place(Policy(settings.backbone, settings.temperature), device)
-    reference = model_stage.place(Policy(settings.backbone, settings.temperature), device)
-    processors = policy.processors
-    models = [policy, actor, reference]
-    if settings.reward != "rule":
-        reward_model = model_stage.load_reward(settings.model, settings.text_model)
-        models.append(model_stage.place(reward_model, device))
-    questions, held_out = open_questions(settings, models)
-    training.shard(policy, policy.lm, device)
-    training.load_weights(policy.lm, settings.backbone, device)
-    optimizer = AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    before = evaluate(actor, held_out, settings)
-
-    B = settings.batch_size
-    order = []
-    while len(order) < settings.steps * B:  # a new shuffle each epoch
-        generator = np.random.default_rng([settings.seed, len(order) // len(questions)])
-        order += generator.permutation(len(questions)).tolist()
-    log = Path(settings.out, "metrics.jsonl")
-    if rank == 0:
-        data.write_file(log, "")
-    progress = tqdm(range(settings.steps), desc="grpo", unit=" step", disable=rank > 0)
-    for step in progress:
-        # 1. Rollout. Each prompt has a seed: samples do not depend on the number of ranks.
-        times = [time.perf_counter()]
-        prompts, noise = [], []
-        for i in order[step * B : (step + 1) * B]:
-            prompts.append(questions[i])
-            generator = np.random.default_rng([settings.seed, step, i])
-            noise.append(generator.random((settings.group_size, settings.max_new_tokens)))
-        samples, texts = sample(actor, prompts, np.stack(noise), settings)
-        times.append(time.perf_counter())
-
-        # 2. Reward: a rule checks closed questions, the reward model scores all responses.
-        closed, match = matches(prompts, texts)  # [B, 1] has an answer, [B, G] equals it
-        score = torch.zeros_like(match)  # [B, G]
-        if settings.reward != "rule":
-            score = score_groups(reward_model, prompts, texts, settings)
-        reward = reward_of(settings.reward, match, closed, score, settings.fallback_scale)
-
-        # 3. Advantage: above or below the group's mean.
-        advantage = advantage_of(reward, settings.advantage)  # [B, G]
-        times.append(time.perf_counter())
-
-        # 4. Update the policy.
-        warmup = min(1, (step + 1) / 5)
-        decay = 1 - step / settings.steps
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * warmup * decay
-        updated = update(policy, reference, optimizer, prompts, samples, advantage, settings)
-
-        # 5. Copy the sharded weights to the actor, so the next rollouts come from the new policy.
-        with torch.no_grad():
-            for target, source in zip(actor.parameters(), policy.parameters()):
-                target.copy_(source.full_tensor())
-        times.append(time.perf_counter())
-
-        # 6. Log.
-        line = {"step": step + 1, **updated}
-        line |= rollout_metrics(samples, processors, closed, match, score, reward, advantage)
-        line |= open_grade(prompts, texts)
-        line |= dict(zip(("seconds_sample", "seconds_judge", "seconds_update"), np.diff(times)))
-        if rank == 0:
-            with data.writing(log), open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        progress.set_postfix(reward=f"{line['reward']:.3f}", match=f"{line['match']:.2f}")
-
-    after = evaluate(actor, held_out, settings)
-    dtype = model_stage.DTYPES[settings.export_dtype]
-    with data.writing(settings.out):
-        model_stage.export(policy.lm, processors, settings.out, dtype, settings.export_file_size)
-    if rank == 0:
-        write_results(settings, held_out, before, after, processors.tokenizer)
-    return before[0], after[0]
-
-
-# Appendix: opening questions, logging, rules for closed questions, benchmarks for policies
-
-
-def open_questions(settings, models):
-    """Open the questions to train on and the held-out ones, [] for none, for all models."""
-    for model in models:
-        sets = [data.Comparisons(settings.data, model.fingerprint)]
-        if settings.benchmark:
-            sets.append(data.Comparisons(settings.benchmark, model.fingerprint))
-        data.use_pixel_limits(model.processors, sets)
-    if not len(sets[0]):
-        raise UserError(f"{settings.data}: no questions to train on")
-    return sets if settings.benchmark else (sets[0], [])
 
 
 def rollout_metrics(samples, processors, closed, match, score, reward, advantage):
@@ -369,20 +410,14 @@ def rollout_metrics(samples, processors, closed, match, score, reward, advantage
         "length": (samples >= 0).sum(-1).float().mean(),
     }
     is_closed = closed[:, 0]
-    parts = {"": reward, "_closed": reward[is_closed], "_open": reward[~is_closed]}
+    parts = {"": reward}
+    parts["_closed"] = reward[is_closed]
+    parts["_open"] = reward[~is_closed]
     for part, rewards in parts.items():
         if len(rewards):
             metrics[f"reward{part}"] = rewards.mean()
             metrics[f"reward_std{part}"] = rewards.std()
     return {name: float(value) for name, value in metrics.items()}
-
-
-def phantom_share(advantage, match, closed) -> float:
-    """Return the share of all |advantage| [B, G] in closed groups without a right answer."""
-    size = advantage.abs().sum(1)  # [B]
-    hopeless = closed[:, 0] & (match.sum(1) == 0)  # the reward model compares wrong answers
-    share = size[hopeless].sum() / size.sum().clamp(min=1e-9)
-    return share.item()
 
 
 def open_grade(prompts, texts):
@@ -489,7 +524,12 @@ def read_number(text, rule):
 RULES = {"text": read_text, "letter": read_letter, "yes_no": read_yes_no, "number": read_number}
 METRICS = ("accuracy", "circular", "mme")  # of benchmarks for policies
 JUDGES = ("llava-in-the-wild", "wildvision")  # benchmarks that need a judge model
-MME_COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning"
+MME_COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
 
 
 def accuracy(outcomes):
@@ -497,7 +537,7 @@ def accuracy(outcomes):
     rights = {}
     for category, right in sorted(outcomes):
         rights.setdefault(category, []).append(right)
-    return {category: float(np.mean(rights[category])) for category in rights}
+    return {category: float(np.mean(values)) for category, values in rights.items()}
 
 
 def benchmark_metrics(name, prompts, match):
@@ -517,14 +557,16 @@ def benchmark_metrics(name, prompts, match):
             outcomes.append((category, right))
             groups[key] = groups.get(key, True) and right
     single = accuracy(outcomes)
-    joined = accuracy([(category, right) for (category, _), right in groups.items()])
+    joined = accuracy((category, right) for (category, _), right in groups.items())
     if name == "circular":
-        return {"circular": float(np.mean([*groups.values()])), **joined}
+        overall = float(np.mean(list(groups.values())))
+        return {"circular": overall, **joined}
     if name == "mme":
         points = {category: single[category] + joined[category] for category in single}
         total = sum(points.values())
-        cognition = sum(points.get(category, 0) for category in MME_COGNITION.split())
-        return points | {"perception": total - cognition, "cognition": cognition, "total": total}
+        cognition = sum(points.get(category, 0) for category in MME_COGNITION)
+        sums = {"perception": total - cognition, "cognition": cognition, "total": total}
+        return points | sums
     return single
 
 
@@ -532,10 +574,12 @@ def judge_line(metric, judged, text, model, tokenizer):
     """Return a response in the form that the benchmark's judge reads."""
     if metric == "llava-in-the-wild":  # model_vqa.py writes it, eval_gpt_review_bench.py reads it
         answer_id = f"{model}-{judged['question_id']}"
-        return judged | {"text": text, "answer_id": answer_id, "model_id": model, "metadata": {}}
+        answer = {"text": text, "answer_id": answer_id, "model_id": model, "metadata": {}}
+        return judged | answer
     # gen_answers.py writes it, with the tokens of GPT-3.5, and get_judgement.py reads it
     tokens = len(data.tokenize_text(text, tokenizer))
-    return judged | {"output": text, "model": model, "token_len": tokens}
+    answer = {"output": text, "model": model, "token_len": tokens}
+    return judged | answer
 
 
 def write_results(settings, questions, before, after, tokenizer):

@@ -105,16 +105,13 @@ def random_tokens(length: int) -> np.ndarray:
     return np.random.default_rng(length).integers(0, 64, length)
 
 
-def test_the_readmes_example_of_the_attention_runs_as_printed(lift, tmp_path):
+def test_the_readmes_example_of_the_attention_runs_as_printed(lift):
     """It compares the second response with a plain forward itself, and goes on to the gradient."""
     torch.manual_seed(0)
-    AutoModel.from_config(small_config()).save_pretrained(tmp_path)
-    head = torch.nn.Sequential(torch.nn.Linear(32, 1, bias=False), torch.nn.Flatten(0))
-    names = {"prompt": random_tokens(7), "better": random_tokens(3), "worse": random_tokens(5)}
-    names |= {"path": str(tmp_path), "head": head, **vars(lift("shared-prefix attention"))}
+    names = vars(lift("reward head")) | vars(lift("shared-prefix attention"))
     example = re.search(r"```python\n(.*?)```", SECTION, re.S)[1]
     exec(example, names)
-    assert all(parameter.grad.any() for parameter in head.parameters())
+    assert all(parameter.grad.any() for parameter in names["head"].parameters())
 
 
 def test_shared_prefix_attention_in_several_comparisons_of_a_row(lift):

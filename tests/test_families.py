@@ -412,7 +412,7 @@ def test_a_policys_log_probabilities_and_rollouts_are_those_of_plain_forwards(na
             comparison.grids,
         )
         row = model.pack([again], policy.processors)
-        hidden = model.run_backbone(policy.lm, row)[row.response_tokens()[1]]
+        hidden = model.run_backbone(policy.lm, row)[model.response_tokens(row)[1]]
     assert policy.logits(hidden).argmax(-1).tolist() == answer
 
 

@@ -568,7 +568,7 @@ def test_mmes_score_is_accuracy_plus_accuracy_plus_summed_over_categories():
         "cognition": 2.0,
         "total": 3.75,
     }
-    names = [f"category {i}" for i in range(10)] + grpo.MME_COGNITION.split()
+    names = [f"category {i}" for i in range(10)] + list(grpo.MME_COGNITION)
     best = [(name, picture, True) for name in names for picture in (1, 1, 2, 2)]
     points = metrics_of("mme", best)
     assert (points["perception"], points["cognition"], points["total"]) == (20, 8, 28)

@@ -346,7 +346,7 @@ def learn(policy, groups: list, processors) -> tuple[torch.Tensor, list[list[boo
         comparisons.append(comparison)
         is_answer += flags
     row = model.pack(comparisons, processors)
-    places, predictors = row.response_tokens()
+    places, predictors = model.response_tokens(row)
     learned = torch.tensor(is_answer)
     logits = policy.lm_head(model.run_backbone(policy.model, row)[predictors[learned]])
     targets = row.input_ids[0, places[learned]]
