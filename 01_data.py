@@ -403,6 +403,12 @@ def write_file(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def append_line(path: Path, line: dict) -> None:
+    """Append a dict to a JSONL file."""
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     with in_place_of(path) as temporary:
         save_file(tensors, temporary, metadata)

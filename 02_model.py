@@ -979,12 +979,13 @@ class DecodeRow:
 
 
 @torch.inference_mode()
-def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None) -> Tensor:
+def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None):
     """Sample `group` continuations of each response of a row, or of the prompt if it has none.
 
-    Returns token ids [texts, group, max_new_tokens], -1 after the end-of-turn token. `noise`, of
-    that shape and uniform in [0, 1), picks each token by inverting the cumulative distribution, so
-    a sample does not depend on what else is in the batch; None is greedy decoding.
+    Returns token ids [texts, group, max_new_tokens], -1 after the end-of-turn token, and the
+    tokens' log-probabilities, 0 after it. `noise`, of that shape and uniform in [0, 1), picks each
+    token by inverting the cumulative distribution, so a sample does not depend on what else is in
+    the batch; None is greedy decoding.
     """
     row = CachedRow(**vars(row))
     hidden = run_backbone(writer.lm, row)  # [T, hidden]
@@ -999,6 +1000,7 @@ def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None) -> 
     decode = DecodeRow(row, texts, group, max_new_tokens)
     hidden = hidden[last]  # [samples, hidden]
     tokens = last.new_full((len(last), max_new_tokens), -1)
+    log_p = torch.zeros(tokens.shape, device=tokens.device)
     if noise is not None:
         noise = torch.from_numpy(noise).to(tokens.device).view_as(tokens)
     ended = torch.zeros_like(last, dtype=torch.bool)
@@ -1011,12 +1013,15 @@ def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None) -> 
             threshold = noise[:, t, None] * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
         tokens[:, t] = chosen.masked_fill(ended, -1)
+        chosen_log_p = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+        log_p[:, t] = chosen_log_p.masked_fill(ended, 0)
         ended |= chosen == writer.processors.end_token
         if ended.all() or t + 1 == max_new_tokens:
             break
         decode.advance(chosen, start + t, t)
         hidden = run_backbone(writer.lm, decode)
-    return tokens.view(len(texts), group, max_new_tokens)
+    shape = (len(texts), group, max_new_tokens)
+    return tokens.view(shape), log_p.view(shape)
 
 
 def texts_of(tokens: Tensor, processors: Processors) -> list[str]:
@@ -1201,7 +1206,7 @@ class Critic(RequestModel):
             responses = [np.concatenate([r, self.request]) for r in comparison.responses]
             requests.append(replace(comparison, responses=responses))
         for part in split_into_rows(requests, micro_tokens):
-            tokens = write(writer, self.row_of(part), 1, self.asks["critique_tokens"])
+            tokens, _ = write(writer, self.row_of(part), 1, self.asks["critique_tokens"])
             written = int((tokens >= 0).sum())
             self.cost.update(written=written)
             for sample in tokens[:, 0].tolist():

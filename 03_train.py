@@ -372,7 +372,7 @@ def train(settings: "Settings") -> dict:
                 raise UserError(f"stopped by SIGTERM after step {step}; continue with --resume")
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    export(model, settings, len(order))
+    export(model, settings, len(order), log.line)
     return log.line
 
 
@@ -536,21 +536,38 @@ def load(comparisons: Dataset, micro_batches: list[MicroBatch], model, device, w
 
 @torch.no_grad()
 def validate(model, comparisons, settings: Settings, device) -> dict[str, float]:
-    """Mean ranking loss and pair accuracy of the first --validation_size comparisons."""
+    """Mean ranking loss and pair accuracy of the first --validation_size comparisons, and mean and
+    deviation of all scores, which the loss leaves open."""
     steps = [list(range(min(settings.validation_size, len(comparisons))))]
     ranks = dist.get_rank(), dist.get_world_size()
     micro_batches = plan(steps, *comparisons.sizes(), settings.micro_tokens, *ranks)
-    sums = torch.zeros(3, device=device)  # loss, right pairs, comparisons
+    sums = torch.zeros(6, device=device)  # loss, right pairs, comparisons; scores: n, sum, squares
     model.eval()
     for _, row, pairs in load(comparisons, micro_batches, model, device, workers=0):
         scores = model(row)
         right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
-        sums += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
+        count = scores.new_tensor(len(scores))
+        sums += torch.stack(
+            [
+                ranking_loss(scores, pairs),
+                right,
+                pairs.weight.sum(),
+                count,
+                scores.sum(),
+                (scores**2).sum(),
+            ]
+        )
     dist.all_reduce(sums)
     model.train()
     model.reshard()  # without a backward the root stays gathered, which no checkpoint can hold
     loss, accuracy = (sums[:2] / sums[2]).tolist()
-    return {"validation_loss": loss, VALIDATION_ACCURACY[model.kind]: accuracy}
+    mean, square = (sums[4:] / sums[3]).tolist()
+    return {
+        "validation_loss": loss,
+        VALIDATION_ACCURACY[model.kind]: accuracy,
+        "score_mean": mean,
+        "score_deviation": math.sqrt(max(0, square - mean**2)),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -691,17 +708,19 @@ class Log:
     def write(self, line: dict) -> None:
         self.line = line
         if self.rank == 0:
-            with data.writing(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            data.append_line(self.path, line)
         self.bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
         self.bar.update(self.size)
 
 
-def export(model, settings: Settings, steps: int) -> None:
-    """Write the trained model to --out."""
+def export(model, settings: Settings, steps: int, line: dict) -> None:
+    """Write the trained model to --out; `line` is the last one of its metrics."""
     steps += model.trained_with.get("steps", 0)
     model.trained_with = {"data": settings.data, "steps": steps}
     model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
+    if "score_mean" in line:  # for 06 --standardise
+        scores = {"mean": line["score_mean"], "deviation": line["score_deviation"]}
+        model.trained_with["scores"] = scores
     dtype = model_stage.DTYPES[settings.export_dtype]
     with data.writing(settings.out):
         model.save_pretrained(settings.out, dtype, settings.export_file_size)

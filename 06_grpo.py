@@ -93,13 +93,13 @@ class Policy(model_stage.Writer):
         return sampled.sum(-1), entropy  # `sum`, not `squeeze`: see RewardHead in 02
 
 
-def rollout(policy, prompts, group, max_new_tokens, noise=None) -> Tensor:
+def rollout(policy, prompts, group, max_new_tokens, noise=None):
     """Sample token ids [prompts, group, max_new_tokens], -1 after the end-of-turn token.
 
-    One forward reads each prompt; its keys and values, the KV cache, serve all G samples. Then each
-    forward adds one token to every sample. `noise`, of the shape of the result and uniform in
-    [0, 1), picks the token at which the cumulative probability passes it (inverse-CDF sampling), so
-    a sample does not depend on its batch; without noise decoding is greedy.
+    Returns them and their log-probabilities, of the same shape. One forward reads each prompt; its
+    keys and values, the KV cache, serve all G samples. Then each forward adds a token to every
+    sample: the one at which the cumulative probability passes `noise`, of that shape and uniform in
+    [0, 1). So a sample does not depend on its batch. Without noise decoding is greedy.
     """
     device = next(policy.parameters()).device
     bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
@@ -108,34 +108,33 @@ def rollout(policy, prompts, group, max_new_tokens, noise=None) -> Tensor:
 
 
 def sample(actor, prompts, noise, settings):
-    """Sample G responses to B prompts: token ids [B, G, max_new_tokens] and texts [B][G].
+    """Sample G responses to B prompts: tokens and log-probabilities as `rollout`, texts [B][G].
 
     Each rank takes every world-th prompt, and all ranks get all responses. `noise` is that of
     `rollout`, for all prompts; without it there is one greedy response to each.
     """
     rank, world, device = data.start_distributed()
-    B = len(prompts)
     G = 1 if noise is None else noise.shape[1]
     length = settings.max_new_tokens
-    samples = torch.full((B, G, length), -1, device=device)
+    samples = torch.full((len(prompts), G, length), -1, device=device)
+    log_p = torch.zeros(samples.shape, device=device)
     stride = world * settings.rollout_batch
-    for start in range(rank, B, stride):
+    for start in range(rank, len(prompts), stride):
         batch = slice(start, start + stride, world)  # start, start + world, ...
         own = None if noise is None else noise[batch].copy()  # torch wants it contiguous
-        samples[batch] = rollout(actor, prompts[batch], G, length, own)
+        samples[batch], log_p[batch] = rollout(actor, prompts[batch], G, length, own)
     dist.all_reduce(samples, dist.ReduceOp.MAX)  # still -1 where another rank sampled
+    dist.all_reduce(log_p)
     texts = [model_stage.texts_of(group, actor.processors) for group in samples]
-    return samples, texts
+    return samples, log_p, texts
 
 
 # ---- Reward, advantage, loss ---------------------------------------------------------------------
 
 
 def score_groups(reward_model, prompts, texts, settings) -> Tensor:
-    """Score texts [B][G] with the reward model, [B, G]; each rank takes every world-th group.
-
-    A text that was cut at max_new_tokens is scored as if it had ended there.
-    """
+    """Score texts [B][G] with the reward model, [B, G]; each rank takes every world-th group. A
+    text that was cut at max_new_tokens is scored as if it had ended there."""
     rank, world, device = data.start_distributed()
     groups = []
     own = slice(rank, None, world)
@@ -196,8 +195,8 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
     token's response. Equations 3 and 4 of DeepSeekMath; the KL estimator is Schulman's k3. There, a
     mean within each response comes first: a long wrong response is punished less per token.
     """
-    # KL = q/p - 1 - log(q/p), p by the policy and q by the reference. Never negative, and unbiased:
-    # over samples of p the mean of q/p - 1 is 0, and that of -log(q/p) is the KL divergence.
+    # KL = q/p - 1 - log(q/p), p by the policy and q by the reference: never negative, and over
+    # samples of p the mean of q/p - 1 is 0, that of -log(q/p) the KL divergence.
     log_ratio = reference_log_p - log_p
     kl = log_ratio.exp() - log_ratio - 1
     # p / p_old, as published. In the only update of a batch p_old is p: the value is 1, and the
@@ -210,23 +209,26 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def update(policy, reference, optimizer, prompts, samples, advantage, settings):
-    """Take one optimizer step on samples [B, G, max_new_tokens] and advantages [B, G]."""
+def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advantage, settings):
+    """Take one optimizer step on samples [B, G, max_new_tokens] and advantages [B, G].
+
+    Returns means over tokens. `ratio`, of the policy's probability to the sampler's, must be near
+    1: otherwise the two do not compute the same.
+    """
     rank, world, device = data.start_distributed()
     advantage = advantage.to(device)
     lengths = (samples >= 0).sum(-1)  # [B, G]
-    total = lengths.sum()  # tokens of the whole step, since every rank has all samples
+    total = lengths.sum().clamp(min=1)  # tokens of the step; every rank has all samples
     groups = []
     token_ids = samples.cpu().numpy().astype(np.int32)
     for prompt, group in zip(prompts, token_ids):
-        responses = [tokens[tokens >= 0] for tokens in group]
+        responses = [tokens[tokens >= 0] for tokens in group if tokens[0] >= 0]
         groups.append(replace(prompt, responses=responses, ranks=[]))
-    # One step, whose rows are planned and dealt to ranks as in 03.
-    steps = [list(range(len(groups)))]
+    steps = [list(range(len(groups)))]  # one step, planned and dealt to ranks as in 03
     tokens = np.array([group.length for group in groups])
     patches = np.array([group.grids.prod(1).sum() for group in groups], int)
     micro_batches = training.plan(steps, tokens, patches, settings.micro_tokens, rank, world)
-    sums = torch.zeros(2, device=device)  # KL divergence and entropy
+    sums = torch.zeros(3, device=device)  # KL divergence, entropy, ratio
     for batch in micro_batches:
         _, row = training.pack_micro_batch(batch, groups, policy.processors)
         row = row.to(device)
@@ -240,26 +242,26 @@ def update(policy, reference, optimizer, prompts, samples, advantage, settings):
         # FSDP averages gradients over ranks. Times world that is the sum; divided by the tokens of
         # the whole step it is the gradient that a single rank would have computed.
         (loss * world / total).backward()
-        sums += torch.stack([kl, entropy.sum()])
-    norm = clip_grad_norm_(policy.parameters(), settings.clip)
-    norm = norm.full_tensor().item()
+        sampler_log_p = sampled_log_p[batch.indices][samples[batch.indices] >= 0]  # [tokens]
+        ratio = (log_p.detach() - sampler_log_p).exp().sum()
+        sums += torch.stack([kl, entropy.sum(), ratio])
+    norm = clip_grad_norm_(policy.parameters(), settings.clip).full_tensor().item()
     if not math.isfinite(norm):
         raise UserError(f"gradient norm {norm} at the questions {', '.join(map(str, prompts))}")
     optimizer.step()
     optimizer.zero_grad()
     dist.all_reduce(sums)
-    kl, entropy = (sums / total).tolist()
-    return {"kl": kl, "entropy": entropy, "grad_norm": norm}
+    kl, entropy, ratio = (sums / total).tolist()
+    return {"kl": kl, "entropy": entropy, "ratio": ratio, "grad_norm": norm}
 
 
 def train(settings):
     """Train the policy and export it; return its metrics before and after."""
     rank, world, device = data.start_distributed()
-    # Three copies of one model, and the reward model. The policy is trained and sharded: weights,
-    # gradients and two moments in float32 are 16 bytes a parameter, over all ranks together. The
-    # actor samples; it is whole on every rank, because a sharded model gathers its weights anew for
-    # every token. The reference never changes. Actor, reference and reward model take 2 bytes a
-    # parameter each, on every GPU (bfloat16).
+    # Three copies of one model. The policy is trained and sharded: weights, gradients and moments
+    # in float32 are 16 bytes a parameter, over all ranks together. The actor samples; it is whole,
+    # because a sharded model gathers its weights anew for every token. The reference never changes.
+    # These two and the reward model take 2 bytes a parameter on every GPU (bfloat16).
     policy = Policy(settings.backbone, settings.temperature, empty=True)
     actor = model_stage.place(Policy(settings.backbone, settings.temperature), device)
     reference = model_stage.place(Policy(settings.backbone, settings.temperature), device)
@@ -287,15 +289,16 @@ def train(settings):
             prompts.append(questions[i])
             generator = np.random.default_rng([settings.seed, step, i])
             noise.append(generator.random((settings.group_size, settings.max_new_tokens)))
-        samples, texts = sample(actor, prompts, np.stack(noise), settings)
+        samples, sampled_log_p, texts = sample(actor, prompts, np.stack(noise), settings)
         times.append(time.perf_counter())
 
         # 2. Reward: a rule checks closed questions, the reward model scores all responses.
         closed, match = matches(prompts, texts)  # [B, 1] has an answer, [B, G] equals it
-        score = torch.zeros_like(match)  # [B, G]
+        score = scaled = torch.zeros_like(match)  # [B, G]
         if settings.reward != "rule":
             score = score_groups(reward_model, prompts, texts, settings)
-        reward = reward_of(settings.reward, match, closed, score, settings.fallback_scale)
+            scaled = standardise(score, prompts, reward_model) if settings.standardise else score
+        reward = reward_of(settings.reward, match, closed, scaled, settings.fallback_scale)
 
         # 3. Advantage: above or below the group's mean.
         advantage = advantage_of(reward, settings.advantage)  # [B, G]
@@ -305,7 +308,9 @@ def train(settings):
         warmup = min(1, (step + 1) / 5)
         decay = 1 - step / settings.steps
         optimizer.param_groups[0]["lr"] = settings.learning_rate * warmup * decay
-        updated = update(policy, reference, optimizer, prompts, samples, advantage, settings)
+        learned = samples_to_learn_from(samples, reward, processors, settings)  # by default all
+        inputs = prompts, learned, sampled_log_p, advantage
+        updated = update(policy, reference, optimizer, *inputs, settings)
 
         # 5. Copy the sharded weights to the actor, so the next rollouts come from the new policy.
         with torch.no_grad():
@@ -319,8 +324,7 @@ def train(settings):
         line |= open_grade(prompts, texts)
         line["seconds_sample"], line["seconds_judge"], line["seconds_update"] = np.diff(times)
         if rank == 0:
-            with data.writing(log), open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            data.append_line(log, line)
         progress.set_postfix(reward=f"{line['reward']:.3f}", match=f"{line['match']:.2f}")
 
     after = evaluate(actor, held_out, settings)
@@ -355,6 +359,11 @@ class Settings:
         "centred", "reward - group mean, divided by nothing or by the deviation in batch or group"
     )
     fallback_scale: float = option(0.5, "hybrid: factor on sigmoid for closed questions (paper: 1)")
+    standardise: bool = option(
+        False, "hybrid: sigmoid of (score - mean) / deviation, as 03 measured them (paper: raw)"
+    )
+    filter_equal: bool = option(False, "leave out groups of equal rewards (DAPO also refills them)")
+    mask_cut: bool = option(False, "leave out responses cut at --max_new_tokens (as DAPO)")
     kl_coefficient: float = option(0.1, "weight of the KL divergence to the reference policy")
     clip: float = option(1.0, "largest gradient norm")
     micro_tokens: int = option(8192, "tokens of one forward on one rank; less needs less memory")
@@ -383,7 +392,7 @@ def evaluate(policy, questions, settings):
     """Answer held-out questions by greedy decoding; return metrics (fractions) and texts."""
     n = min(settings.evaluate_size or len(questions), len(questions))
     prompts = [questions[i] for i in range(n)]
-    _, texts = sample(policy, prompts, None, settings)  # [n][1]
+    _, _, texts = sample(policy, prompts, None, settings)  # [n][1]
     closed, match = matches(prompts, texts)  # [n, 1] each
     count = int(closed.sum())
     metrics = {"closed": count, "open": n - count}
@@ -394,19 +403,49 @@ def evaluate(policy, questions, settings):
     return metrics, texts
 
 
+def standardise(score, prompts, reward_model) -> Tensor:
+    """Return scores [B, G] in deviations from the mean that 03 measured on held-out responses."""
+    standardised = []
+    for prompt, group in zip(prompts, score):
+        model = reward_model.model_for(bool(len(prompt.grids)))
+        if "scores" not in model.trained_with:
+            raise UserError("--standardise: 03 had no held-out data to measure the reward model on")
+        measured = model.trained_with["scores"]
+        standardised.append((group - measured["mean"]) / measured["deviation"])
+    return torch.stack(standardised)
+
+
+def samples_to_learn_from(samples, reward, processors, settings) -> Tensor:
+    """Return samples [B, G, tokens], all -1 where --filter_equal or --mask_cut leaves them out."""
+    left_out = torch.zeros(reward.shape, dtype=torch.bool)  # [B, G]
+    if settings.filter_equal:
+        left_out |= equal_rewards(reward)[:, None]
+    if settings.mask_cut:
+        left_out |= is_cut(samples, processors).cpu()
+    return samples.masked_fill(left_out[..., None].to(samples.device), -1)
+
+
+def equal_rewards(reward) -> Tensor:
+    """Return which groups have one reward for all: [B, G] -> [B]. Their advantages are zero."""
+    return reward.amax(1) - reward.amin(1) < 1e-6
+
+
+def is_cut(samples, processors) -> Tensor:
+    """Return which responses did not end: [B, G, tokens] -> [B, G]."""
+    last = samples[..., -1]  # -1 where the response has ended before
+    return (last >= 0) & (last != processors.end_token)
+
+
 def rollout_metrics(samples, processors, closed, match, score, reward, advantage):
     """Describe the rollouts of a step: samples [B, G, tokens], closed [B, 1], all others [B, G]."""
-    last = samples[..., -1]  # -1 where the response has ended before
-    truncated = (last >= 0) & (last != processors.end_token)
-    equal = reward.amax(1) - reward.amin(1) < 1e-6  # [B]
     chances = closed.sum() * match.shape[1]  # responses to closed questions
     metrics = {
         "match": match.sum() / max(1, chances),
         "phantom": phantom_share(advantage, match, closed),
         "score": score.mean(),
         "score_std": score.std(),
-        "zero_variance": equal.float().mean(),  # groups that teach nothing
-        "cut": truncated.float().mean(),
+        "zero_variance": equal_rewards(reward).float().mean(),  # groups that teach nothing
+        "cut": is_cut(samples, processors).float().mean(),
         "length": (samples >= 0).sum(-1).float().mean(),
     }
     is_closed = closed[:, 0]

@@ -402,7 +402,8 @@ def test_a_policys_log_probabilities_and_rollouts_are_those_of_plain_forwards(na
             expected.append(log_p.gather(-1, torch.from_numpy(ids.astype(np.int64))[:, None])[:, 0])
         log_p, _ = policy(model.pack([comparison], policy.processors))
         torch.testing.assert_close(log_p, torch.cat(expected), atol=1e-4, rtol=0)
-        (sampled,) = grpo.rollout(policy, [comparison], 1, 4, None)[0].tolist()
+        tokens, _ = grpo.rollout(policy, [comparison], 1, 4, None)
+        sampled = tokens[0, 0].tolist()
         answer = [token for token in sampled if token >= 0]
         again = data.Comparison(
             comparison.prompt,

@@ -49,38 +49,42 @@ def plain_logits(plain, policy, comparison, response=()) -> torch.Tensor:
 
 
 def test_greedy_rollouts_equal_transformers_without_a_cache(policy, plain, comparisons):
-    tokens = grpo.rollout(policy, comparisons, 2, 12)
+    tokens, log_p = grpo.rollout(policy, comparisons, 2, 12)
     end = policy.processors.end_token
-    for comparison, samples in zip(comparisons, tokens):
+    for comparison, samples, logs in zip(comparisons, tokens, log_p):
         expected = []
         while len(expected) < 12 and end not in expected:
             logits = plain_logits(plain, policy, comparison, expected)
             expected.append(int(logits[-1].argmax()))
-        for sample in samples:
+        likely = plain_logits(plain, policy, comparison, expected)[:-1].log_softmax(-1).amax(-1)
+        for sample, log in zip(samples, logs):
             assert sample[sample >= 0].tolist() == expected
+            torch.testing.assert_close(log[sample >= 0], likely, atol=1e-4, rtol=1e-4)
+            assert not log[sample < 0].any()
 
 
 def test_sampling_follows_the_policys_distribution(policy, plain, comparisons):
     draws = 4000
     noise = np.random.default_rng(0).random((1, draws, 1))
-    samples = grpo.rollout(policy, [comparisons[1]], draws, 1, noise).flatten()
+    samples, _ = grpo.rollout(policy, [comparisons[1]], draws, 1, noise)
     expected = plain_logits(plain, policy, comparisons[1])[0].softmax(-1)
-    counted = torch.bincount(samples, minlength=len(expected)) / draws
+    counted = torch.bincount(samples.flatten(), minlength=len(expected)) / draws
     assert (counted - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
 
 
 def test_a_sample_does_not_depend_on_other_prompts(policy, comparisons):
     noise = np.random.default_rng(0).random((len(comparisons), 3, 10))
-    together = grpo.rollout(policy, comparisons, 3, 10, noise)
+    together, _ = grpo.rollout(policy, comparisons, 3, 10, noise)
     for i, comparison in enumerate(comparisons):
-        alone = grpo.rollout(policy, [comparison], 3, 10, noise[i : i + 1])
+        alone, _ = grpo.rollout(policy, [comparison], 3, 10, noise[i : i + 1])
         assert torch.equal(alone[0], together[i])
 
 
 def test_special_tokens_are_never_sampled(comparisons, processors):
     policy = grpo.Policy(TINY, temperature=100.0).eval()  # nearly uniform over the vocabulary
     noise = np.random.default_rng(0).random((len(comparisons), 64, 30))
-    sampled = set(grpo.rollout(policy, comparisons, 64, 30, noise).unique().tolist())
+    samples, _ = grpo.rollout(policy, comparisons, 64, 30, noise)
+    sampled = set(samples.unique().tolist())
     special = set(processors.tokenizer.get_added_vocab().values()) - {processors.end_token}
     assert not special & sampled and max(sampled) < len(processors.tokenizer)
     assert len(sampled) > 300
@@ -186,6 +190,35 @@ def test_phantom_advantages_carry_a_policy_away_where_no_answer_is_right(scale, 
     assert (moved > 0.5) == wanders, moved
 
 
+def test_equal_groups_and_cut_responses_are_left_out_where_asked(processors):
+    end = processors.end_token
+    samples = torch.tensor([[[5, end, -1], [5, 6, 7]], [[8, end, -1], [9, 8, end]]])
+    reward = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
+    cases = {(False, False): [3, 3], (True, False): [3, 0], (False, True): [1, 3]}
+    cases[True, True] = [1, 0]
+    for (equal, cut), kept in cases.items():
+        settings = grpo.Settings(filter_equal=equal, mask_cut=cut)
+        learned = grpo.samples_to_learn_from(samples, reward, processors, settings)
+        kept_responses = torch.tensor([[True, kept[0] == 3], [kept[1] == 3] * 2])
+        assert torch.equal(learned[kept_responses], samples[kept_responses])
+        assert (learned[~kept_responses] == -1).all()
+
+
+def test_standardised_scores_do_not_depend_on_the_scale_of_the_head(reward, comparisons):
+    score = reward.score_encoded(comparisons)[None]
+    standardised = []
+    for scale in (1.0, 10.0):
+        measured = {"mean": scale * score.mean().item(), "deviation": scale * score.std().item()}
+        reward.trained_with = {"scores": measured}
+        prompts = comparisons[:1]
+        standardised.append(grpo.standardise(scale * score, prompts, reward))
+    reward.trained_with = {}
+    torch.testing.assert_close(*standardised)
+    assert standardised[0].mean().abs() < 1e-5 and abs(standardised[0].std() - 1) < 1e-5
+    with pytest.raises(data.UserError, match="no held-out data"):
+        grpo.standardise(score, prompts, reward)
+
+
 def test_two_ranks_train_the_policy_that_one_rank_trains(reward, world, tmp_path):
     reward.save_pretrained(str(tmp_path / "reward"))
     options = "--steps 2 --batch_size 6 --group_size 4 --max_new_tokens 24 --evaluate_size 12"
@@ -204,3 +237,4 @@ def test_two_ranks_train_the_policy_that_one_rank_trains(reward, world, tmp_path
     for one, two in zip(*logs, strict=True):
         for key in ("reward", "match", "length", "entropy", "zero_variance", "kl"):
             assert one[key] == pytest.approx(two[key], abs=1e-3), key
+        assert one["ratio"] == pytest.approx(1, abs=1e-4), "the trainer computes what was sampled"

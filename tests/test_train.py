@@ -134,6 +134,11 @@ def test_a_run_is_the_same_on_1_and_2_ranks_and_on_2_replicas_of_2_and_goes_on_o
     assert_same_run(one, finished[1], 1e-5)
     validations = [lines[-1]["validation_accuracy"] for _, lines in (one, finished[1])]
     assert validations[0] == pytest.approx(validations[1], abs=1e-6)
+    trained = model.RewardModel.from_pretrained(str(finished[0]))
+    held_out = data.Comparisons(str(world / "data/train_holdout"))
+    scores = trained.score_encoded([held_out[i] for i in range(len(held_out))])
+    measured = {"mean": scores.mean().item(), "deviation": scores.std(correction=0).item()}
+    assert trained.trained_with["scores"] == pytest.approx(measured, abs=1e-4)
     hybrid = {"shard_size": 2, "checkpoint_every": 3}
     assert_same_run(one, run(world, initial, tmp_path / "four", ranks=4, **hybrid), 1e-5)
 

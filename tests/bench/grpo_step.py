@@ -76,14 +76,17 @@ class Ours:
         """As in 06_grpo.train; seconds of each part."""
         times = [time.perf_counter()]
         noise = self.noise.random((PROMPTS, GROUP, LENGTH))
-        self.samples, texts = grpo.sample(self.actor, self.prompts, noise, self.settings)
+        self.samples, self.log_p, texts = grpo.sample(
+            self.actor, self.prompts, noise, self.settings
+        )
         assert (self.samples >= 0).all()
         times.append(time.perf_counter())
         reward = grpo.score_groups(self.judge, self.prompts, texts, self.settings)
         times.append(time.perf_counter())
         advantage = grpo.advantage_of(reward, "centred")
         models = (self.policy, self.reference, self.optimizer)
-        grpo.update(*models, self.prompts, self.samples, advantage, self.settings)
+        rollouts = self.prompts, self.samples, self.log_p, advantage
+        grpo.update(*models, *rollouts, self.settings)
         with torch.no_grad():
             for target, source in zip(self.actor.parameters(), self.policy.parameters()):
                 target.copy_(source.full_tensor())
