@@ -51,6 +51,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, einsum
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, vision_utils
 from transformers.modeling_utils import AttentionInterface
 
@@ -898,6 +899,9 @@ def response_tokens(row: PackedRow) -> tuple[Tensor, Tensor]:
     return targets, predictors
 
 
+LOGITS_AT_ONCE = 2**27  # 0.5 GB in float32; 883 tokens of Qwen's vocabulary
+
+
 class Writer(nn.Module):
     """A transformers model with its LM head, `lm`, that samples at a temperature."""
 
@@ -918,6 +922,27 @@ class Writer(nn.Module):
         """[n, hidden] -> float32 [n, vocabulary] at the temperature, forbidden tokens at -inf."""
         logits = self.lm.lm_head(hidden).float() / self.temperature
         return logits.index_fill(-1, self.forbidden, -math.inf)
+
+    def log_p_and_entropy(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probability and entropy [n] of tokens [n] from the hidden states [n, hidden]
+        that predict them. Only LOGITS_AT_ONCE are in memory; backward computes each part again."""
+
+        def part_of(hidden, tokens):
+            log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary]
+            with torch.no_grad():
+                finite = log_p.clamp(min=-1e9)  # 0 * -inf would be nan
+                entropy = -(log_p.exp() * finite).sum(-1)
+            return log_p.gather(-1, tokens[:, None]).sum(-1), entropy  # a squeeze would be a view
+
+        size = max(1, LOGITS_AT_ONCE // self.lm.lm_head.out_features)
+        if len(tokens) <= size:
+            return part_of(hidden, tokens)
+        log_p, entropy = [], []
+        for part in zip(hidden.split(size), tokens.split(size)):
+            part_log_p, part_entropy = checkpoint(part_of, *part, use_reentrant=False)
+            log_p.append(part_log_p)
+            entropy.append(part_entropy)
+        return torch.cat(log_p), torch.cat(entropy)
 
 
 @dataclass

@@ -68,7 +68,7 @@ option, UserError = data.option, data.UserError
 class Policy(model_stage.Writer):
     """A language model `lm` with its LM head.
 
-    `Writer` (appendix of 02) adds `logits`: the LM head over the temperature, in float32, with -inf
+    `Writer` (appendix of 02) adds logits: the LM head over the temperature, in float32, with -inf
     for special tokens other than end-of-turn, since a sampled <|image_pad|> would have no picture.
     `empty` leaves the weights on the meta device, for `shard`.
     """
@@ -84,13 +84,9 @@ class Policy(model_stage.Writer):
         # the row [p1 p2 | a1 a2 | b1], a1 is predicted at p2, a2 at a1, and b1 at p2.
         places, predictors = model_stage.response_tokens(row)  # indices in the row, [tokens] each
         hidden = model_stage.run_backbone(self.lm, row)[predictors]  # [tokens, hidden]
-        # The largest tensor: 8,192 tokens times Qwen's vocabulary are 5 GB in float32.
-        log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary]
-        sampled = log_p.gather(-1, row.input_ids[0, places, None])  # [tokens, 1]
-        with torch.no_grad():
-            finite = log_p.clamp(min=-1e9)  # 0 * -inf would be nan
-            entropy = -(log_p.exp() * finite).sum(-1)
-        return sampled.sum(-1), entropy  # `sum`, not `squeeze`: see RewardHead in 02
+        # logits.log_softmax(-1) at the tokens, in parts: for 8,192 tokens and Qwen's vocabulary the
+        # whole would be 5 GB, several times over.
+        return self.log_p_and_entropy(hidden, row.input_ids[0, places])
 
 
 def rollout(policy, prompts, group, max_new_tokens, noise=None):

@@ -104,6 +104,24 @@ def test_log_probabilities_equal_one_plain_forward_per_response(policy, plain, c
     torch.testing.assert_close(entropy, torch.cat(expected_entropy), atol=1e-4, rtol=1e-4)
 
 
+def test_log_probabilities_in_parts_have_the_same_values_and_gradients(
+    policy, comparisons, monkeypatch
+):
+    row = model.pack(comparisons, policy.processors)
+    weights = torch.randn(1000, generator=torch.manual_seed(0))
+    results, gradients = [], []
+    for at_once in (2**27, 3 * policy.lm.lm_head.out_features):  # all, or three tokens
+        monkeypatch.setattr(model, "LOGITS_AT_ONCE", at_once)
+        log_p, entropy = policy(row)
+        policy.zero_grad()
+        (log_p * weights[: len(log_p)]).sum().backward()
+        results.append((log_p.detach(), entropy))
+        gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
+    policy.zero_grad()
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
 def test_rewards_are_those_of_the_paper():
     match = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     closed = torch.tensor([[True], [False]])
