@@ -270,6 +270,7 @@ class Recipe:
     length_normalisation: bool = option(False, "train on r / log(tokens + 1) (paper: tried, off)")
     critique_coefficient: float = option(1.0, "critics: weight of the critiques' loss")
     freeze_vision: bool = option(False, "do not train the vision tower (authors: frozen)")
+    lora_rank: int = option(0, "train adapters of this rank and the head alone; 0: all (paper)")
     seed: int = option(0, "seed of the order of the data")
 
     def __post_init__(self):
@@ -294,14 +295,13 @@ def train(settings: "Settings") -> dict:
     order = order_of_training(len(comparisons), settings)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world)
 
-    if vision := model_stage.parts_of(model.backbone).vision:
-        vision.requires_grad_(not settings.freeze_vision)  # b
+    freeze(model.backbone, settings, device)  # b
     heads = [module for module in model.modules() if isinstance(module, model_stage.RewardHead)]
     recompute = settings.activation_checkpointing
     shard(
         model, model.backbone, device, recompute, heads, settings.shard_size, settings.compile
     )  # c
-    load_weights(model.backbone, settings.model, device)  # d, in the appendix
+    load_weights(model.backbone, settings.model, device)  # d, like b in the appendix
     optimizer = make_optimizer(model, settings)  # e
 
     state = training_state(model, optimizer)
@@ -387,9 +387,11 @@ def train(settings: "Settings") -> dict:
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Collect the parameters and the optimizer's tensors of each, as they are in use, by name."""
+    """Collect what is trained: parameters and the optimizer's tensors of each, in use, by name."""
     state = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         state[f"model.{name}"] = parameter.detach()
         for key, tensor in optimizer.state.get(parameter, {}).items():
             state[f"{key}.{name}"] = tensor
@@ -609,7 +611,10 @@ def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
     full = {}
     if dist.get_rank() == 0:
         lm_head = hasattr(backbone, "lm_head")
-        full = model_stage.load_backbone(path, lm_head=lm_head).state_dict()
+        loaded = model_stage.load_backbone(path, lm_head=lm_head)
+        if adapters := [m for m in backbone.modules() if isinstance(m, LoRALinear)]:
+            add_adapters(loaded, adapters[0].rank)
+        full = loaded.state_dict()
     backbone.to_empty(device=device)
     backbone.tie_weights()  # `to_empty` parts an LM head from the embeddings it shares
     # `initialize_weights` skips marked parameters: it computes only what no checkpoint holds, the
@@ -619,6 +624,18 @@ def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
     backbone.initialize_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(backbone, full, options=options)
+
+
+def freeze(backbone: nn.Module, settings: Settings, device: torch.device) -> None:
+    """Freeze what is not trained (b)."""
+    vision = model_stage.parts_of(backbone).vision
+    if vision is not None:
+        vision.requires_grad_(not settings.freeze_vision)
+    if settings.lora_rank:
+        backbone.requires_grad_(False)
+        if device.type == "cuda":
+            backbone.to(torch.bfloat16)  # never changed, so nothing is rounded away
+        add_adapters(backbone, settings.lora_rank)
 
 
 def begin(settings: Settings, state: dict, run: dict) -> int:
@@ -715,6 +732,7 @@ class Log:
 
 def export(model, settings: Settings, steps: int, line: dict) -> None:
     """Write the trained model to --out; `line` is the last one of its metrics."""
+    merge_adapters(model.backbone)
     steps += model.trained_with.get("steps", 0)
     model.trained_with = {"data": settings.data, "steps": steps}
     model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
@@ -724,6 +742,49 @@ def export(model, settings: Settings, steps: int, line: dict) -> None:
     dtype = model_stage.DTYPES[settings.export_dtype]
     with data.writing(settings.out):
         model.save_pretrained(settings.out, dtype, settings.export_file_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix: LoRA (arXiv 2106.09685). The weights W of the language model's linear layers stay as
+# they are, and a product of two small matrices learns beside each: y = (W + up down) x. Trained are
+# these adapters and the reward head; a checkpoint holds nothing else. The export is W + up down.
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter; it has the layer's names and at first computes the same."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        inputs, outputs = linear.in_features, linear.out_features
+        super().__init__(inputs, outputs, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rank = rank
+        device = linear.weight.device
+        self.down = nn.Linear(inputs, rank, bias=False, device=device)
+        self.up = nn.Linear(rank, outputs, bias=False, device=device)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) + self.up(self.down(hidden))
+
+
+def add_adapters(backbone: nn.Module, rank: int) -> None:
+    """Give every linear layer of the language model an adapter, always the same at first."""
+    torch.manual_seed(0)
+    for module in list(model_stage.parts_of(backbone).language.layers.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, LoRALinear(child, rank))
+
+
+@torch.no_grad()
+def merge_adapters(backbone: nn.Module) -> None:
+    """Add the adapters, sharded as the weights are, to the weights, and remove them."""
+    for module in list(backbone.modules()):
+        if isinstance(module, LoRALinear):
+            update = module.up.weight.to_local() @ module.down.weight.full_tensor()
+            module.weight.to_local().add_(update)
+            del module.up, module.down
+            module.__class__ = nn.Linear
 
 
 # --------------------------------------------------------------------------------------------------
@@ -836,6 +897,10 @@ def size_of(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def trained_size_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 def memory(model: nn.Module, activations: int, ranks: int) -> dict[str, float]:
     """Bytes on one of the `ranks` that share `model` when the backward of a step begins, by part.
 
@@ -843,19 +908,24 @@ def memory(model: nn.Module, activations: int, ranks: int) -> dict[str, float]:
     """
     parts = model_stage.parts_of(model.backbone)
     everything = size_of(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = trained_size_of(model)
+    frozen = 4  # bytes; without masters of adapters beside them, LoRA keeps weights as they compute
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        frozen = next(model.backbone.parameters()).element_size()
     layer = size_of(parts.language.layers[0])
+    trained_layer = trained_size_of(parts.language.layers[0])
     root = everything - len(parts.language.layers) * layer
     if parts.vision is not None:
         root -= size_of(parts.vision)
     width = next(model.backbone.parameters()).element_size()
     return {
-        "parameters": 4 * everything / ranks,
+        "parameters": (4 * trained + frozen * (everything - trained)) / ranks,
         "gradients": 4 * trained / ranks,
         "AdamW's two moments": 8 * trained / ranks,
         "activations": activations,
         "gathered parameters": width * (root + 2 * layer),  # one layer in use and the next
-        "gradients on their way": (width + 4 + 4 / ranks) * layer,  # whole, in float32, a share
+        # whole, in float32, a share
+        "gradients on their way": (width + 4 + 4 / ranks) * trained_layer,
     }
 
 
@@ -870,15 +940,15 @@ def model_to_plan(settings: Settings) -> RewardModel:
         if kind != "naive":
             only = "only naive reward models are planned, and this one is"
             raise UserError(f"{settings.model}: {only} {kind}")
-    backbone = model_stage.load_backbone(settings.model, empty=True).to(torch.bfloat16)
+    backbone = model_stage.load_backbone(settings.model, empty=True)
+    freeze(backbone, settings, torch.device("meta"))
+    backbone.to(torch.bfloat16)
     with torch.device("meta"):
         head = model_stage.RewardHead(backbone.config.get_text_config().hidden_size)
     if settings.activation_checkpointing:
         backbone.activation_checkpointing_enable()
         backbone.disable_input_require_grads()
     parts = model_stage.parts_of(backbone)
-    if parts.vision:
-        parts.vision.requires_grad_(not settings.freeze_vision)
     # InternVL and Qwen3-VL read numbers here, which this device has none of; both steps are cheap.
     parts.language.rotary_emb.rope_type = "default"
     parts.language._deepstack_process = add_without_mask
@@ -939,8 +1009,12 @@ def print_plan(settings: Settings) -> None:
 
     # Each micro-batch gathers bfloat16 parameters twice and reduces float32 gradients. Within the
     # groups of --shard_size that is free; between groups only gradients of the shards travel.
-    per_parameter = 8 * (gpus - 1) / gpus if ranks == gpus else 8 / ranks
-    traffic = per_parameter * size_of(model) * len(micro_batches) / len(order)
+    trained = trained_size_of(model)
+    if ranks == gpus:
+        traffic = 4 * (size_of(model) + trained) * (gpus - 1) / gpus
+    else:
+        traffic = 8 * trained / ranks
+    traffic *= len(micro_batches) / len(order)
     flops = (of_language + of_vision) * settings.batch_size * (1 + imbalance(micro_batches))
     computing = flops / (gpus * settings.gpu_flops * settings.utilisation)
     communicating = traffic / settings.gpu_link
@@ -961,7 +1035,7 @@ def print_plan(settings: Settings) -> None:
         f"  all of it, {needed / 1e9:.4g} GB, {fits} {settings.gpu_memory:g} GB, a tenth kept free"
     )
     print(f"  largest micro-batch: {row_tokens:,} tokens, {row_patches:,} patches")
-    checkpoint = ranks * (parts["parameters"] + parts["AdamW's two moments"])
+    checkpoint = 12 * trained  # parameters and two moments
     disk = {"a checkpoint": checkpoint / 1e9, "the trained model": number * size_of(model) / 1e9}
     print_table("disk", "GB", disk)
     print_table("time", "s a step", {"computing": computing, "communicating": communicating})
