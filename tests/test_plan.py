@@ -138,7 +138,7 @@ def numbers_in(text: str) -> dict[str, float]:
     return {name: float(number.replace(",", "")) for name, number in found}
 
 
-def test_the_papers_run_is_planned_in_seconds_without_weights(tmp_path):
+def test_the_papers_run_is_planned_in_seconds_without_weights(tmp_path, capsys):
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(f"{TINY}/{file}", tmp_path)
     shutil.copy(f"{TINY}/preprocessor_config.json", tmp_path)
@@ -159,6 +159,17 @@ def test_the_papers_run_is_planned_in_seconds_without_weights(tmp_path):
     assert lines["TFLOP, language model"] == pytest.approx(6 * 6.525e-3 * 1262, rel=0.03)
     done = torchrun("03_train.py", "--plan", *paper, "--gpus", 1, ranks=1)
     assert "does NOT fit" in done.stdout
+    lora = train.Settings(model=str(tmp_path), gpus=1, lora_rank=16, plan_comparisons=100)
+    lora.plan_lengths = [150, 512, 300, 300]
+    train.print_plan(lora)
+    printed = capsys.readouterr().out
+    assert "fits in 80 GB" in printed
+    adapters = 28 * 16 * (2 * 2 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    trained = adapters + 3584 * 3584 + 2 * 3584
+    lines = numbers_in(printed)
+    assert lines["a checkpoint"] == pytest.approx(12 * trained / 1e9, rel=1e-3)
+    frozen = 7_760_021_504 - (3584 * 3584 + 2 * 3584)
+    assert lines["parameters"] == pytest.approx((2 * frozen + 4 * trained) / 1e9, rel=1e-3)
 
 
 def test_the_plan_of_the_embedded_data_has_the_steps_and_tokens_of_the_run(world, tmp_path):
