@@ -115,7 +115,7 @@ def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
 #     rendered    <|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>
 #                 \n<|im_start|>assistant\n         (one string; a system turn, if any, comes first)
 #     token ids   the same with six times <|image_pad|>
-#     Comparison  prompt [17], responses [[..., <|im_end|>], [...]], ranks [1, 2], grids [[1, 4, 6]]
+#     Comparison  prompt [20], responses [[..., <|im_end|>], [...]], ranks [1, 2], grids [[1, 4, 6]]
 #
 # `processors` (appendix) come with the backbone's checkpoint:
 #     tokenizer; image_token, end_token     ids of <|image_pad|> and <|im_end|>

@@ -925,7 +925,8 @@ class Writer(nn.Module):
 
     def log_p_and_entropy(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probability and entropy [n] of tokens [n] from the hidden states [n, hidden]
-        that predict them. Only LOGITS_AT_ONCE are in memory; backward computes each part again."""
+        that predict them. In memory are a few tensors of LOGITS_AT_ONCE numbers at a time, since
+        backward computes each part again."""
 
         def part_of(hidden, tokens):
             log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary]

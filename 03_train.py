@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -378,8 +379,8 @@ def train(settings: "Settings") -> dict:
 
 # --------------------------------------------------------------------------------------------------
 # 5. A checkpoint holds
-#   - parameters and AdamW's state as safetensors, of which each rank writes its share;
-#   - run.json: the step, the recipe, and a hash of the data.
+#   - what is trained and AdamW's state as safetensors, of which each rank writes its share;
+#   - run.json: the step, the recipe, and hashes of the data and of the first model's head.
 # Nothing else is needed: order and learning rate follow from seed and step, there is no dropout.
 # Each file says which slice of a parameter it holds, and any number of ranks reads the slices it
 # needs; on as many as before, the run ends in the same weights, bit for bit. `begin` (appendix)
@@ -539,7 +540,7 @@ def load(comparisons: Dataset, micro_batches: list[MicroBatch], model, device, w
 @torch.no_grad()
 def validate(model, comparisons, settings: Settings, device) -> dict[str, float]:
     """Mean ranking loss and pair accuracy of the first --validation_size comparisons, and mean and
-    deviation of all scores, which the loss leaves open."""
+    deviation of all scores (for 06 --standardise)."""
     steps = [list(range(min(settings.validation_size, len(comparisons))))]
     ranks = dist.get_rank(), dist.get_world_size()
     micro_batches = plan(steps, *comparisons.sizes(), settings.micro_tokens, *ranks)
@@ -586,7 +587,10 @@ def describe_run(settings: Settings) -> dict:
         for name in ("dataset.json", "index.safetensors")
     ]
     content = b"".join(file.read_bytes() for file in files)
-    return {**run, "content of the data": f"{data.hash_of(content):016x}"}
+    run["content of the data"] = f"{data.hash_of(content):016x}"
+    head = Path(settings.model, model_stage.HEAD_FILE)  # stands for the model, if it is replaced
+    run["head of the model"] = f"{data.hash_of(head.read_bytes()):016x}"
+    return run
 
 
 def mesh_of(device: torch.device, shard_size: int = 0):
@@ -633,8 +637,9 @@ def freeze(backbone: nn.Module, settings: Settings, device: torch.device) -> Non
         vision.requires_grad_(not settings.freeze_vision)
     if settings.lora_rank:
         backbone.requires_grad_(False)
-        if device.type == "cuda":
-            backbone.to(torch.bfloat16)  # never changed, so nothing is rounded away
+        if device.type == "cuda":  # in which it computes; buffers, the rotary frequencies, do not
+            for parameter in backbone.parameters():
+                parameter.data = parameter.to(torch.bfloat16)
         add_adapters(backbone, settings.lora_rank)
 
 
@@ -697,7 +702,8 @@ class Log:
             print(f"{settings.model} with {head}; {len(patches)} comparisons,", end=" ")
             print(f"{(patches > 0).sum()} with images; {start} steps are done;", end=" ")
             print(f"load imbalance {imbalance(micro_batches):.1%}", flush=True)
-            if size_of(model) > 1e8 and settings.learning_rate > 5e-5:
+            large = size_of(model) > 1e8 and not settings.lora_rank
+            if large and settings.learning_rate > 5e-5:
                 print(f"--learning_rate {settings.learning_rate:g}: the paper takes 3e-6 for a 7B")
         total = (micro_batches[-1].step + 1) * self.size
         counts = {"total": total, "initial": start * self.size, "unit": " comparisons"}
@@ -736,7 +742,7 @@ def export(model, settings: Settings, steps: int, line: dict) -> None:
     steps += model.trained_with.get("steps", 0)
     model.trained_with = {"data": settings.data, "steps": steps}
     model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
-    if "score_mean" in line:  # for 06 --standardise
+    if model.kind == "naive" and "score_mean" in line:  # for 06 --standardise
         scores = {"mean": line["score_mean"], "deviation": line["score_deviation"]}
         model.trained_with["scores"] = scores
     dtype = model_stage.DTYPES[settings.export_dtype]
@@ -746,8 +752,9 @@ def export(model, settings: Settings, steps: int, line: dict) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Appendix: LoRA (arXiv 2106.09685). The weights W of the language model's linear layers stay as
-# they are, and a product of two small matrices learns beside each: y = (W + up down) x. Trained are
-# these adapters and the reward head; a checkpoint holds nothing else. The export is W + up down.
+# they are, and a product of two small matrices learns beside each: y = (W + up down) x, unscaled
+# (the paper's alpha is the rank). Trained are these adapters and the reward head; a checkpoint
+# holds nothing else. The export is W + up down. The learning rate is higher than otherwise, 1e-4.
 
 
 class LoRALinear(nn.Linear):
@@ -769,20 +776,30 @@ class LoRALinear(nn.Linear):
 
 def add_adapters(backbone: nn.Module, rank: int) -> None:
     """Give every linear layer of the language model an adapter, always the same at first."""
-    torch.manual_seed(0)
-    for module in list(model_stage.parts_of(backbone).language.layers.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear:
-                setattr(module, name, LoRALinear(child, rank))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in list(model_stage.parts_of(backbone).language.layers.modules()):
+            for name, child in module.named_children():
+                if type(child) is nn.Linear:
+                    setattr(module, name, LoRALinear(child, rank))
 
 
 @torch.no_grad()
 def merge_adapters(backbone: nn.Module) -> None:
-    """Add the adapters, sharded as the weights are, to the weights, and remove them."""
+    """Add the adapters, sharded as the weights are, to the weights, and remove them.
+
+    The sum is float32: bfloat16 would round most of an update away. FSDP does not know the new
+    parameters: what follows is the export.
+    """
     for module in list(backbone.modules()):
         if isinstance(module, LoRALinear):
+            weight = module.weight
             update = module.up.weight.to_local() @ module.down.weight.full_tensor()
-            module.weight.to_local().add_(update)
+            merged = weight.to_local().float() + update
+            layout = (weight.device_mesh, weight.placements)
+            shape = {"shape": weight.shape, "stride": weight.stride()}
+            merged = DTensor.from_local(merged, *layout, **shape)
+            module.weight = nn.Parameter(merged, requires_grad=False)
             del module.up, module.down
             module.__class__ = nn.Linear
 
@@ -909,7 +926,7 @@ def memory(model: nn.Module, activations: int, ranks: int) -> dict[str, float]:
     parts = model_stage.parts_of(model.backbone)
     everything = size_of(model)
     trained = trained_size_of(model)
-    frozen = 4  # bytes; without masters of adapters beside them, LoRA keeps weights as they compute
+    frozen = 4  # bytes of a frozen parameter: float32, but with LoRA what it computes in
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         frozen = next(model.backbone.parameters()).element_size()
     layer = size_of(parts.language.layers[0])
@@ -924,7 +941,7 @@ def memory(model: nn.Module, activations: int, ranks: int) -> dict[str, float]:
         "AdamW's two moments": 8 * trained / ranks,
         "activations": activations,
         "gathered parameters": width * (root + 2 * layer),  # one layer in use and the next
-        # whole, in float32, a share
+        # of one layer: as computed, in float32, and a rank's share of that
         "gradients on their way": (width + 4 + 4 / ranks) * trained_layer,
     }
 
@@ -1052,6 +1069,8 @@ def print_table(title: str, unit: str, rows: dict[str, float]) -> None:
 def main(settings: Settings) -> None:
     if settings.batch_size < 1:
         raise UserError(f"--batch_size {settings.batch_size}: has to be at least 1")
+    if settings.lora_rank < 0:
+        raise UserError(f"--lora_rank {settings.lora_rank}: has to be at least 0")
     if settings.plan:
         return print_plan(settings) if dist.get_rank() == 0 else None
     train(settings)

@@ -23,7 +23,7 @@ Why is sigmoid(score) a reward? It is a plausible one, not a calibrated one.
   - It rises with the score, so within a group it keeps the order that was learned.
   - The size of its differences is arbitrary. Training never fixed which response scores 0, and far
     from 0 the curve is flat: scores of 0 and 1 give 0.50 and 0.73, those of 4 and 5 give 0.98 and
-    0.99. `score` in metrics.jsonl, the mean of all scores, says where on the curve a run is.
+    0.99. `score` in metrics.jsonl, the mean of all raw scores, says where on it a run is.
   - A wrong answer to a closed question that the reward model likes would earn almost as much as the
     right one: there --fallback_scale halves the reward (paper: 1).
 
@@ -188,8 +188,9 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
     """Return the loss and the KL divergence in it, both summed over tokens.
 
     All tensors are [tokens]: log-probabilities by policy and reference, and the advantage of the
-    token's response. Equations 3 and 4 of DeepSeekMath; the KL estimator is Schulman's k3. There, a
-    mean within each response comes first: a long wrong response is punished less per token.
+    token's response. Equations 3 and 4 of DeepSeekMath; the KL estimator is Schulman's k3. In
+    DeepSeekMath a mean within each response comes first, so a long wrong response is punished less
+    per token.
     """
     # KL = q/p - 1 - log(q/p), p by the policy and q by the reference: never negative, and over
     # samples of p the mean of q/p - 1 is 0, that of -log(q/p) the KL divergence.
@@ -208,8 +209,8 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
 def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advantage, settings):
     """Take one optimizer step on samples [B, G, max_new_tokens] and advantages [B, G].
 
-    Returns means over tokens. `ratio`, of the policy's probability to the sampler's, must be near
-    1: otherwise the two do not compute the same.
+    Returns means over tokens. `log_ratio`, between the policy's log-probability and the sampler's,
+    must be near 0: otherwise the two do not compute the same.
     """
     rank, world, device = data.start_distributed()
     advantage = advantage.to(device)
@@ -220,11 +221,12 @@ def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advant
     for prompt, group in zip(prompts, token_ids):
         responses = [tokens[tokens >= 0] for tokens in group if tokens[0] >= 0]
         groups.append(replace(prompt, responses=responses, ranks=[]))
-    steps = [list(range(len(groups)))]  # one step, planned and dealt to ranks as in 03
+    # One step, planned and dealt to ranks as in 03, of the groups that teach something.
+    steps = [[i for i, group in enumerate(groups) if group.responses]]
     tokens = np.array([group.length for group in groups])
     patches = np.array([group.grids.prod(1).sum() for group in groups], int)
     micro_batches = training.plan(steps, tokens, patches, settings.micro_tokens, rank, world)
-    sums = torch.zeros(3, device=device)  # KL divergence, entropy, ratio
+    sums = torch.zeros(3, device=device)  # KL divergence, entropy, |log ratio|
     for batch in micro_batches:
         _, row = training.pack_micro_batch(batch, groups, policy.processors)
         row = row.to(device)
@@ -239,16 +241,16 @@ def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advant
         # the whole step it is the gradient that a single rank would have computed.
         (loss * world / total).backward()
         sampler_log_p = sampled_log_p[batch.indices][samples[batch.indices] >= 0]  # [tokens]
-        ratio = (log_p.detach() - sampler_log_p).exp().sum()
-        sums += torch.stack([kl, entropy.sum(), ratio])
+        log_ratio = (log_p.detach() - sampler_log_p).abs().sum()
+        sums += torch.stack([kl, entropy.sum(), log_ratio])
     norm = clip_grad_norm_(policy.parameters(), settings.clip).full_tensor().item()
     if not math.isfinite(norm):
         raise UserError(f"gradient norm {norm} at the questions {', '.join(map(str, prompts))}")
     optimizer.step()
     optimizer.zero_grad()
     dist.all_reduce(sums)
-    kl, entropy, ratio = (sums / total).tolist()
-    return {"kl": kl, "entropy": entropy, "ratio": ratio, "grad_norm": norm}
+    kl, entropy, log_ratio = (sums / total).tolist()
+    return {"kl": kl, "entropy": entropy, "log_ratio": log_ratio, "grad_norm": norm}
 
 
 def train(settings):
@@ -403,16 +405,16 @@ def standardise(score, prompts, reward_model) -> Tensor:
     """Return scores [B, G] in deviations from the mean that 03 measured on held-out responses."""
     standardised = []
     for prompt, group in zip(prompts, score):
-        model = reward_model.model_for(bool(len(prompt.grids)))
-        if "scores" not in model.trained_with:
-            raise UserError("--standardise: 03 had no held-out data to measure the reward model on")
-        measured = model.trained_with["scores"]
+        measured = reward_model.model_for(bool(len(prompt.grids))).trained_with["scores"]
         standardised.append((group - measured["mean"]) / measured["deviation"])
     return torch.stack(standardised)
 
 
 def samples_to_learn_from(samples, reward, processors, settings) -> Tensor:
-    """Return samples [B, G, tokens], all -1 where --filter_equal or --mask_cut leaves them out."""
+    """Return samples [B, G, tokens], all -1 where --filter_equal or --mask_cut leaves them out.
+
+    Such tokens get no KL term either, and do not count in the mean over the step's tokens.
+    """
     left_out = torch.zeros(reward.shape, dtype=torch.bool)  # [B, G]
     if settings.filter_equal:
         left_out |= equal_rewards(reward)[:, None]
@@ -646,6 +648,14 @@ def main(settings: Settings) -> None:
     for name, least in {"steps": 1, "batch_size": 1, "group_size": 2}.items():
         if getattr(settings, name) < least:
             raise UserError(f"--{name} {getattr(settings, name)}: has to be at least {least}")
+    if settings.standardise:
+        if settings.reward != "hybrid":
+            raise UserError("--standardise: only for --reward hybrid")
+        for folder in filter(None, (settings.model, settings.text_model)):
+            _, _, description = model_stage.load_head(folder)
+            if not description["trained_with"].get("scores", {}).get("deviation"):
+                hint = "train a naive reward model with 03 and held-out data"
+                raise UserError(f"--standardise: {folder} has no measured scores; {hint}")
     before, after = train(settings)
     if dist.get_rank() > 0:
         return

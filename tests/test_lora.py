@@ -59,8 +59,7 @@ def test_merged_weights_score_as_the_adapters_do(initial, world, tmp_path):
             torch.nn.init.normal_(adapter.up.weight.to_local(), std=0.1)
         adapted = reward(row)
         assert (adapted - expected).abs().max() > 0.1
-        train.merge_adapters(reward.backbone)
-        torch.testing.assert_close(reward(row), adapted, atol=1e-5, rtol=0)
+    train.merge_adapters(reward.backbone)
     reward.save_pretrained(str(tmp_path))
     assert (
         load_file(tmp_path / "model.safetensors").keys() == dict(plain.backbone.state_dict()).keys()
@@ -68,6 +67,33 @@ def test_merged_weights_score_as_the_adapters_do(initial, world, tmp_path):
     with torch.no_grad():
         exported = model.RewardModel.from_pretrained(str(tmp_path))(row)
     torch.testing.assert_close(exported, adapted, atol=1e-5, rtol=0)
+
+
+def test_on_a_gpu_the_base_is_bfloat16_and_neither_frequencies_nor_the_export_are(initial):
+    _, _, device = data.start_distributed()
+    plain = model.RewardModel.from_pretrained(initial)
+    reward = model.RewardModel.from_pretrained(initial, empty=True)
+    settings, gpu = SimpleNamespace(freeze_vision=False, lora_rank=4), SimpleNamespace(type="cuda")
+    train.freeze(reward.backbone, settings, gpu)
+    train.shard(reward, reward.backbone, device, in_float32=[reward.head])
+    train.load_weights(reward.backbone, initial, device)
+    for (name, buffer), (_, expected) in zip(
+        reward.backbone.named_buffers(), plain.backbone.named_buffers(), strict=True
+    ):
+        assert torch.equal(buffer, expected), name
+    adapters = {name: m for name, m in reward.named_modules() if isinstance(m, train.LoRALinear)}
+    expected = {}
+    for name, adapter in adapters.items():
+        torch.nn.init.normal_(adapter.up.weight.to_local(), std=1e-3)
+        weight = adapter.weight.full_tensor()
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, plain.get_submodule(name).weight.bfloat16())
+        product = adapter.up.weight.full_tensor() @ adapter.down.weight.full_tensor()
+        expected[name] = (weight.float() + product).detach()
+    train.merge_adapters(reward.backbone)
+    for name, weight in expected.items():
+        merged = reward.get_submodule(name).weight.full_tensor()
+        torch.testing.assert_close(merged, weight, atol=1e-6, rtol=0)
 
 
 def test_two_ranks_train_the_adapters_that_one_rank_trains(trained, world, initial, tmp_path):
