@@ -258,10 +258,15 @@ def test_three_steps_on_two_ranks_are_those_on_one(checkpoints, tmp_path):
     for name in checkpoints:
         one, two, before = (weights_in(tmp_path / each / name) for each in ("1", "2", "initial"))
         for key in one:
-            # The gradient of a bias of keys is mostly noise, which AdamW turns into full steps.
-            tolerance = 1e-4 if key.endswith("k_proj.bias") else 1e-6
+            # AdamW magnifies rounding where a gradient is nearly zero: 1.7e-6 was seen with
+            # MKL_CBWR=COMPATIBLE. That of a bias of keys is all rounding.
+            tolerance = 1e-4 if key.endswith("k_proj.bias") else 3e-6
             torch.testing.assert_close(
-                one[key], two[key], atol=tolerance, rtol=0, msg=f"{name}: {key}"
+                one[key],
+                two[key],
+                atol=tolerance,
+                rtol=0,
+                msg=lambda text, name=name, key=key: f"{name}: {key}: {text}",
             )
         moved = [key for key in one if not torch.equal(one[key], before[key])]
         assert len(moved) > 0.9 * len(one), name
