@@ -4,6 +4,7 @@ exported. The checkpoints are tiny and random and have the layout of the publish
 
 import itertools
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +218,7 @@ def test_an_export_loads_without_this_project_and_exports_to_the_same_bits(rewar
     assert again.processors.pixels == reward.processors.pixels
 
 
+OTHER_KERNELS = {"ATEN_CPU_CAPABILITY", "MKL_CBWR", "DNNL_MAX_CPU_ISA"}
 STAGES = """
 import importlib, sys
 data, model, train = (importlib.import_module(name) for name in ("01_data", "02_model", "03_train"))
@@ -258,9 +260,11 @@ def test_three_steps_on_two_ranks_are_those_on_one(checkpoints, tmp_path):
     for name in checkpoints:
         one, two, before = (weights_in(tmp_path / each / name) for each in ("1", "2", "initial"))
         for key in one:
-            # AdamW magnifies rounding where a gradient is nearly zero: 1.7e-6 was seen with
-            # MKL_CBWR=COMPATIBLE. That of a bias of keys is all rounding.
-            tolerance = 1e-4 if key.endswith("k_proj.bias") else 3e-6
+            # AdamW magnifies rounding where a gradient is nearly zero; kernels chosen by the
+            # environment showed 3.6e-6 in one weight. That of a bias of keys is all rounding.
+            tolerance = 1e-5 if OTHER_KERNELS & os.environ.keys() else 1e-6
+            if key.endswith("k_proj.bias"):
+                tolerance = 1e-4
             torch.testing.assert_close(
                 one[key],
                 two[key],
