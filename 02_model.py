@@ -991,8 +991,10 @@ class DecodeRow:
         text_k, text_v = self.texts[layer]  # pkld
         own_k, own_v = self.samples[layer][..., : self.t + 1, :]  # pgktd
         P, G, K, T, D = own_k.shape
-        own_k[..., self.t, :] = key.transpose(1, 2).view(P, G, K, D)
-        own_v[..., self.t, :] = value.transpose(1, 2).view(P, G, K, D)
+        new_key = key.transpose(1, 2).view(P, G, K, D)
+        new_value = value.transpose(1, 2).view(P, G, K, D)
+        own_k[..., self.t, :] = new_key
+        own_v[..., self.t, :] = new_value
         q = query.transpose(1, 2).reshape(P, G, K, -1, D) * scale  # pgksd
         to_text = einsum("pgksd,pkld->pgksl", q, text_k)
         to_text = to_text.masked_fill(self.padding, -math.inf)

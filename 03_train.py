@@ -752,8 +752,8 @@ def export(model, settings: Settings, steps: int, line: dict) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Appendix: LoRA (arXiv 2106.09685). The weights W of the language model's linear layers stay as
-# they are, and a product of two small matrices learns beside each: y = (W + up down) x, unscaled
-# (the paper's alpha is the rank). Trained are these adapters and the reward head; a checkpoint
+# they are, and a product of two small matrices learns beside each: y = (W + up down) x, without a
+# scale (alpha = rank). Trained are these adapters and the reward head; a checkpoint
 # holds nothing else. The export is W + up down. The learning rate is higher than otherwise, 1e-4.
 
 

@@ -73,9 +73,7 @@ def fit_weights(scores: Array, ranks: list[list[int]]) -> dict[str, Array]:
     return {"accuracy": accuracy / accuracy.sum(), "confidence": confidence / confidence.sum()}
 
 
-def score_sets(
-    members: list[str], folders: list[str], device: torch.device, text_only=False
-) -> dict:
+def score_sets(members: list[str], folders: list[str], device, text_only=False) -> dict:
     """Score sets with every member, one after the other: {folder: members x [responses]}."""
     results = {folder: [] for folder in folders}
     for member in members:
@@ -126,8 +124,7 @@ def main(settings: Settings) -> None:
     print(f"\n{evaluation.overall_table(tables)}")
 
     summary = {"members": members, "text_member": text_member, "weights": weights}
-    summary["benchmarks"] = tables
-    text = json.dumps(summary, indent=1, default=Array.tolist)
+    text = json.dumps(summary | {"benchmarks": tables}, indent=1, default=Array.tolist)
     data.write_file(Path(settings.out, "summary.json"), text)
     print("Next: torchrun --standalone --nproc_per_node=2 06_grpo.py")
 
@@ -142,8 +139,7 @@ def language_half(backbone: str, out: str) -> None:
     config = language.config.to_dict()
     for multimodal in ("mrope_section", "mrope_interleaved"):  # on text M-RoPE is RoPE
         config["rope_parameters"].pop(multimodal, None)
-    if half_type := data.FAMILIES[model.config.model_type].half:
-        config["model_type"] = half_type
+    config["model_type"] = data.FAMILIES[model.config.model_type].half or config["model_type"]
     half = AutoModel.from_config(AutoConfig.for_model(**config))
     half.load_state_dict(language.state_dict())
     model_stage.export(half, replace(data.load_processors(backbone), image=None), out)
