@@ -1034,14 +1034,15 @@ def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None):
     ended = torch.zeros_like(last, dtype=torch.bool)
     for t in range(max_new_tokens):
         logits = writer.logits(hidden)  # [samples, vocabulary]
+        probabilities = logits.double().softmax(-1)
         if noise is None:
             chosen = logits.argmax(-1)
         else:
-            cumulative = logits.double().softmax(-1).cumsum(-1)
+            cumulative = probabilities.cumsum(-1)
             threshold = noise[:, t, None] * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
         tokens[:, t] = chosen.masked_fill(ended, -1)
-        chosen_log_p = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+        chosen_log_p = probabilities.gather(-1, chosen[:, None]).log()[:, 0]
         log_p[:, t] = chosen_log_p.masked_fill(ended, 0)
         ended |= chosen == writer.processors.end_token
         if ended.all() or t + 1 == max_new_tokens:

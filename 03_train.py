@@ -549,17 +549,8 @@ def validate(model, comparisons, settings: Settings, device) -> dict[str, float]
     for _, row, pairs in load(comparisons, micro_batches, model, device, workers=0):
         scores = model(row)
         right = (pairs.weight * (scores[pairs.better] > scores[pairs.worse])).sum()
-        count = scores.new_tensor(len(scores))
-        sums += torch.stack(
-            [
-                ranking_loss(scores, pairs),
-                right,
-                pairs.weight.sum(),
-                count,
-                scores.sum(),
-                (scores**2).sum(),
-            ]
-        )
+        sums[:3] += torch.stack([ranking_loss(scores, pairs), right, pairs.weight.sum()])
+        sums[3:] += torch.stack([scores**0, scores, scores**2]).sum(1)
     dist.all_reduce(sums)
     model.train()
     model.reshard()  # without a backward the root stays gathered, which no checkpoint can hold

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 stages = SimpleNamespace(**{name[3:]: importlib.import_module(name) for name in STAGES})
 
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 TINY = str(ROOT / "tests" / "tiny")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of ranks
@@ -187,6 +188,32 @@ def reward_on(backbone: str, seed: int = 1):
 @pytest.fixture(scope="session")
 def reward():
     return reward_on(TINY)
+
+
+@pytest.fixture(scope="session")
+def initial(tmp_path_factory):
+    """A reward model that is not trained; its folder."""
+    folder = str(tmp_path_factory.mktemp("initial"))
+    torch.manual_seed(0)
+    stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings()).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def training_options(world, initial, out, **settings) -> list[str]:
+    """Arguments of 03 for four small steps."""
+    arguments = {"model": initial, "data": world / "data/train", "out": out, "steps": 4}
+    arguments |= {"batch_size": 12, "learning_rate": 3e-4, "checkpoint_every": 0, "warmup": 0.5}
+    return [str(x) for key, value in (arguments | settings).items() for x in (f"--{key}", value)]
+
+
+def run_training(world, initial, out, *more, ranks: int, **settings):
+    """Train; return the exported weights and the lines of metrics.jsonl."""
+    arguments = training_options(world, initial, out, **settings)
+    torchrun("03_train.py", *arguments, *more, ranks=ranks)
+    weights = load_file(out / "model.safetensors") | load_file(out / "reward_head.safetensors")
+    return weights, [json.loads(line) for line in open(out / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="session")

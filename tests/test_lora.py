@@ -1,32 +1,19 @@
 """Stage 3 with --lora_rank: adapters train like any parameter and leave as part of the weights."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, stages, torchrun
+from conftest import TINY, run_training, stages
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 data, model, train = stages.data, stages.model, stages.train
 
 
-@pytest.fixture(scope="module")
-def initial(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("initial"))
-    torch.manual_seed(0)
-    model.RewardModel.from_backbone(TINY, model.HeadSettings()).save_pretrained(folder)
-    return folder
-
-
 def run(world, initial, out, *more, ranks: int):
-    """Train four steps; return the exported weights and the lines of metrics.jsonl."""
-    arguments = ["--model", initial, "--data", world / "data/train", "--out", out, "--steps", 4]
-    arguments += ["--batch_size", 12, "--learning_rate", 3e-3, "--checkpoint_every", 3]
-    torchrun("03_train.py", *arguments, "--lora_rank", 4, *more, ranks=ranks)
-    weights = load_file(out / "model.safetensors") | load_file(out / "reward_head.safetensors")
-    return weights, [json.loads(line) for line in open(out / "metrics.jsonl")]
+    settings = {"lora_rank": 4, "learning_rate": 3e-3, "checkpoint_every": 3}
+    return run_training(world, initial, out, *more, ranks=ranks, **settings)
 
 
 def largest_difference(one: dict, two: dict) -> float:
@@ -61,9 +48,8 @@ def test_merged_weights_score_as_the_adapters_do(initial, world, tmp_path):
         assert (adapted - expected).abs().max() > 0.1
     train.merge_adapters(reward.backbone)
     reward.save_pretrained(str(tmp_path))
-    assert (
-        load_file(tmp_path / "model.safetensors").keys() == dict(plain.backbone.state_dict()).keys()
-    )
+    names = plain.backbone.state_dict().keys()
+    assert load_file(tmp_path / "model.safetensors").keys() == names
     with torch.no_grad():
         exported = model.RewardModel.from_pretrained(str(tmp_path))(row)
     torch.testing.assert_close(exported, adapted, atol=1e-5, rtol=0)

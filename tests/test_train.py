@@ -1,7 +1,6 @@
 """Stage 3: the same gradient on any number of ranks, the same run after an interruption."""
 
 import ast
-import json
 import math
 import os
 import re
@@ -12,32 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, prepare_here, stages, torchrun, write_jsonl
+from conftest import (
+    ROOT,
+    prepare_here,
+    run_training,
+    stages,
+    torchrun,
+    training_options,
+    write_jsonl,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 data, model, train = stages.data, stages.model, stages.train
-
-
-@pytest.fixture(scope="module")
-def initial(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("initial"))
-    torch.manual_seed(0)
-    model.RewardModel.from_backbone(TINY, model.HeadSettings()).save_pretrained(folder)
-    return folder
-
-
-def options(world, initial, out, **settings) -> list[str]:
-    arguments = {"model": initial, "data": world / "data/train", "out": out, "steps": 4}
-    arguments |= {"batch_size": 12, "learning_rate": 3e-4, "checkpoint_every": 0, "warmup": 0.5}
-    return [str(x) for key, value in (arguments | settings).items() for x in (f"--{key}", value)]
-
-
-def run(world, initial, out, *more, ranks: int, **settings):
-    """Train; return the exported weights and the lines of metrics.jsonl."""
-    torchrun("03_train.py", *options(world, initial, out, **settings), *more, ranks=ranks)
-    weights = load_file(out / "model.safetensors") | load_file(out / "reward_head.safetensors")
-    return weights, [json.loads(line) for line in open(out / "metrics.jsonl")]
 
 
 def assert_close(one: dict, two: dict, tolerance: float, title: str = "") -> None:
@@ -124,13 +110,13 @@ def test_the_gradient_of_a_step_is_plain_autograds_on_1_2_and_3_ranks(world, ini
 def finished(world, initial, tmp_path_factory):
     """Four steps on two ranks, a checkpoint after each, right after a validation."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    return out, run(world, initial, out, ranks=2, checkpoint_every=1, validate_every=1)
+    return out, run_training(world, initial, out, ranks=2, checkpoint_every=1, validate_every=1)
 
 
 def test_a_run_is_the_same_on_1_and_2_ranks_and_on_2_replicas_of_2_and_goes_on_on_3(
     finished, world, initial, tmp_path
 ):
-    one = run(world, initial, tmp_path / "one", ranks=1, checkpoint_every=3)
+    one = run_training(world, initial, tmp_path / "one", ranks=1, checkpoint_every=3)
     assert_same_run(one, finished[1], 1e-5)
     validations = [lines[-1]["validation_accuracy"] for _, lines in (one, finished[1])]
     assert validations[0] == pytest.approx(validations[1], abs=1e-6)
@@ -140,14 +126,16 @@ def test_a_run_is_the_same_on_1_and_2_ranks_and_on_2_replicas_of_2_and_goes_on_o
     measured = {"mean": scores.mean().item(), "deviation": scores.std(correction=0).item()}
     assert trained.trained_with["scores"] == pytest.approx(measured, abs=1e-4)
     hybrid = {"shard_size": 2, "checkpoint_every": 3}
-    assert_same_run(one, run(world, initial, tmp_path / "four", ranks=4, **hybrid), 1e-5)
+    assert_same_run(one, run_training(world, initial, tmp_path / "four", ranks=4, **hybrid), 1e-5)
 
     def size(folder):
         files = (tmp_path / folder).glob("checkpoints/*/*.safetensors")
         return sum(path.stat().st_size for path in files)
 
     assert size("four") == pytest.approx(size("one"), rel=0.1), "replicas share what is written"
-    resumed = run(world, initial, tmp_path / "four", "--resume", ranks=3, checkpoint_every=3)
+    resumed = run_training(
+        world, initial, tmp_path / "four", "--resume", ranks=3, checkpoint_every=3
+    )
     assert_same_run(one, resumed, 1e-5)
 
 
@@ -156,7 +144,7 @@ def test_a_run_resumed_on_as_many_ranks_is_the_same_bit_by_bit(finished, world, 
     shutil.rmtree(out / "checkpoints/step_000003")
     (out / "checkpoints/.writing_000003").mkdir()  # a killed run was at that
     more = {"checkpoint_every": 1, "validate_every": 1}
-    assert_same_run(finished[1], run(world, initial, out, "--resume", ranks=2, **more), 0)
+    assert_same_run(finished[1], run_training(world, initial, out, "--resume", ranks=2, **more), 0)
     assert kills.results_of(out) == kills.results_of(finished[0])
 
 
@@ -168,7 +156,7 @@ def test_two_checkpoints_stay_of_nothing_but_safetensors_and_json(finished):
 
 def test_a_second_training_continues_with_the_trained_head(finished, world, tmp_path):
     more = {"steps": 1, "learning_rate": 0, "weight_decay": 0, "batch_size": 64}
-    arguments = options(world, finished[0], tmp_path / "second", **more)
+    arguments = training_options(world, finished[0], tmp_path / "second", **more)
     done = torchrun("03_train.py", *arguments, ranks=1)
     assert "Next: torchrun --standalone --nproc_per_node=2 04_eval.py" in done.stdout
     assert "run with its head, trained on" in done.stdout
@@ -178,7 +166,7 @@ def test_a_second_training_continues_with_the_trained_head(finished, world, tmp_
 
 
 def test_a_frozen_vision_tower_does_not_move_and_the_rest_does(world, initial, tmp_path):
-    weights, _ = run(world, initial, tmp_path, "--freeze_vision", ranks=2, steps=2)
+    weights, _ = run_training(world, initial, tmp_path, "--freeze_vision", ranks=2, steps=2)
     start = load_file(f"{initial}/model.safetensors")
     for name in start:
         moved = not torch.equal(weights[name], start[name])
@@ -220,16 +208,16 @@ def test_sigterm_to_one_rank_ends_the_run_with_a_checkpoint_and_it_goes_on(
     world, initial, tmp_path
 ):
     more = {"steps": 8, "checkpoint_every": 1000, "validate_every": 0}
-    whole = run(world, initial, tmp_path / "whole", ranks=2, **more)
+    whole = run_training(world, initial, tmp_path / "whole", ranks=2, **more)
     out = tmp_path / "ended"
     (tmp_path / "03_train.py").write_text(TERMINATED)
-    arguments = [*options(world, initial, out, **more), "--resume"]
+    arguments = [*training_options(world, initial, out, **more), "--resume"]
     done = torchrun(tmp_path / "03_train.py", *arguments, check=False)
     message = r"03_train.py: stopped by SIGTERM after step (\d+); continue with --resume"
     (step,) = re.findall(message, done.stderr)  # once, not from each rank
     assert done.returncode and kills.checkpoints_of(out) == [int(step)]
     assert int(step) == kills.lines_of(out) < 8
-    resumed = run(world, initial, out, "--resume", ranks=1, **more)
+    resumed = run_training(world, initial, out, "--resume", ranks=1, **more)
     assert [line["step"] for line in resumed[1]] == list(range(1, 9))
     assert_same_run(whole, resumed, 1e-5)
 
@@ -296,7 +284,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(
 
     before = content()
     for every, place in ((1, "step_000003"), (0, str(out))):
-        arguments = [*options(world, initial, out, checkpoint_every=every), "--resume"]
+        arguments = [*training_options(world, initial, out, checkpoint_every=every), "--resume"]
         done = torchrun(tmp_path / "03_train.py", *arguments, check=False)
         assert done.returncode and '03_train.py", line' not in done.stderr
         assert done.stderr.count(f"{place}: could not be written") == 1, done.stderr
@@ -321,7 +309,7 @@ def test_resuming_with_another_recipe_or_data_is_refused_by_name_unless_asked_fo
 ):
     out = shutil.copytree(finished[0], tmp_path / "run")
     changed = {"learning_rate": 2e-3, "data": world / "data/train_text", "checkpoint_every": 1}
-    arguments = [*options(world, initial, out, **changed), "--resume"]
+    arguments = [*training_options(world, initial, out, **changed), "--resume"]
     done = torchrun("03_train.py", *arguments, ranks=1, check=False)
     assert done.returncode and '03_train.py", line' not in done.stderr
     for change in ("learning_rate was 0.0003, is 0.002", "data was", "content of the data was"):
@@ -455,7 +443,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
 )
 def test_a_mistake_ends_in_one_line_once(arguments, message, world, initial):
     arguments = [argument.format(world=world) for argument in arguments]
-    defaults = options(world, initial, world / "out", steps=1)
+    defaults = training_options(world, initial, world / "out", steps=1)
     done = torchrun("03_train.py", *defaults, *arguments, ranks=3, check=False)
     assert done.returncode and '03_train.py", line' not in done.stderr, done.stderr
     assert done.stderr.count(message) == 1, done.stderr

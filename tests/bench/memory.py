@@ -14,7 +14,6 @@ import argparse
 import gc
 import importlib
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -31,18 +30,6 @@ data, model_stage, training = common.data, common.model_stage, common.training
 VOCABULARY = 151_936
 
 
-def reset_peak() -> None:
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
-
-
-def peak_over(before: float) -> float:
-    """MB of anonymous memory at the peak, above `before`; files count as they do now."""
-    status = Path("/proc/self/status").read_text()
-    sizes = {key: int(size) for key, size in re.findall(r"(\w+):\s+(\d+) kB", status)}
-    return (sizes["VmHWM"] - sizes["RssFile"] - sizes["RssShmem"]) * 1024 / 1e6 - before
-
-
 def log_probabilities(at_once: int) -> float:
     grpo = importlib.import_module("06_grpo")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
@@ -57,40 +44,37 @@ def log_probabilities(at_once: int) -> float:
     answers = [rng.integers(0, VOCABULARY, 512) for _ in range(8)]
     row = model_stage.pack_tokens([rng.integers(0, VOCABULARY, 200)], [answers])
     model_stage.LOGITS_AT_ONCE = at_once
-    reset_peak()
-    before = loading.anonymous_memory()
-    log_p, _ = policy(row)
-    log_p.mean().backward()
-    return peak_over(before)
+    with loading.Watched() as watched:
+        log_p, _ = policy(row)
+        log_p.mean().backward()
+    return watched.peak - watched.before
 
 
 def training_step(lora_rank: int) -> float:
     _, _, device = data.start_distributed()
-    reset_peak()
     before = loading.anonymous_memory()
     with tempfile.TemporaryDirectory() as folder:
         loading.write_checkpoint(Path(folder), layers=8)
-        reset_peak()
         settings = training.Settings(model=folder, lora_rank=lora_rank)
         model = model_stage.RewardModel.from_pretrained(folder, empty=True)
         training.freeze(model.backbone, settings, device)
         training.shard(model, model.backbone, device, in_float32=[model.head])
         training.load_weights(model.backbone, folder, device)
     optimizer = training.make_optimizer(model, settings)
-    reset_peak()  # rank 0 has read a whole copy
     rng = np.random.default_rng(0)
     answers = [rng.integers(0, 500, 64) for _ in range(2)]
     row = model_stage.pack_tokens([rng.integers(0, 500, 128)], [answers])
-    for _ in range(2):
-        scores = model(row)
-        (-torch.nn.functional.logsigmoid(scores[0] - scores[1])).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    peak = peak_over(before)
+    gc.collect()  # rank 0 has read a whole copy
+    with loading.Watched() as watched:
+        for _ in range(2):
+            scores = model(row)
+            (-torch.nn.functional.logsigmoid(scores[0] - scores[1])).backward()
+            optimizer.step()
+            optimizer.zero_grad()
     del model, optimizer
     gc.collect()
     dist.destroy_process_group()
-    return peak
+    return watched.peak - before
 
 
 CASES = {
