@@ -17,7 +17,7 @@ In    Lines like the one above; or a published set, by its name in SOURCES; or n
       the embedded world draws coloured shapes, asks about them and knows the answers.
 Out   artifacts/data/<name>/: shards of comparisons; index.safetensors, their lengths; dataset.json,
       how they were made; rejected.jsonl, every unusable line with its file, number and reason.
-      Lines read = comparisons kept or held out + lines rejected, always.
+      Lines read = lines kept or held out + lines rejected, always.
 
 The idea: everything in the recipe compares responses to the *same* prompt. A training pair has
 N = 2 responses, a ranking or a benchmark item any N, a group of GRPO rollouts N = G, a question to
@@ -50,7 +50,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -65,7 +65,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgume
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils.hub import cached_file
 
-FORMAT = 4  # of the shards; raise it when their layout changes
+FORMAT = 5  # of the shards; raise it when their layout changes
 
 
 @dataclass
@@ -89,6 +89,11 @@ class Comparison:
     def pairs(self) -> list[tuple[int, int]]:
         """(better, worse) for all pairs of responses that do not tie."""
         return ordered_pairs(self.ranks)
+
+    @property
+    def weight(self) -> int:
+        """How many comparisons it counts as: the pairs that it was joined of (appendix), or 1."""
+        return self.record.get("joined", 1)
 
     @property
     def length(self) -> int:
@@ -229,7 +234,7 @@ def prepare(name: str, lines, processors, settings, holdout: float, within=None)
     A chunk of `shard_size` lines becomes one file, whose name has a hash of lines and settings: an
     interrupted run finds its files and continues. A finished set (it has a dataset.json) is made
     anew, since pictures may have changed. The result does not depend on the number of ranks. Memory
-    does not grow with the number of lines, except for the index: 20 bytes a comparison, 8 an image.
+    does not grow with the number of lines, except for the index: 24 bytes a comparison, 8 an image.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     names = [name, f"{name}_holdout"] if holdout > 0 else [name]
@@ -273,30 +278,42 @@ def encode_chunk(chunk: list[Line], processors, settings, holdout: float, within
         side = held_out if share < holdout else kept
         side.append(comparison)
         unused.update(sorted(record.keys() - USED))
-    return kept, held_out, {"rejected": rejected, "unused": unused}
+    notes = {"rejected": rejected, "unused": unused}
+    if settings.join:
+        kept, notes["joined"] = join_pairs(kept)  # in the appendix
+    return kept, held_out, notes
 
 
 def main(settings: Settings) -> None:
     processors = load_processors(settings.backbone, settings.max_pixels)
+    if settings.judge_request and not settings.source:
+        raise UserError("--judge_request: give the pairs by --source")
     if settings.mix:
         settings.source += mix_sources(settings.mix, settings.mix_folder)
     name = "train"  # the embedded world's training set
     if settings.source:
         name = settings.name or settings.mix or default_name(settings.source[0])
         parts = [open_source(source, settings.seed) for source in settings.source]
-        holdout = 0 if official_metric(settings.source) else settings.holdout  # benchmarks: whole
+        holdout = settings.holdout
+        if official_metric(settings.source) or settings.judge_request:
+            holdout = 0  # a benchmark stays whole; two questions of one pair would part
+        settings.join &= holdout > 0
         folders = [data_folder(source) for source in settings.source]
         within = None if settings.allow_outside else folders
-        prepare(name, itertools.chain(*parts), processors, settings, holdout, within)
+        lines = itertools.chain(*parts)
+        if settings.judge_request:
+            lines = as_judge_questions(lines, settings.judge_request)
+        prepare(name, lines, processors, settings, holdout, within)
     else:
+        settings.join = False
         for part, lines, holdout in world_sets(settings):
             prepare(part, lines, processors, settings, holdout)
     if dist.get_rank() == 0:
         folder = Path(settings.out, name)
-        if len(Comparisons(folder)):
+        if len(Comparisons(folder)) and not settings.judge_request:
             option = f" --data {folder}" if settings.source else ""
             print(f"Next: torchrun --standalone --nproc_per_node=2 02_model.py{option}")
-        else:
+        elif not len(Comparisons(folder)):
             print(f"{folder} is empty: nothing to go on with; rejected.jsonl has the reasons")
 
 
@@ -327,11 +344,21 @@ class Settings:
     mix_folder: str = option("", "folder of the mixture's sets, each in a folder owner/name")
     out: str = option("artifacts/data", "folder that gets a folder for each data set")
     name: str = option("", "name of the data set; empty: that of the mixture or the first source")
-    backbone: str = option("tests/tiny", "checkpoint with the tokenizer and image processor")
+    backbone: str = option(
+        "tests/tiny/qwen2_5_vl", "checkpoint with the tokenizer and image processor"
+    )
     max_length: int = option(4096, "most tokens of a prompt and a response; longer is rejected")
     max_pixels: int = option(501760, "larger images are scaled down; 0: the backbone's own limit")
     holdout: float = option(0.05, "share of the prompts that go to <name>_holdout, for validation")
     without_images: bool = option(False, "leave out all images, keep the text")
+    judge_request: str = option(
+        "", "make of each pair two questions to a judge, for 06: 'Which is better, A or B?'"
+    )
+    join: bool = option(
+        True,
+        "unless --holdout is 0: make consecutive pairs of one prompt one comparison, if together "
+        "they are a ranking; 03 then counts it as one of a batch, with the weight of its pairs",
+    )
     allow_outside: bool = option(False, "also read images outside the folders of --source")
     shard_size: int = option(512, "lines of input that make one shard")
     world_size: float = option(1.0, "size of the embedded world, as a multiple of the default")
@@ -494,6 +521,7 @@ INDEX = {  # numbers of each comparison or image, for planning and for overlap c
     "tokens": np.int32,
     "patches": np.int32,
     "response_counts": np.int32,
+    "weights": np.int32,
     "prompt_hashes": np.uint64,
     "image_hashes": np.uint64,
 }
@@ -523,6 +551,7 @@ def write_shard(path: Path, comparisons: list[Comparison], image_token=None, **n
         index["tokens"].append(c.length)
         index["patches"].append(c.grids.prod(1).sum())
         index["response_counts"].append(len(c.responses))
+        index["weights"].append(c.weight)
         index["prompt_hashes"].append(prompt_hash(c.prompt, image_token))
     index["image_hashes"] = list(map(hash_of, images))
     images = [np.frombuffer(image, np.uint8) for image in images]
@@ -599,6 +628,10 @@ class Comparisons(torch.utils.data.Dataset):
         """N of every comparison, [len(self)]."""
         return self.index["response_counts"][self.numbers]
 
+    def weights(self) -> np.ndarray:
+        """Pairs that every comparison was joined of, or 1, [len(self)]."""
+        return self.index["weights"][self.numbers]
+
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the packed row and image patches of every comparison, [len(self)] each."""
         return self.index["tokens"][self.numbers], self.index["patches"][self.numbers]
@@ -630,7 +663,7 @@ def remove_finished(folders: list[Path]) -> None:
 def chunk_key(chunk: list[Line], processors, settings, holdout: float) -> str:
     """Hash all that the shards of a chunk are made of. Files count by size and time."""
     lines = [(file, number) for file, number, _ in chunk]
-    files = {file for file, _ in lines} | {__file__, str(WORLD)}
+    files = {file for file, _ in lines} | {__file__, str(WORLD), str(WORLD_SAMPLES)}
     stats = [os.stat(file) for file in sorted(files) if os.path.exists(file)]
     times = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     options = vars(settings) | {"out": "", "holdout": holdout}
@@ -641,7 +674,7 @@ def chunk_key(chunk: list[Line], processors, settings, holdout: float) -> str:
 def finish(folders: list[Path], shards: list[str], processors, settings) -> None:
     """Write rejected.jsonl, index.safetensors and dataset.json; print a summary."""
     sizes = {folder: [] for folder in folders}  # (shard, number of comparisons)
-    counts, rejected, unused = Counter(), 0, Counter()
+    counts, rejected, unused, joined = Counter(), 0, Counter(), Counter()
     with in_place_of(folders[0] / "rejected.jsonl") as temporary, open(temporary, "w") as file:
         for folder, shard in itertools.product(folders, shards):
             with reading(folder / shard), safe_open(folder / shard, framework="np") as opened:
@@ -649,10 +682,11 @@ def finish(folders: list[Path], shards: list[str], processors, settings) -> None
             sizes[folder].append((shard, notes["comparisons"]))
             counts[folder] += notes["comparisons"]
             unused.update(notes.get("unused", {}))
+            joined.update(notes.get("joined", {}))
             for line in notes.get("rejected", []):
                 file.write(json.dumps(line) + "\n")
                 rejected += 1
-    kept = counts.total()
+    kept = counts.total() + joined["pairs"] - joined["comparisons"]  # lines
     info = vars(settings) | {
         "format": FORMAT,
         "read": kept + rejected,
@@ -674,11 +708,80 @@ def finish(folders: list[Path], shards: list[str], processors, settings) -> None
         with_images += np.count_nonzero(Comparisons(folder).sizes()[1])
 
     summary = f"read {kept + rejected} = kept {kept} + rejected {rejected}"
-    held_out = f"{kept - counts[folders[0]]} held out"
+    held_out = f"{counts.total() - counts[folders[0]]} held out"
     images = "WITHOUT IMAGES" if settings.without_images else f"{with_images} with pictures"
     print(f"{folders[0]}: {summary}; {held_out}, {images}", flush=True)
+    if joined:
+        share = joined["tokens"] / joined["tokens before"]
+        made = f"{joined['pairs']} pairs became {joined['comparisons']} comparisons"
+        print(f"  joined: {made} with {share:.0%} of their tokens")
     for name, count in sorted(unused.items()):
         print(f"  not used: {name} ({count} lines)")
+
+
+# Pairs of one prompt. In sets whose prompts have several ranked responses, a line is often one pair
+# of them, and all pairs of a prompt follow one another.
+
+
+JOINED_TOKENS = 8192  # at most, so that a joined comparison fits 03's default --micro_tokens
+
+
+def join_pairs(comparisons: list[Comparison]) -> tuple[list[Comparison], dict[str, int]]:
+    """Join consecutive pairs of one prompt where they are all the pairs of a ranking.
+
+    Returns the comparisons, and how many pairs became how many comparisons, with tokens of both.
+    """
+    joined = []
+    counts = Counter()
+    for _, same_prompt in itertools.groupby(comparisons, prompt_and_labels):
+        pairs = list(same_prompt)
+        together = as_ranking(pairs)
+        joined += together
+        if len(together) < len(pairs):
+            counts["pairs"] += len(pairs)
+            counts["comparisons"] += 1
+            counts["tokens before"] += sum(pair.length for pair in pairs)
+            counts["tokens"] += together[0].length
+    return joined, counts
+
+
+def prompt_and_labels(comparison: Comparison) -> tuple:
+    labels = [comparison.record.get(name) for name in ("source", "category", "group", "answer")]
+    return comparison.prompt.tobytes(), comparison.images, labels
+
+
+def as_ranking(pairs: list[Comparison]) -> list[Comparison]:
+    """Return one comparison if the pairs are all those of a ranking with ties, else the pairs.
+
+    Its weight is their number, so in the loss each pair counts as before.
+    """
+    if len(pairs) < 2 or any(pair.ranks != [1, 2] for pair in pairs):
+        return pairs
+    first = pairs[0]
+    responses, characters, critiques = {}, {}, {}
+    beats = []  # (better, worse)
+    for pair in pairs:
+        keys = [response.tobytes() for response in pair.responses]
+        responses |= zip(keys, pair.responses)
+        characters |= zip(keys, pair.record["characters"])
+        for key, critique in zip(keys, pair.record.get("critiques", [])):
+            if critiques.setdefault(key, critique) != critique:  # each says something of its pair
+                return pairs
+        beats.append(tuple(keys))
+    names = list(responses)
+    lost = Counter(worse for _, worse in beats)
+    ranks = [1 + lost[name] for name in names]  # after all that are better
+    implied = [(names[i], names[j]) for i, j in ordered_pairs(ranks)]
+    if sorted(implied) != sorted(beats):
+        return pairs
+    tokens = len(first.prompt) + sum(map(len, responses.values()))
+    if tokens > JOINED_TOKENS:
+        return pairs
+    record = first.record | {"joined": len(pairs), "characters": list(characters.values())}
+    record.pop("critiques", None)
+    if len(critiques) == len(responses):
+        record["critiques"] = [critiques[name] for name in names]
+    return [replace(first, responses=list(responses.values()), ranks=ranks, record=record)]
 
 
 def write_index(folder: Path, shards: list[tuple[str, int]]) -> None:
@@ -1253,6 +1356,8 @@ def open_source(source: str, seed: int = 0) -> Iterator[Line]:
         if path not in parts or not 1 <= limit < math.inf:
             form = f"world:PART@COUNT, PART one of {', '.join(parts)}"
             raise UserError(f"--source {source}: should be {form}")
+        if limit > (there_are := embedded_world().lines_of(path, "train")):
+            raise UserError(f"--source {source}: there are {there_are}")
         return read_world(path, "train", int(limit), str(seed))
     entry, path = SOURCES[name], locate(name, path)
     if entry.read:
@@ -1270,6 +1375,32 @@ def open_source(source: str, seed: int = 0) -> Iterator[Line]:
 
 def add_source(name: str, read: Callable[[], dict]) -> dict:
     return {"source": name} | read()
+
+
+def as_judge_questions(lines: Iterator[Line], request: str) -> Iterator[Line]:
+    """Make each line two questions, with the better response as A and as B."""
+    for file, number, read in lines:
+        for answer in "AB":
+            yield file, number, partial(judge_question, read, request, answer)
+
+
+def judge_question(read: Callable[[], dict], request: str, answer: str) -> dict:
+    """Make a pair, or the best and the worst of a ranking, a question whose answer is a letter.
+
+    It reads as in a judge of 02, so 06 with --reward rule trains such a judge.
+    """
+    record = read()
+    check(record, RECORD)
+    texts, ranks = responses_of(record)
+    require(texts, "no responses to compare")
+    best = texts[ranks.index(min(ranks))]
+    worst = texts[ranks.index(max(ranks))]
+    first, second = (best, worst) if answer == "A" else (worst, best)
+    turns = check_messages(record["prompt"])
+    turns.append({"role": "assistant", "content": f"A:\n{first} B:\n{second}"})
+    turns.append({"role": "user", "content": request})
+    kept = {key: record[key] for key in ("id", "source", "category", "images") if key in record}
+    return kept | {"prompt": turns, "answer": answer, "rule": "verdict"}
 
 
 def data_folder(source: str) -> Path:
@@ -1304,6 +1435,7 @@ def official_metric(sources: list[str]) -> str:
 # The embedded world: it draws pictures, asks about them, and knows the answers.
 
 WORLD = Path(__file__).parent / "tests" / "tiny" / "world.py"
+WORLD_SAMPLES = WORLD.with_name("sampled.jsonl.gz")
 
 
 @lru_cache
@@ -1327,7 +1459,8 @@ def world_sets(settings: Settings) -> Iterator[tuple[str, Iterator[Line], float]
     for name, (parts, holdout) in embedded_world().SETS.items():
         lines = []
         for source, split, count in parts:
-            count = int(count * settings.world_size)
+            there_are = embedded_world().lines_of(source, split)
+            count = int(min(count * settings.world_size, there_are))
             lines.append(read_world(source, split, count, f"{settings.seed}/{name}"))
         yield name, itertools.chain(*lines), holdout
 
@@ -1649,6 +1782,7 @@ def llmbar(row, file):
 RULES = {  # kind: (form of the answers that it can check, types of the rule's further fields)
     "text": (r"(?s).*\w.*", {}),
     "letter": (r"[A-Z]", {"options": list}),
+    "verdict": (r"A|B", {}),
     "yes_no": (r"(?i)yes|no", {}),
     "number": (r".*\d.*", {"type": str, "precision": int, "unit": str}),
 }

@@ -1069,9 +1069,10 @@ def texts_of(tokens: Tensor, processors: Processors) -> list[str]:
 #   [prompt | response 1, request, critique 1 | response 2, request, critique 2 | ...]
 # - A judge (kind "generative") reads two responses and answers A or B. Ordered pairs take the place
 #   of responses: [prompt | A: 1, B: 2, request, letter | A: 2, B: 1, request, letter | ...]
-#   It writes no rationale: one token is the cheapest such judge, and its score is exact.
+#   One token is the cheapest such judge. With --rationale it first writes a critique of each.
 
 REQUESTS = {"critic": "Is it right? Explain.", "generative": "Which is better, A or B?"}
+VERDICT = "\nAnswer:\n"  # between a judge's rationale and its letter
 
 
 @dataclass
@@ -1079,7 +1080,7 @@ class Rewrite(Comparison):
     """A comparison whose responses end in a request and in the text that the model has to write."""
 
     learned: list[np.ndarray] = field(default_factory=list)  # [R] per response: the loss weight of
-    # each token, 0 for tokens to read; they sum to 1, so that each comparison counts once
+    # each token, 0 for tokens to read; they sum to the comparison's weight
     judged: list[tuple[int, int]] = field(default_factory=list)  # a judge's (better, worse)
 
     @property
@@ -1142,7 +1143,7 @@ def with_critiques(comparison: Comparison, critiques: list, request) -> Rewrite:
     for response, critique in zip(comparison.responses, critiques):
         responses.append(np.concatenate([response, request, critique]))
         weight = np.zeros(len(responses[-1]))
-        weight[-len(critique) :] = 1 / total
+        weight[-len(critique) :] = comparison.weight / total
         learned.append(weight)
     fields = vars(comparison) | {"responses": responses, "learned": learned}
     return Rewrite(**fields)
@@ -1155,25 +1156,50 @@ def with_data_critiques(comparison: Comparison, request, processors: Processors)
     return with_critiques(comparison, critiques, request)
 
 
-def in_ordered_pairs(comparison: Comparison, request, processors: Processors) -> Rewrite:
-    """Show a judge all ordered pairs of responses, each with the letter of the better one."""
+def in_ordered_pairs(
+    comparison: Comparison, request, processors: Processors, rationales: list[str] | None = None
+) -> Rewrite:
+    """Show a judge all ordered pairs of responses, each with the letter of the better one.
+
+    A rationale for each pair, if given, stands before the letter and bears half of the loss.
+    """
     encode = partial(data.tokenize_text, tokenizer=processors.tokenizer)
     ranks = comparison.ranks or [1] * len(comparison.responses)
     pairs = list(itertools.permutations(range(len(ranks)), 2))  # (response A, response B)
+    if comparison.ranks:  # a tie teaches nothing
+        pairs = [(i, j) for i, j in pairs if ranks[i] != ranks[j]]
     responses, learned, judged = [], [], []
-    for i, j in pairs:
+    for k, (i, j) in enumerate(pairs):
         first = comparison.responses[i][:-1]  # no end-of-turn token: the turn goes on
         second = comparison.responses[j]
         letter = "A" if ranks[i] < ranks[j] else "B"
-        parts = [encode("A:\n"), first, encode("\nB:\n"), second, request, encode(letter)]
+        reason = encode(rationales[k] + VERDICT) if rationales else encode("")
+        parts = [encode("A:\n"), first, encode(" B:\n"), second, request, reason, encode(letter)]
         responses.append(np.concatenate(parts).astype(np.int32))
-        learned.append(np.zeros(len(responses[-1])))
+        weight = np.zeros(len(responses[-1]))
+        weight[-1] = 1.0
+        if rationales:
+            weight[-1] = 0.5
+            weight[-1 - len(reason) : -1] = 0.5 / len(reason)
+        learned.append(weight)
         if ranks[i] < ranks[j]:
-            judged.append((pairs.index((i, j)), pairs.index((j, i))))
-    for k in itertools.chain.from_iterable(judged):  # a tie teaches nothing
-        learned[k][-1] = 0.5 / len(judged)
+            judged.append((k, pairs.index((j, i))))
+    share = comparison.weight / max(1, 2 * len(judged))
+    learned = [share * weight for weight in learned]
     fields = vars(comparison) | {"responses": responses, "learned": learned, "judged": judged}
     return Rewrite(**fields)
+
+
+def with_data_rationales(comparison: Comparison, request, processors: Processors) -> Rewrite:
+    """Make rationales of the data's critiques; without critiques no pair is left."""
+    critiques = comparison.record.get("critiques")
+    if not critiques:
+        return Rewrite(**vars(comparison) | {"responses": []})
+    rationales = []
+    for i, j in itertools.permutations(range(len(critiques)), 2):
+        if comparison.ranks[i] != comparison.ranks[j]:
+            rationales.append(f"A: {critiques[i]}\nB: {critiques[j]}")
+    return in_ordered_pairs(comparison, request, processors, rationales)
 
 
 class RequestModel(RewardModel):
@@ -1183,7 +1209,8 @@ class RequestModel(RewardModel):
 
     def __init__(self, backbone, head, processors, trained_with=None, asks=None):
         super().__init__(backbone, head, processors, trained_with)
-        self.asks = asks  # {"request": text, "critique_tokens": longest critique}
+        # {"request": text, "critique_tokens": most tokens, "rationale": bool}
+        self.asks = {"rationale": False} | asks
         self.request = turn_after_answer(asks["request"], processors)  # token ids
         self.rewrite = partial(self.rewriting, request=self.request, processors=processors)
 
@@ -1195,6 +1222,7 @@ class RequestModel(RewardModel):
         head = new_head(backbone, settings) if cls is Critic else None
         request = settings.request or REQUESTS[cls.kind]
         asks = {"request": request, "critique_tokens": settings.critique_tokens}
+        asks["rationale"] = settings.rationale
         return cls(backbone, head, data.load_processors(path, max_pixels), asks=asks)
 
     @classmethod
@@ -1215,6 +1243,19 @@ class RequestModel(RewardModel):
             return scores
         return scores, written.log_probabilities(self.backbone, hidden)
 
+    @torch.inference_mode()
+    def continue_responses(self, comparisons, micro_tokens) -> list[list[int]]:
+        """Continue each response by greedy decoding; return new token ids, cut at the limit."""
+        writer = Writer(self.backbone, self.processors).to(self.device)
+        texts = []
+        for part in split_into_rows(comparisons, micro_tokens):
+            tokens, _ = write(writer, self.row_of(part), 1, self.asks["critique_tokens"])
+            self.cost.update(written=int((tokens >= 0).sum()))
+            for sample in tokens[:, 0].tolist():
+                no_text = (-1, self.processors.end_token)
+                texts.append([token for token in sample if token not in no_text])
+        return texts
+
 
 class Critic(RequestModel):
     """Scores each response at the end of a critique, which it writes first."""
@@ -1225,23 +1266,15 @@ class Critic(RequestModel):
     def scores(self, hidden: Tensor, row: PackedRow) -> Tensor:
         return self.head(hidden[row.last])  # [N]
 
-    @torch.inference_mode()
     def write_critiques(self, comparisons, micro_tokens=8192) -> list:
-        """Write a critique of each response by greedy decoding: token ids, cut at the limit."""
-        end = self.processors.end_token
-        writer = Writer(self.backbone, self.processors).to(self.device)
-        requests, critiques = [], []
+        """Write a critique of each response: token ids that end in <|im_end|>."""
+        requests = []
         for comparison in comparisons:
             responses = [np.concatenate([r, self.request]) for r in comparison.responses]
             requests.append(replace(comparison, responses=responses))
-        for part in split_into_rows(requests, micro_tokens):
-            tokens, _ = write(writer, self.row_of(part), 1, self.asks["critique_tokens"])
-            written = int((tokens >= 0).sum())
-            self.cost.update(written=written)
-            for sample in tokens[:, 0].tolist():
-                text = [token for token in sample if token not in (-1, end)]
-                critiques.append(np.array([*text, end], np.int32))
-        return critiques
+        end = self.processors.end_token
+        texts = self.continue_responses(requests, micro_tokens)
+        return [np.array([*text, end], np.int32) for text in texts]
 
     def score_encoded(self, comparisons, micro_tokens=8192):
         critiques = iter(self.write_critiques(comparisons, micro_tokens))
@@ -1258,10 +1291,16 @@ class Judge(RequestModel):
     S(i, j) is the difference of the letters' log-odds, averaged over both orders, so S(j, i) is
     -S(i, j). A response's score is the sum of S over all others, which is how the paper turns
     R1-Reward into a reward (Table 11).
+
+    With --rationale it first writes, and the log-odds are those behind what it wrote. It is then an
+    R1-Reward if 06 trained it: see the end of 06's docstring.
     """
 
     kind = "generative"
-    rewriting = staticmethod(in_ordered_pairs)
+
+    @property
+    def rewriting(self):
+        return with_data_rationales if self.asks["rationale"] else in_ordered_pairs
 
     def scores(self, hidden: Tensor, row: PackedRow) -> Tensor:
         """Return the log-odds of A over B, [ordered pairs], in float32 like a head's scores."""
@@ -1272,13 +1311,19 @@ class Judge(RequestModel):
 
     def score_encoded(self, comparisons, micro_tokens=8192):
         """As in RewardModel. A policy repeats itself, so equal responses are read once."""
-        rewrites, places, scores = [], [], []
+        unlike, places, scores = [], [], []
         for comparison in comparisons:
             texts = [response.tobytes() for response in comparison.responses]
             unique = dict(zip(texts, comparison.responses))
             places.append([list(unique).index(text) for text in texts])
-            bare = replace(comparison, responses=list(unique.values()), ranks=[])
-            rewrites.append(self.rewrite(bare))
+            unlike.append(replace(comparison, responses=list(unique.values()), ranks=[]))
+        in_pairs = partial(in_ordered_pairs, request=self.request, processors=self.processors)
+        rewrites = [in_pairs(comparison) for comparison in unlike]
+        if self.asks["rationale"]:
+            rationales = iter(self.write_rationales(rewrites, micro_tokens))
+            for k, (comparison, rewrite) in enumerate(zip(unlike, rewrites)):
+                own = list(itertools.islice(rationales, len(rewrite.responses)))
+                rewrites[k] = in_pairs(comparison, rationales=own)
         odds = super().score_encoded(rewrites, micro_tokens)  # [ordered pairs]
         counts = [len(rewrite.responses) for rewrite in rewrites]
         for place, pairs in zip(places, odds.split(counts)):
@@ -1288,6 +1333,16 @@ class Judge(RequestModel):
             S = (table - table.T) / 2
             scores.append(S[place][:, place].sum(1))  # [N]
         return torch.cat([odds[:0], *scores])
+
+    def write_rationales(self, rewrites, micro_tokens) -> list[str]:
+        """Write a rationale for each pair, up to the verdict."""
+        requests = []
+        for rewrite in rewrites:
+            without_letter = [response[:-1] for response in rewrite.responses]
+            requests.append(replace(rewrite, responses=without_letter))
+        texts = self.continue_responses(requests, micro_tokens)
+        decode = self.processors.tokenizer.decode
+        return [decode(text).split(VERDICT)[0] for text in texts]
 
 
 KINDS = {"naive": RewardModel, "critic": Critic, "generative": Judge}
@@ -1421,12 +1476,15 @@ class HeadSettings:
         "naive", "score the response (paper's choice), or a critique of it, or answer A or B"
     )
     request: str = option("", "critic, generative: what to ask; '': what the tiny backbone knows")
-    critique_tokens: int = option(96, "critic: longest critique, in tokens")
+    critique_tokens: int = option(160, "critic, --rationale: longest text, in tokens")
+    rationale: bool = option(False, "generative: write critiques of both responses, then A or B")
 
 
 @dataclass
 class Settings(HeadSettings):
-    backbone: str = option("tests/tiny", "checkpoint in Hugging Face layout: folder or hub name")
+    backbone: str = option(
+        "tests/tiny/qwen2_5_vl", "checkpoint in Hugging Face layout: folder or hub name"
+    )
     out: str = option("artifacts/model", "folder for the new reward model")
     data: str = option("artifacts/data/train", "prepared data to show one comparison of; '': none")
     seed: int = option(0, "seed of the head's initial weights")

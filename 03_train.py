@@ -92,18 +92,18 @@ class MicroBatch:
     step: int
     indices: list[int]  # of one rank's comparisons; if none, `load` packs a token nobody scores
     last: bool  # of its step
-    step_size: int  # comparisons of the whole step, over all ranks and micro-batches
+    step_size: int  # weight of the whole step's comparisons, over all ranks and micro-batches
     dummy_image: bool  # another rank has an image here and this one has none
     loads: list[int]  # cost of each rank in this micro-batch
 
 
-def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> list[MicroBatch]:
+def plan(steps, tokens, patches, micro_tokens, rank, world, weights=None) -> list[MicroBatch]:
     """Deal the comparisons of each step to micro-batches and ranks; return those of one rank.
 
     All ranks get equally many micro-batches, since FSDP's all-gathers need all ranks, and about
     equal work, since all wait for the slowest. A rank without an image would skip the vision tower
     while the others wait in the tower's all-gather forever: it reads a blank one (`dummy_image`),
-    whose gradient is zero. `steps` are lists of indices; `tokens` and `patches` [n] are sizes.
+    whose gradient is zero. `steps` are lists of indices; `tokens`, `patches`, `weights` are [n].
 
     Example: 2 ranks, a budget of 6, costs 5, 4, 3, 2, 2. Two bins would hold 12 of these 16, so
     there are two rounds, four bins: [5], [4], [3], [2, 2]. By cost, the ranks read [5] and [4] in
@@ -118,6 +118,7 @@ def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> li
     for step, indices in enumerate(steps):
         rounds = max(1, math.ceil(work(indices) / (micro_tokens * world)))
         bins = deal(indices, cost, rounds * world)
+        size = len(indices) if weights is None else int(weights[indices].sum())
         budget = max([micro_tokens, *cost[indices]])  # one long comparison may exceed micro_tokens
         while max(map(work, bins)) > budget:  # ends, since at last each bin holds one comparison
             rounds += 1
@@ -129,7 +130,7 @@ def plan(steps, tokens, patches, micro_tokens: int, rank: int, world: int) -> li
             dummy = any(has_image) and not has_image[rank]
             loads = list(map(work, together))
             last = k == rounds - 1
-            micro_batches.append(MicroBatch(step, together[rank], last, len(indices), dummy, loads))
+            micro_batches.append(MicroBatch(step, together[rank], last, size, dummy, loads))
     return micro_batches
 
 
@@ -143,7 +144,7 @@ class Pairs:
 
     better: Tensor  # [pairs]
     worse: Tensor  # [pairs]
-    weight: Tensor  # [pairs] 1 / (pairs of the same comparison): each comparison counts once
+    weight: Tensor  # [pairs] the comparison's weight (1 if not joined), divided by its pairs
     lengths: Tensor  # [N] tokens of each response
 
     def to(self, device: torch.device) -> "Pairs":
@@ -158,7 +159,7 @@ def pairs_of(comparisons: list) -> Pairs:
         pairs = comparison.pairs
         better += [start + i for i, _ in pairs]
         worse += [start + j for _, j in pairs]
-        weight += [1 / max(1, len(pairs))] * len(pairs)
+        weight += [comparison.weight / max(1, len(pairs))] * len(pairs)
         lengths += map(len, comparison.responses)
     index = partial(torch.tensor, dtype=torch.long)
     return Pairs(index(better), index(worse), torch.tensor(weight), index(lengths))
@@ -243,9 +244,7 @@ def make_optimizer(model: nn.Module, settings: "Settings") -> torch.optim.AdamW:
     vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
     betas = (0.9, settings.beta2)
     optimizer = torch.optim.AdamW([matrices, vectors], settings.learning_rate, betas, fused=True)
-    for p in trained:  # what AdamW does in its first step
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    allocate_moments(optimizer, trained)  # in the appendix
     return optimizer
 
 
@@ -260,9 +259,9 @@ class Recipe:
     model: str = option("artifacts/model", "reward model from 02, or a trained one to continue")
     data: list[str] = option([], "comparisons (01), repeatable; none: artifacts/data/train")
     steps: int = option(0, "optimizer steps; 0: as many as --epochs take")
-    epochs: float = option(2.0, "passes over the data if --steps is 0 (authors: 1)")
+    epochs: float = option(1.0, "passes over the data if --steps is 0 (authors: 1)")
     batch_size: int = option(64, "comparisons per step, over all ranks (paper: 128)")
-    learning_rate: float = option(2e-4, "peak learning rate of AdamW (paper: 3e-6, for 7B)")
+    learning_rate: float = option(4e-4, "peak learning rate of AdamW (paper: 3e-6, for 7B)")
     warmup: float = option(0.05, "fraction of the steps for linear warm-up (authors: 0.05)")
     weight_decay: float = option(0.1, "AdamW weight decay, matrices only (authors: 0.1)")
     beta2: float = option(0.95, "AdamW beta2 (authors: 0.95)")
@@ -294,14 +293,14 @@ def train(settings: "Settings") -> dict:
     comparisons, held_out = open_data(settings, model.processors, model.rewrite)
     tokens, patches = comparisons.sizes()
     order = order_of_training(len(comparisons), settings)
-    micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world)
+    ranks = rank, world, comparisons.weights()
+    micro_batches = plan(order, tokens, patches, settings.micro_tokens, *ranks)
 
     freeze(model.backbone, settings, device)  # b
     heads = [module for module in model.modules() if isinstance(module, model_stage.RewardHead)]
     recompute = settings.activation_checkpointing
-    shard(
-        model, model.backbone, device, recompute, heads, settings.shard_size, settings.compile
-    )  # c
+    options = recompute, heads, settings.shard_size, settings.compile
+    shard(model, model.backbone, device, *options)  # c
     load_weights(model.backbone, settings.model, device)  # d, like b in the appendix
     optimizer = make_optimizer(model, settings)  # e
 
@@ -353,7 +352,7 @@ def train(settings: "Settings") -> dict:
         line = {
             "step": step,
             "loss": loss,
-            "accuracy": accuracy,  # fraction of right pairs, a mean over comparisons
+            "accuracy": accuracy,  # fraction of right pairs, a weighted mean over comparisons
             "margin": margin,  # mean score of the better response minus the worse
             "grad_norm": norm,  # before clipping
             "learning_rate": optimizer.param_groups[0]["lr"],
@@ -470,6 +469,9 @@ class Mixture(ConcatDataset):
         """Tokens and image patches of all comparisons, [2, n]."""
         return np.hstack([part.sizes() for part in self.datasets])
 
+    def weights(self) -> np.ndarray:
+        return np.concatenate([part.weights() for part in self.datasets])
+
 
 def open_data(settings: Settings, processors, rewrite=None) -> tuple:
     """Open the comparisons to train on, and those to validate on or None."""
@@ -558,7 +560,7 @@ def validate(model, comparisons, settings: Settings, device) -> dict[str, float]
     mean, square = (sums[4:] / sums[3]).tolist()
     return {
         "validation_loss": loss,
-        VALIDATION_ACCURACY[model.kind]: accuracy,
+        validation_accuracy_of(model): accuracy,
         "score_mean": mean,
         "score_deviation": math.sqrt(max(0, square - mean**2)),
     }
@@ -569,19 +571,28 @@ def validate(model, comparisons, settings: Settings, device) -> dict[str, float]
 
 
 def describe_run(settings: Settings) -> dict:
-    """Say what the weights follow from: the recipe, and a hash of how the data was made and of the
-    lengths, prompts and images of all comparisons."""
+    """Say what the weights follow from: the recipe, data and model."""
     run = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Recipe)}
-    files = [
-        Path(folder, name)
-        for folder in settings.data
-        for name in ("dataset.json", "index.safetensors")
-    ]
-    content = b"".join(file.read_bytes() for file in files)
-    run["content of the data"] = f"{data.hash_of(content):016x}"
+    run["content of the data"] = hash_of_data(settings.data)
     head = Path(settings.model, model_stage.HEAD_FILE)  # stands for the model, if it is replaced
     run["head of the model"] = f"{data.hash_of(head.read_bytes()):016x}"
     return run
+
+
+def allocate_moments(optimizer: torch.optim.Optimizer, trained: Iterable[Tensor]) -> None:
+    """Do what AdamW does in its first step."""
+    for p in trained:
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+
+
+def hash_of_data(folders: list[str]) -> str:
+    """Hash how data was made, and the lengths, prompts and images of all comparisons."""
+    content = b""
+    for folder in folders:
+        for name in ("dataset.json", "index.safetensors"):
+            content += Path(folder, name).read_bytes()
+    return f"{data.hash_of(content):016x}"
 
 
 def mesh_of(device: torch.device, shard_size: int = 0):
@@ -634,13 +645,16 @@ def freeze(backbone: nn.Module, settings: Settings, device: torch.device) -> Non
         add_adapters(backbone, settings.lora_rank)
 
 
-def begin(settings: Settings, state: dict, run: dict) -> int:
-    """Ready --out, with --resume load its newest checkpoint, and return the steps that are done."""
+def begin(settings: Settings, state: dict, run: dict, last_file=model_stage.HEAD_FILE) -> int:
+    """Ready --out, with --resume load its newest checkpoint, and return the steps that are done.
+
+    `last_file` is what a run writes at its end: where it is newer, the run of a checkpoint ended.
+    """
     folder = Path(settings.out, "checkpoints")
     newest = max(folder.glob("step_*"), default=None)
-    head = Path(settings.out, model_stage.HEAD_FILE)
-    exported = newest and head.is_file() and head.stat().st_mtime > newest.stat().st_mtime
-    if newest and not exported and not settings.resume:
+    last = Path(settings.out, last_file)
+    ended = newest and last.is_file() and last.stat().st_mtime > newest.stat().st_mtime
+    if newest and not ended and not settings.resume:
         raise UserError(f"{newest}: of a run that has not ended; --resume it, or remove {folder}")
     step = 0
     if newest and settings.resume:
@@ -797,7 +811,8 @@ def merge_adapters(backbone: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Appendix: critics and judges (02, --kind). A critic also learns to write the critiques of the
-# data; a judge learns only to write the letter of the better response, for both orders.
+# data; a judge learns to write the letter of the better response, for both orders, and with
+# --rationale the critiques before it.
 
 
 class Rewritten(Dataset):
@@ -818,7 +833,8 @@ class Rewritten(Dataset):
         lengths = lengths.cpu().numpy()
         self.chosen = np.flatnonzero(lengths)
         self.shape = lengths[self.chosen], patches[self.chosen]
-        needs = "a critic needs critiques, one for each response, and a judge two responses"
+        self.weight = comparisons.weights()[self.chosen]
+        needs = "a critic needs a critique of each response, a judge two, or with --rationale both"
         if not len(self.chosen):
             raise UserError(f"no comparison to learn from: {needs}")
         left_out = len(lengths) - len(self.chosen)
@@ -834,6 +850,9 @@ class Rewritten(Dataset):
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
         return self.shape
 
+    def weights(self) -> np.ndarray:
+        return self.weight
+
 
 def critic_loss(model, row, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
     scores, log_p = model(row, row.written)
@@ -847,9 +866,13 @@ def judge_loss(model, row, pairs: Pairs, settings: Settings) -> tuple[Tensor, Te
 
 
 LOSSES = {"naive": loss_and_scores, "critic": critic_loss, "generative": judge_loss}
-VALIDATION_ACCURACY = dict.fromkeys(LOSSES, "validation_accuracy")
-# The data's critiques give away which response is better. Only 04 makes a critic write its own.
-VALIDATION_ACCURACY["critic"] += "_with_given_critiques"
+
+
+def validation_accuracy_of(model) -> str:
+    """Name it. The data's critiques give away which response is better; 04 makes a model write."""
+    if model.kind == "critic" or model.kind == "generative" and model.asks["rationale"]:
+        return "validation_accuracy_with_given_critiques"
+    return "validation_accuracy"
 
 
 # --------------------------------------------------------------------------------------------------

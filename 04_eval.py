@@ -45,7 +45,7 @@ Comparisons = data.Comparisons
 UserError = data.UserError
 Reward = model_stage.Reward  # a RewardModel, or the router of two
 
-HELD_OUT = ("new_scenes", "unseen_combinations", "new_text")
+HELD_OUT = ("new_scenes", "unseen_combinations", "new_text", "policy_answers")
 DEFAULT_BENCHMARKS = [f"artifacts/data/{name}" for name in HELD_OUT]
 
 Array = np.ndarray

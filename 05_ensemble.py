@@ -3,15 +3,15 @@
     torchrun --standalone --nproc_per_node=2 05_ensemble.py
     torchrun --standalone --nproc_per_node=2 05_ensemble.py --member A --member B --text_member C
 
-In    Reward models (03). Without --member: artifacts/reward, a second one trained here on other
-      data, and a text-only one trained here from the language half of the backbone.
+In    Reward models (03). Without --member: artifacts/reward, a second one on another backbone and
+      a text-only one on the language half of the first backbone, both trained here.
 Out   A table of members and combinations; artifacts/ensemble/summary.json and the new members.
 
-Models of different data should err on different items, so their mean errs less. The paper finds the
-plain mean of raw scores better than means weighted by accuracy or confidence (mean |margin|),
-fitted on 1,000 held-out training pairs; and it routes inputs without images to a reward model on a
-text-only LLM. It leaves the weights' formula open: here each is divided by its sum. Scores have no
-common scale, and the widest are the loudest in a plain mean: see the printed spread.
+Models on different backbones should err on different items, so their mean errs less. The paper
+finds the plain mean of raw scores better than means weighted by accuracy or confidence (mean
+|margin|), fitted on 1,000 held-out training pairs; and it routes inputs without images to a reward
+model on a text-only LLM. It leaves the weights' formula open: here each is divided by its sum.
+Scores have no common scale, and the widest are the loudest in a plain mean: see the printed spread.
 """
 
 import importlib
@@ -39,9 +39,10 @@ class Settings:
     heldout: str = option("artifacts/data/train_holdout", "training pairs to fit weights on")
     benchmark: list[str] = option([], "prepared comparisons, repeatable; none: the held-out sets")
     out: str = option("artifacts/ensemble", "folder for summary.json and the new members")
-    backbone: str = option("tests/tiny", "backbone of the new members")
-    steps: int = option(0, "training steps of a new member; 0: two passes over its data")
-    learning_rate: float = option(2e-4, "learning rate of the new members")
+    backbone: str = option("tests/tiny/qwen2_vl", "backbone of the new second member")
+    text_backbone: str = option("tests/tiny/qwen2_5_vl", "its language half is the text-only one's")
+    steps: int = option(0, "training steps of a new member; 0: one pass over its data")
+    learning_rate: float = option(4e-4, "learning rate of the new members")
     seed: int = option(1, "seed of the new members")
 
 
@@ -150,18 +151,17 @@ def train_members(settings: Settings) -> tuple[list[str], str]:
     half = f"{settings.out}/language_half"
     recipe = {name: getattr(settings, name) for name in ("steps", "learning_rate", "seed")}
     if dist.get_rank() == 0:
-        language_half(settings.backbone, half)
-    new = {"second": (settings.backbone, "train_other"), "text": (half, "train_text")}
+        language_half(settings.text_backbone, half)
+    new = {"second": (settings.backbone, "train"), "text": (half, "train_text")}
     for name, (backbone, train_data) in new.items():
         out = f"{settings.out}/{name}"
-        train_data = f"artifacts/data/{train_data}"
         if dist.get_rank() == 0:
             torch.manual_seed(settings.seed)
             model = model_stage.RewardModel.from_backbone(backbone, model_stage.HeadSettings())
             model.save_pretrained(f"{out}/initial")
             print(f"\n{name}: {backbone} on {train_data}", flush=True)
         dist.barrier()
-        recipe |= {"model": f"{out}/initial", "data": [train_data], "out": out}
+        recipe |= {"model": f"{out}/initial", "data": [f"artifacts/data/{train_data}"], "out": out}
         training.train(training.Settings(**recipe, validate_every=0, checkpoint_every=0))
     return ["artifacts/reward", f"{settings.out}/second"], f"{settings.out}/text"
 

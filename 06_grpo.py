@@ -5,8 +5,8 @@
 
 In    A policy (a vision-language model with its LM head), a reward model (03), and prepared
       questions (01): closed ones carry an `answer` that a rule can check, open ones do not.
-Out   artifacts/policy/: the trained policy in the Hugging Face layout, metrics.jsonl, and results
-      before and after training: evaluation.json (fractions), samples.jsonl (held-out responses).
+Out   artifacts/policy/: the trained policy in the Hugging Face layout, metrics.jsonl, checkpoints,
+      results before and after: evaluation.json (fractions), samples.jsonl (held-out responses).
 
 GRPO (DeepSeekMath, arXiv 2402.03300): the policy samples G responses to a prompt, each gets a
 reward, and those above their group's mean become likelier. The mean is the baseline, so there is no
@@ -36,6 +36,10 @@ Compared with the published algorithm (reasons stand at the functions):
     (PPO, DAPO's clip-higher, GSPO 2507.18071, CISPO 2506.13585) would be inert.
   - Sampling: by the code that trains, with a KV cache, not by an inference server.
   - Kept: the KL divergence to the reference policy, a frozen copy of the first policy.
+
+R1-Reward is itself trained by reinforcement. Here: 01 --judge_request makes pairs questions, 06
+--reward rule trains a judge of 03 to answer them, and 02 --kind generative makes a judge of the
+result, with --rationale if the first was; --request says the same as --judge_request.
 """
 
 import importlib
@@ -272,18 +276,17 @@ def train(settings):
     training.shard(policy, policy.lm, device)
     training.load_weights(policy.lm, settings.backbone, device)
     optimizer = AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    save, start = ready_to_resume(settings, policy, optimizer)  # with --resume; in the appendix
     before = evaluate(actor, held_out, settings)
+    copy_weights(policy, actor)
 
     order = training.order_of_training(len(questions), settings)  # [steps][B]
-    log = Path(settings.out, "metrics.jsonl")
-    if rank == 0:
-        data.write_file(log, "")
-    progress = tqdm(order, desc="grpo", unit=" step", disable=rank > 0)
-    for step, indices in enumerate(progress):
+    progress = tqdm(range(start, len(order)), desc="grpo", unit=" step", disable=rank > 0)
+    for step in progress:
         # 1. Rollout. Each prompt has a seed: samples do not depend on the number of ranks.
         times = [time.perf_counter()]
         prompts, noise = [], []
-        for i in indices:
+        for i in order[step]:
             prompts.append(questions[i])
             generator = np.random.default_rng([settings.seed, step, i])
             noise.append(generator.random((settings.group_size, settings.max_new_tokens)))
@@ -311,9 +314,7 @@ def train(settings):
         updated = update(policy, reference, optimizer, *inputs, settings)
 
         # 5. Copy the sharded weights to the actor, so the next rollouts come from the new policy.
-        with torch.no_grad():
-            for target, source in zip(actor.parameters(), policy.parameters()):
-                target.copy_(source.full_tensor())
+        copy_weights(policy, actor)
         times.append(time.perf_counter())
 
         # 6. Log.
@@ -322,7 +323,8 @@ def train(settings):
         line |= open_grade(prompts, texts)
         line["seconds_sample"], line["seconds_judge"], line["seconds_update"] = np.diff(times)
         if rank == 0:
-            data.append_line(log, line)
+            data.append_line(Path(settings.out, "metrics.jsonl"), line)
+        save(step + 1)
         progress.set_postfix(reward=f"{line['reward']:.3f}", match=f"{line['match']:.2f}")
 
     after = evaluate(actor, held_out, settings)
@@ -339,7 +341,7 @@ def train(settings):
 
 @dataclass
 class Settings:
-    backbone: str = option("tests/tiny", "policy to start from (paper: Qwen2.5-VL-3B)")
+    backbone: str = option("tests/tiny/policy", "policy to start from (paper: Qwen2.5-VL-3B)")
     model: str = option("artifacts/reward", "reward model")
     text_model: str = option("", "text-only reward model for prompts without images; '' for none")
     data: str = option("artifacts/data/questions", "prepared questions to train on")
@@ -352,7 +354,7 @@ class Settings:
     max_new_tokens: int = option(96, "longest response, in tokens")
     rollout_batch: int = option(64, "prompts a rank samples from at a time; bounds the KV cache")
     temperature: float = option(1.0, "of sampling, and of the probabilities in the loss")
-    learning_rate: float = option(1e-4, "AdamW's; 5 steps of warm-up, linear decay (3B: 1e-6)")
+    learning_rate: float = option(4e-4, "AdamW's; 5 steps of warm-up, linear decay (3B: 1e-6)")
     advantage: Literal["centred", "batch", "group"] = option(
         "centred", "reward - group mean, divided by nothing or by the deviation in batch or group"
     )
@@ -365,6 +367,9 @@ class Settings:
     kl_coefficient: float = option(0.1, "weight of the KL divergence to the reference policy")
     clip: float = option(1.0, "largest gradient norm")
     micro_tokens: int = option(8192, "tokens of one forward on one rank; less needs less memory")
+    checkpoint_every: int = option(50, "steps between checkpoints (two stay); 0: none")
+    resume: bool = option(False, "continue from the newest checkpoint in --out, if there is one")
+    resume_changed: bool = option(False, "with --resume: even if settings or data have changed")
     evaluate_size: int = option(400, "held-out questions to evaluate on; 0: all, as published")
     export_dtype: Literal["fp32", "bf16"] = option("fp32", "dtype of the exported policy")
     export_file_size: str = option("5GB", "largest file of the export")
@@ -384,6 +389,38 @@ def open_questions(settings, models):
     if not len(sets[0]):
         raise UserError(f"{settings.data}: no questions to train on")
     return sets if settings.benchmark else (sets[0], [])
+
+
+@torch.no_grad()
+def copy_weights(policy, actor):
+    """Gather the sharded policy's weights in the actor."""
+    for target, source in zip(actor.parameters(), policy.parameters()):
+        target.copy_(source.full_tensor())
+
+
+# A run follows from its settings but for these, its data, and the models, which count by path.
+UNRELATED = ("out", "checkpoint_every", "resume", "resume_changed", "benchmark", "evaluate_size")
+UNRELATED += ("micro_tokens", "rollout_batch", "export_dtype", "export_file_size")
+
+
+def ready_to_resume(settings, policy, optimizer):
+    """With --resume load the newest checkpoint; return what saves one, and the steps done.
+
+    A checkpoint is one of 03: the policy and AdamW's moments. All else follows from the step.
+    """
+    training.allocate_moments(optimizer, policy.parameters())
+    state = training.training_state(policy, optimizer)
+    run = dict(vars(settings))
+    for name in UNRELATED:
+        del run[name]
+    run["content of the data"] = training.hash_of_data([settings.data])
+    start = training.begin(settings, state, run, last_file="evaluation.json")
+
+    def save(step):
+        if step % (settings.checkpoint_every or math.inf) == 0 and step < settings.steps:
+            training.save_checkpoint(Path(settings.out, "checkpoints"), step, state, run)
+
+    return save, start
 
 
 def evaluate(policy, questions, settings):
@@ -525,6 +562,11 @@ def read_letter(text, rule):
     return None
 
 
+def read_verdict(text, rule):
+    """Read a judge's letter, alone or behind the words that end its rationale (02)."""
+    return re.findall(rf"(?:^|{model_stage.VERDICT})([AB])\W*$", text)
+
+
 def read_yes_no(text, rule):
     """Read the first word, or the one after "the answer is". (MME finds a "no" in "None".)"""
     return re.findall(r"^\W*(?:the answer is|answer:)?\W*(yes|no)\b", text.lower())
@@ -558,7 +600,13 @@ def read_number(text, rule):
     return numbers[-1:]
 
 
-RULES = {"text": read_text, "letter": read_letter, "yes_no": read_yes_no, "number": read_number}
+RULES = {
+    "text": read_text,
+    "letter": read_letter,
+    "verdict": read_verdict,
+    "yes_no": read_yes_no,
+    "number": read_number,
+}
 METRICS = ("accuracy", "circular", "mme")  # of benchmarks for policies
 JUDGES = ("llava-in-the-wild", "wildvision")  # benchmarks that need a judge model
 MME_COGNITION = (

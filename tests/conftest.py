@@ -27,7 +27,7 @@ stages = SimpleNamespace(**{name[3:]: importlib.import_module(name) for name in 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-TINY = str(ROOT / "tests" / "tiny")
+TINY = str(ROOT / "tests" / "tiny" / "qwen2_5_vl")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of ranks
 CAN_FORK = (
     sys.platform == "linux" and not torch.cuda.is_available()
@@ -98,7 +98,7 @@ def prepare_here(**settings) -> None:
     """01 in this process."""
     stages.data.start_distributed()
     try:
-        stages.data.main(stages.data.Settings(holdout=0, **settings))
+        stages.data.main(stages.data.Settings(**{"holdout": 0, **settings}))
     finally:
         stages.data.dist.destroy_process_group()
 
@@ -181,7 +181,7 @@ def reward_on(backbone: str, seed: int = 1):
     """A reward model on a backbone with a new head whose scores differ visibly."""
     torch.manual_seed(seed)
     model = stages.model.RewardModel.from_backbone(backbone, stages.model.HeadSettings()).eval()
-    torch.nn.init.normal_(model.head.mlp[-1].weight, std=1.0)
+    torch.nn.init.normal_(model.head.mlp[-1].weight, std=0.5)
     return model
 
 
@@ -204,7 +204,7 @@ def initial(tmp_path_factory):
 def training_options(world, initial, out, **settings) -> list[str]:
     """Arguments of 03 for four small steps."""
     arguments = {"model": initial, "data": world / "data/train", "out": out, "steps": 4}
-    arguments |= {"batch_size": 12, "learning_rate": 3e-4, "checkpoint_every": 0, "warmup": 0.5}
+    arguments |= {"batch_size": 12, "learning_rate": 1e-4, "checkpoint_every": 0, "warmup": 0.5}
     return [str(x) for key, value in (arguments | settings).items() for x in (f"--{key}", value)]
 
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ("new_scenes", "unseen_combinations", "new_text")
+BENCHMARKS = ("new_scenes", "unseen_combinations", "new_text", "policy_answers")
 
 
 def run(seed: int, ranks: int) -> dict:

@@ -9,7 +9,6 @@ import os
 import shutil
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,9 +154,7 @@ PICTURES = {  # name: (file, (width, height), colour) or (file, reason)
 
 
 def tokens_of(text: str) -> list[int]:
-    return data.tokenize_text(
-        text, data.load_processors(str(Path(__file__).parent / "tiny")).tokenizer
-    )
+    return data.tokenize_text(text, data.load_processors(TINY).tokenizer)
 
 
 def says(text: str):

@@ -205,7 +205,7 @@ def test_ranking_loss(lift):
     comparisons = []
     for ranks in ([1, 2], [2, 1, 3, 2]):
         pairs = stages.data.ordered_pairs(ranks)
-        comparisons.append(SimpleNamespace(responses=[[0]] * len(ranks), pairs=pairs))
+        comparisons.append(SimpleNamespace(responses=[[0]] * len(ranks), pairs=pairs, weight=1))
     loss = copied.ranking_loss(scores, copied.pairs_of(comparisons))
 
     def win(better: int, worse: int) -> torch.Tensor:

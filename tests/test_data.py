@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assistant, picture, stages, torchrun, write_jsonl
+from conftest import TINY, assistant, picture, prepare_here, stages, torchrun, write_jsonl
 
 data = stages.data
 world_of = data.embedded_world()
@@ -182,10 +182,10 @@ def test_the_world_is_a_function_of_its_seed():
 def test_held_out_scenes_and_combinations_never_occur_in_training():
     def scenes(split: str) -> list:
         seeds = (f"{split}{i}" for i in range(1500))
-        return [world_of.draw_cells(world_of.random.Random(seed), split) for seed in seeds]
+        return [world_of.draw_scene(world_of.random.Random(seed), split) for seed in seeds]
 
     def things(scenes: list) -> set:
-        return {thing for scene in scenes for row in scene for thing in row if thing}
+        return {thing for scene in scenes for thing in scene.things()}
 
     train, new, unseen = scenes("train"), scenes("new"), scenes("unseen")
     assert not set(map(repr, train)) & set(map(repr, new + unseen))
@@ -221,20 +221,101 @@ def test_the_flawed_sources_have_their_flaws():
         return longer / (longer + shorter)
 
     assert longer_share("wordy") > 0.7 > 0.6 > longer_share("scenes")
-    noisy = [r for r in records("noisy", "train", 2000) if r["category"] == "yes_no"]
+    noisy = [r for r in records("noisy", "train", 2000) if r.get("answer") in ("Yes", "No")]
     wrong = [not record["chosen"][0]["content"].startswith(record["answer"]) for record in noisy]
     assert 0.18 < np.mean(wrong) < 0.32
+
+
+# ---- pairs of one prompt
+
+
+def lines_of_pairs(pairs: list[str], prompt: str = "Is it red?") -> list[dict]:
+    """Lines whose better and worse answers are the letters of each pair."""
+    return [
+        {"prompt": prompt, "chosen": f"It is {a}.", "rejected": f"It is {b}."} for a, b in pairs
+    ]
+
+
+JOINED = {  # pairs in the order of their lines: ranks of A, B, C, ... or None where they stay pairs
+    ("AB", "AC", "AD", "BC", "BD", "CD"): [1, 2, 3, 4],
+    ("CD", "AD", "BD", "AB", "AC", "BC"): [1, 2, 3, 4],
+    ("AB", "AC"): [1, 2, 2],
+    ("AC", "BC"): [1, 1, 3],
+    ("AB", "BC"): None,  # A against C is not there
+    ("AB", "BC", "CA"): None,  # a circle
+    ("AB", "AB"): None,  # twice the same would count once
+    ("AB", "BA"): None,
+}
+
+
+@pytest.mark.parametrize("pairs", JOINED)
+def test_the_pairs_of_one_prompt_are_joined_if_they_are_all_pairs_of_a_ranking(pairs, tmp_path):
+    lines = lines_of_pairs(pairs) + lines_of_pairs(["AB"], "Is it blue?")
+    source = [str(write_jsonl(tmp_path / "pairs.jsonl", lines))]
+    prepare_here(source=source, out=str(tmp_path), holdout=1e-9)
+    comparisons = data.Comparisons(str(tmp_path / "pairs"))
+    assert comparisons.weights().sum() == len(lines) and comparisons[-1].weight == 1
+    if JOINED[pairs] is None:
+        assert len(comparisons) == len(lines)
+        return
+    joined, _ = comparisons
+    decode = comparisons_text(joined)
+    assert [rank for _, rank in sorted(zip(decode, joined.ranks))] == JOINED[pairs]
+    assert joined.weight == len(pairs) and len(joined.record["characters"]) == len(joined.ranks)
+    for apart in ({"join": False, "holdout": 1e-9}, {}):  # and as a benchmark, --holdout 0
+        prepare_here(source=source, out=str(tmp_path), **apart)
+        assert len(data.Comparisons(str(tmp_path / "pairs"))) == len(lines)
+
+
+def comparisons_text(comparison) -> list[str]:
+    tokenizer = data.load_processors(TINY).tokenizer
+    return [tokenizer.decode(response[:-1]) for response in comparison.responses]
+
+
+def test_pairs_with_critiques_of_their_own_or_too_many_tokens_are_not_joined(tmp_path, monkeypatch):
+    lines = lines_of_pairs(["AB", "AC", "BC"])
+    monkeypatch.setattr(data, "JOINED_TOKENS", 20)
+    source = [str(write_jsonl(tmp_path / "pairs.jsonl", lines))]
+    prepare_here(source=source, out=str(tmp_path), holdout=1e-9)
+    assert len(data.Comparisons(str(tmp_path / "pairs"))) == 3
+    monkeypatch.undo()
+    for critiques, count in ((["Right.", "Wrong."], 3), (["It is.", "It is."], 1)):
+        with_critiques = [line | {"critiques": critiques} for line in lines]
+        source = [str(write_jsonl(tmp_path / "pairs.jsonl", with_critiques))]
+        prepare_here(source=source, out=str(tmp_path), holdout=1e-9)
+        assert len(data.Comparisons(str(tmp_path / "pairs"))) == count
+
+
+def test_the_gradient_of_a_joined_comparison_is_that_of_its_pairs(reward, tmp_path):
+    pairs = lines_of_pairs(["AB", "AC", "AD", "BC", "BD", "CD"])
+    others = lines_of_pairs(["XY"], "Is it blue?")
+    gradients = []
+    for join in (False, True):
+        source = str(write_jsonl(tmp_path / f"{join}.jsonl", pairs + others))
+        prepare_here(source=[source], out=str(tmp_path), join=join, holdout=1e-9)
+        comparisons = data.Comparisons(str(tmp_path / str(join)))
+        order = [list(range(len(comparisons)))]
+        sizes = *comparisons.sizes(), 8192, 0, 1, comparisons.weights()
+        (micro,) = stages.train.plan(order, *sizes)
+        batch, row = stages.train.pack_micro_batch(micro, comparisons, reward.processors)
+        reward.zero_grad()
+        loss = stages.train.ranking_loss(reward(row), stages.train.pairs_of(batch))
+        (loss / micro.step_size).backward()
+        gradients.append([p.grad.clone() for p in reward.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    reward.zero_grad()
 
 
 def test_the_grade_of_a_description_is_1_for_the_truth_and_falls_with_errors():
     for i in range(200):
         rng = world_of.random.Random(i)
-        cells = world_of.draw_cells(rng, "new")
-        places = world_of.places(cells).items()
+        scene = world_of.draw_scene(rng, "new")
+        places = scene.places().items()
         truth = {place: list(thing) for place, thing in places if thing}  # as JSON gives it back
         grades = []
         for errors in (0, 1, 2):
-            text = world_of.describe(cells, errors, rng, "new")
+            text = world_of.describe(scene, errors, rng)
             grades.append(world_of.grade(text, truth))
         assert grades[0] == 1 > grades[1] and grades[2] < 1
     assert world_of.grade("", truth) == world_of.grade("I see nothing at all.", truth) == 0

@@ -2,11 +2,12 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, stages, torchrun
+from conftest import ROOT, TINY, stages, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -238,6 +239,32 @@ def test_standardised_scores_do_not_depend_on_the_scale_of_the_head(reward, comp
         grpo.main(grpo.Settings(model=str(tmp_path), standardise=True))
 
 
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(reward, world, tmp_path):
+    reward.save_pretrained(str(tmp_path / "reward"))
+    options = "--steps 4 --batch_size 4 --group_size 4 --max_new_tokens 16 --evaluate_size 8"
+    options += f" --checkpoint_every 2 --model {tmp_path}/reward --data {world}/data/questions"
+    options = [*options.split(), "--benchmark", world / "data/new_questions"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    torchrun("06_grpo.py", *options, "--out", whole)
+    shutil.copytree(whole, killed)
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["step_000002"]
+    for path in killed.glob("*"):  # what a run that died in its third step leaves behind
+        if path.is_file() and path.name != "metrics.jsonl":
+            path.unlink()
+    with pytest.raises(pytest.fail.Exception, match="step_000002: of a run that has not ended"):
+        torchrun("06_grpo.py", *options, "--out", killed)
+    torchrun("06_grpo.py", *options, "--out", killed, "--resume")
+    expected = load_file(whole / "model.safetensors")
+    resumed = load_file(killed / "model.safetensors")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    for one, two in zip(*(open(out / "metrics.jsonl") for out in (whole, killed)), strict=True):
+        timed = "seconds_sample", "seconds_judge", "seconds_update"
+        lines = [json.loads(line) for line in (one, two)]
+        assert len({str([v for k, v in line.items() if k not in timed]) for line in lines}) == 1
+    for name in ("evaluation.json", "samples.jsonl"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+
+
 def test_two_ranks_train_the_policy_that_one_rank_trains(reward, world, tmp_path):
     reward.save_pretrained(str(tmp_path / "reward"))
     options = "--steps 2 --batch_size 6 --group_size 4 --max_new_tokens 24 --evaluate_size 12"
@@ -249,7 +276,7 @@ def test_two_ranks_train_the_policy_that_one_rank_trains(reward, world, tmp_path
         torchrun("06_grpo.py", *options.split(), "--out", out, ranks=ranks)
         policies.append(load_file(out / "model.safetensors"))
         logs.append([json.loads(line) for line in open(out / "metrics.jsonl")])
-    start = load_file(f"{TINY}/model.safetensors")
+    start = load_file(ROOT / "tests/tiny/policy/model.safetensors")
     assert any((policies[0][name] - start[name]).abs().max() > 1e-5 for name in start)
     for name in start:
         torch.testing.assert_close(policies[0][name], policies[1][name], atol=2e-4, rtol=0)

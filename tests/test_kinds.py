@@ -7,7 +7,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import RESPONSES, TINY, assistant, picture, stages, torchrun, user, write_jsonl
+from conftest import (
+    RESPONSES,
+    TINY,
+    assistant,
+    picture,
+    prepare_here,
+    stages,
+    torchrun,
+    user,
+    write_jsonl,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -175,7 +185,7 @@ def test_a_loaders_process_can_rewrite_comparisons(kind, kinds, comparisons):
 def pair_shown(comparison, i: int, j: int, request, processors) -> list[np.ndarray]:
     """The token ids of the prompt, of responses i and j as A and B, and of the request."""
     before_a, before_b = (
-        np.array(processors.tokenizer.encode(text), np.int32) for text in ("A:\n", "\nB:\n")
+        np.array(processors.tokenizer.encode(text), np.int32) for text in ("A:\n", " B:\n")
     )
     first, second = comparison.responses[i][:-1], comparison.responses[j]
     return [comparison.prompt, before_a, first, before_b, second, request]
@@ -253,6 +263,95 @@ def test_a_judge_learns_the_right_letter_in_both_orders_and_nothing_of_ties(
         _, log_p = judge(row, row.written)
     loss = -(row.written.weight * log_p).sum()
     torch.testing.assert_close(loss, sum(losses) / 4, atol=1e-5, rtol=0)
+
+
+# ---- the judge that writes a rationale, and its training by reinforcement
+
+
+@pytest.fixture(scope="module")
+def reasoner(kinds):
+    """The judge of `kinds`, asked for a rationale."""
+    judge = kinds["generative"]
+    asks = judge.asks | {"rationale": True}
+    return model.Judge(judge.backbone, None, judge.processors, asks=asks).eval()
+
+
+def test_a_judge_with_a_rationale_decides_behind_what_transformers_generates(
+    reasoner, plain, comparisons, processors
+):
+    forbidden = model.Writer(reasoner.backbone, processors).forbidden.tolist()
+    comparison = comparisons[1]
+    how = {"do_sample": False, "max_new_tokens": 14, "suppress_tokens": forbidden}
+    odds = {}
+    for i, j in itertools.permutations(range(3), 2):
+        parts = pair_shown(comparison, i, j, reasoner.request, processors)
+        inputs = plain_inputs(parts, comparison, processors)
+        written = plain.generate(**inputs, **how, eos_token_id=processors.end_token)
+        written = written[0, inputs["input_ids"].shape[1] :].tolist()
+        text = processors.tokenizer.decode([t for t in written if t != processors.end_token])
+        parts.append(np.array(processors.tokenizer.encode(text + "\nAnswer:\n"), np.int32))
+        with torch.no_grad():
+            logits = plain(**plain_inputs(parts, comparison, processors)).logits[0, -1]
+        a, b = (processors.tokenizer.convert_tokens_to_ids(letter) for letter in "AB")
+        odds[i, j] = logits[a] - logits[b]
+    expected = []
+    for i in range(3):
+        expected.append(sum(odds[i, j] - odds[j, i] for j in range(3) if j != i) / 2)
+    found = reasoner.score_encoded([comparison])
+    torch.testing.assert_close(found, torch.stack(expected), atol=2e-5, rtol=0)
+    assert reasoner.cost["written"] > 0
+
+
+def test_a_rationale_bears_half_of_a_judges_loss_and_comes_from_the_datas_critiques(
+    reasoner, comparisons, processors
+):
+    texts = ["Right: a.", "Wrong: b.", "Wrong: c."]
+    fields = vars(comparisons[1]) | {"ranks": [1, 2, 2], "record": {"critiques": texts}}
+    rewritten = reasoner.rewrite(data.Comparison(**fields))
+    letters = sum(learned[-1] for learned in rewritten.learned)
+    assert letters == pytest.approx(0.5) and sum(map(sum, rewritten.learned)) == pytest.approx(1)
+    learned = rewritten.responses[0][rewritten.learned[0] > 0]
+    expected = "A: Right: a.\nB: Wrong: b.\nAnswer:\nA"
+    assert processors.tokenizer.decode(learned) == expected
+    assert len(rewritten.responses) == 4, "the tie of two wrongs teaches nothing"
+    assert not reasoner.rewrite(comparisons[1]).responses  # without critiques
+
+
+def test_a_judges_question_to_a_policy_has_the_tokens_that_the_judge_reads(
+    kinds, tmp_path, processors
+):
+    line = {"prompt": "Is it red?", "responses": ["No.", "Yes, it is.", "Oh"], "ranks": [3, 1, 2]}
+    source = str(write_jsonl(tmp_path / "pairs.jsonl", [line]))
+    request = model.REQUESTS["generative"]
+    prepare_here(source=[source], out=str(tmp_path), judge_request=request)
+    questions = data.Comparisons(str(tmp_path / "pairs"))
+    prompt, _, _ = data.encode_prompt([user("Is it red?")], [], processors)
+    responses = [data.encode_response(text, processors) for text in ("Yes, it is.", "No.")]
+    judged = kinds["generative"].rewrite(data.Comparison(prompt, responses, [1, 2]))
+    for question, shown, letter in zip(questions, judged.responses, "AB", strict=True):
+        assert np.array_equal(question.prompt, np.concatenate([prompt, shown[:-1]]))
+        assert question.record["answer"] == letter
+        rule = question.record["rule"]
+        for text, right in ((letter, True), (f"A: B.\nB: A.\nAnswer:\n{letter}", True)):
+            assert stages.grpo.is_match(text, letter, rule) == right
+        for text in (f"{letter}: Right: there are", f"{letter}: Right.\nAnswer:", "", "AB"):
+            assert not stages.grpo.is_match(text, letter, rule), "cut before the verdict"
+
+
+def test_06_trains_a_judge_that_02_reads_again(reasoner, tmp_path):
+    lines = [{"prompt": "Is it red?", "chosen": "Yes", "rejected": "No", "id": str(i)}
+             for i in range(8)]  # fmt: skip
+    source = str(write_jsonl(tmp_path / "pairs.jsonl", lines))
+    prepare_here(source=[source], out=str(tmp_path), judge_request=model.REQUESTS["generative"])
+    reasoner.save_pretrained(str(tmp_path / "judge"))
+    few = ["--steps", 1, "--batch_size", 4, "--group_size", 4, "--max_new_tokens", 8]
+    few += ["--reward", "rule", "--benchmark", "", "--backbone", tmp_path / "judge"]
+    few += ["--data", tmp_path / "pairs", "--out", tmp_path / "policy"]
+    torchrun("06_grpo.py", *few, ranks=1)
+    trained = model.HeadSettings(kind="generative", rationale=True, critique_tokens=14)
+    judge = model.RewardModel.from_backbone(str(tmp_path / "policy"), trained).eval()
+    scores = judge.score([user("Is it red?")], ["Yes", "No"])
+    assert scores[0] == -scores[1]
 
 
 # ---- read in rows, by a router, as TRL's reward

@@ -1,9 +1,10 @@
 """The studies in miniature: the stages take every run's command lines, results count only for the
-lines that made them, the README has their tables, and backbones of all families can be made."""
+lines and the world that made them, the READMEs have their tables, and backbones can be made."""
 
 import importlib
 import json
 import re
+import shlex
 import sys
 
 import pytest
@@ -22,7 +23,7 @@ SHOWN = set(re.findall(r"<!-- study: (\w+) -->", README))
 def test_every_command_line_of_every_run_is_one_that_its_stage_takes():
     for run in runner.RUNS:
         for line in runner.filled(run, 0):
-            script, *arguments = line.split()
+            script, *arguments = shlex.split(line)
             HfArgumentParser(getattr(stages, script[3:-3]).Settings).parse_args_into_dataclasses(
                 arguments
             )
@@ -30,23 +31,29 @@ def test_every_command_line_of_every_run_is_one_that_its_stage_takes():
 
 
 def test_the_tables_of_the_studies_are_those_of_the_stored_results():
-    assert tables.filled_in(README) == README
+    main_readme = (ROOT / "README.md").read_text()
+    assert tables.filled_in(README) == README and tables.filled_in(main_readme) == main_readme
+    assert "<!-- claims -->" in main_readme
     assert SHOWN == set(runner.STUDIES) and "<!-- costs -->" in README
 
 
-def test_every_row_of_a_study_in_the_readme_stands_on_five_seeds():
+def test_every_figure_of_a_study_in_the_readme_stands_on_five_seeds():
     seeds = {}
     for run, seed in runner.read_results():
         seeds.setdefault(run, set()).add(seed)
     rows = {run for name in SHOWN for _, run, *_ in runner.STUDIES[name].rows}
-    assert {run: len(seeds.get(run, ())) for run in rows if len(seeds.get(run, ())) < 5} == {}
+    assert {run: len(found) for run, found in seeds.items() if run in rows and len(found) < 5} == {}
 
 
-def test_a_result_counts_only_for_the_command_lines_that_made_it(tmp_path, monkeypatch):
+def test_a_result_counts_only_for_the_command_lines_and_the_world_that_made_it(
+    tmp_path, monkeypatch
+):
     line = {"run": "base", "seed": 7, "measured": {}, "commands": runner.filled("base", 7)}
     other = line | {"seed": 8}
+    commands = [line.replace(runner.hash_of_world(), "0000") for line in runner.filled("base", 9)]
+    old = line | {"seed": 9, "commands": commands}
     (tmp_path / "results.jsonl").write_text(
-        "".join(json.dumps(each) + "\n" for each in (line, other))
+        "".join(json.dumps(each) + "\n" for each in (line, other, old))
     )
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results.jsonl")
     assert list(runner.read_results()) == [("base", 7)]
@@ -56,6 +63,21 @@ def test_a_cell_is_the_mean_and_its_standard_error_in_percent():
     assert tables.cell("mean", [0.5, 0.6, 0.7]) == "60.0 ± 5.8"  # 10 / sqrt(3)
     assert tables.cell("mean", [0.5]) == "50.0" and tables.cell("mean", []) == "-"
     assert tables.cell("GFLOP a comparison", [0.13, 0.14]) == "0.135"
+
+
+def test_a_claim_agrees_or_differs_beyond_two_standard_errors_of_the_paired_differences():
+    assert tables.verdict([0.03, 0.02, 0.04]) == "agrees"
+    assert tables.verdict([-0.03, -0.02, -0.04]) == "differs"
+    assert tables.verdict([0.03, -0.02, 0.01]) == "too close to tell"
+    study = runner.Study(["mean"], [runner.Row("a", "x"), runner.Row("b", "y")], [])
+    results = {}  # the seeds differ by far more than the rows
+    for seed, mean in enumerate([0.5, 0.7, 0.9]):
+        results["x", seed] = {"measured": {"mean": mean + 0.01 + seed / 1000}}
+        results["y", seed] = {"measured": {"mean": mean}}
+    claim = runner.Claim("a better than b", "a", "b")
+    assert tables.judged(claim, study, results) == ("+1.1 ± 0.1", "agrees")
+    above_chance = runner.Claim("a above chance", "a", 0.5)
+    assert tables.judged(above_chance, study, results)[1] == "too close to tell"
 
 
 @pytest.mark.parametrize("family", make_tiny.FAMILIES)

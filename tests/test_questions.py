@@ -494,7 +494,7 @@ def test_01_and_06_know_the_same_rules():
 @pytest.mark.parametrize(
     "answer, rule, reason",
     [
-        ("B", "letters", "rule: 'letters'; known are text, letter, yes_no, number"),
+        ("B", "letters", "rule: 'letters'; known are text, letter, verdict, yes_no, number"),
         ("B", {"options": ["red"]}, "rule: None"),
         ("B", ["letter"], "rule: (a list|\\['letter'\\])"),
         ("B", {"kind": "letter", "choices": ["red"]}, "letter with choices"),
@@ -641,7 +641,7 @@ def test_06_writes_answers_in_the_form_that_llavas_judge_reads(tmp_path):
     out = tmp_path / "mine"
     printed = improve(questions, benchmark, out, "--steps 1 --batch_size 1")
     samples = read_lines(out / "samples.jsonl")
-    for when, model in (("before", "tiny"), ("after", "mine")):
+    for when, model in (("before", "policy"), ("after", "mine")):
         lines = read_lines(out / f"answers_{when}.jsonl")
         assert [line.pop("text") for line in lines] == [sample[when] for sample in samples]
         named = {"answer_id": f"{model}-1", "model_id": model, "metadata": {}}

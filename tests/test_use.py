@@ -335,7 +335,7 @@ def test_trl_trains_on_the_scores_and_reads_each_prompt_once(
 
     tokenizer = processors.tokenizer
     torch.manual_seed(0)
-    sizes = {"vocab_size": 576, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = Qwen2Config(**sizes, **tokens, num_attention_heads=2, num_key_value_heads=1)
     policy = AutoModelForCausalLM.from_config(config)

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = str(ROOT / "tests" / "tiny")
+TINY = str(ROOT / "tests" / "tiny" / "qwen2_5_vl")
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 data, model_stage, training = map(importlib.import_module, ("01_data", "02_model", "03_train"))
@@ -198,6 +199,13 @@ def alternate(
             if repetition >= warm_up:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def flops(way: callable) -> int:
+    """Floating-point operations of a way, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        way()
+    return counter.get_total_flops()
 
 
 def median(values: list[float]) -> float:

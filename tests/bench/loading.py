@@ -30,10 +30,7 @@ ROOT, data, model_stage, training = common.ROOT, common.data, common.model_stage
 def write_checkpoint(folder: Path, layers: int) -> None:
     """Write a random reward model with wide layers: bfloat16 as published ones, a file a layer."""
     shutil.copytree(
-        ROOT / "tests/tiny",
-        folder,
-        dirs_exist_ok=True,
-        ignore=shutil.ignore_patterns("*.safetensors"),
+        common.TINY, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors")
     )
     config = json.loads((folder / "config.json").read_text())
     text = {

@@ -30,7 +30,7 @@ import torch.distributed as dist  # noqa: E402
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = str(ROOT / "tests/tiny")
+TINY = str(ROOT / "tests/tiny/qwen2_5_vl")
 sys.path.insert(0, str(ROOT))
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")

@@ -23,7 +23,7 @@ def main() -> None:
     ours, plain = common.make_models(Path(tempfile.mkdtemp()), common.vision_language_config())
     processors = ours.processors
     columns = ["N", "here, seconds", "padded rows, seconds", "one row at a time, seconds"]
-    table = [[*columns, "faster than padded", "than one by one"]]
+    table = [[*columns, "faster than padded", "FLOPs say", "than one by one", "FLOPs say"]]
     for n in (2, 4, 8, 16):
         comparisons = common.make_comparisons(processors, 8, n=n, seed=n)
         row = common.model_stage.pack(comparisons, processors)
@@ -43,11 +43,13 @@ def main() -> None:
             for other in ("padded", "one"):
                 torch.testing.assert_close(ways[other](), scores, atol=1e-5, rtol=1e-5)
             seconds = common.alternate(ways, repetitions=5)
+            operations = {name: common.flops(way) for name, way in ways.items()}
         line = [n]
         for times in seconds.values():
             line.append(f"{common.median(times):.2f} ({common.spread(times)})")
         for other in ("padded", "one"):
             line.append(f"{common.ratio(seconds[other], seconds['ours']):.2f}")
+            line.append(f"{operations[other] / operations['ours']:.2f}")
         table.append(line)
     print(f"\n{common.machine()}\n")
     common.print_table(table)

@@ -3,14 +3,17 @@
     python tests/bench/train_step.py
 
 Multimodal: this codebase against the peers' way (common.py), three batches of 8 pairs with pictures
-of 64-256 tokens, prompts of 20-80, responses of 20-200. Text: against TRL's own RewardTrainer (its
-collator and compute_loss, then backward and AdamW), three batches of 16 pairs with prompts of
-30-250 tokens and responses of 30-350. One process; batches are in memory before the clock starts.
+of 64-256 tokens, prompts of 20-80, responses of 20-200; and three of 4 prompts with 4 ranked
+responses each, against two padded rows for each of the 6 pairs, and against 4 padded rows. Text:
+against TRL's own RewardTrainer (its collator and compute_loss, then backward and AdamW), three
+batches of 16 pairs with prompts of 30-250 tokens and responses of 30-350. One process; batches are
+in memory before the clock starts.
 Losses and gradients are compared first. The ideal is the ratio of floating-point operations, as
 PyTorch counts them in both.
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import common
@@ -18,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, Qwen2Config, Qwen2Model
 from trl import RewardConfig, RewardTrainer
 
@@ -45,10 +47,7 @@ class Way:
             self.optimizer.step()
 
     def flops(self) -> int:
-        with FlopCounterMode(display=False) as counter:
-            for batch in self.batches:
-                self.backward(batch)
-        return counter.get_total_flops()
+        return sum(common.flops(partial(self.backward, batch)) for batch in self.batches)
 
 
 def ours(model, batches: list[list]) -> Way:
@@ -70,6 +69,28 @@ def padded(backbone, head, batches: list[list], processors) -> Way:
     def loss_of(batch):
         chosen, rejected = common.padded_scores(backbone, head, batch).chunk(2)
         return -F.logsigmoid(chosen - rejected).mean()
+
+    parameters = [*backbone.parameters(), *head.parameters()]
+    return Way(parameters, [common.padded_rows(batch, processors) for batch in batches], loss_of)
+
+
+def pairs_apart(batch: list) -> list:
+    """Make a comparison of each pair."""
+    pairs = []
+    for c in batch:
+        for better, worse in c.pairs:
+            responses = [c.responses[better], c.responses[worse]]
+            pairs.append(common.Comparison(c.prompt, responses, [1, 2], c.images, c.grids))
+    return pairs
+
+
+def padded_rankings(backbone, head, batches: list[list], processors) -> Way:
+    """The peers' rows, one for each response, with all pairs of a prompt in the loss."""
+
+    def loss_of(batch):
+        scores = common.padded_scores(backbone, head, batch).view(4, -1)  # [responses, prompts]
+        better, worse = torch.triu_indices(4, 4, 1)  # the first is best
+        return -F.logsigmoid(scores[better] - scores[worse]).mean()
 
     parameters = [*backbone.parameters(), *head.parameters()]
     return Way(parameters, [common.padded_rows(batch, processors) for batch in batches], loss_of)
@@ -100,9 +121,7 @@ def trl(model, batches: list[list], processors, folder: Path) -> Way:
     return Way(model.parameters(), inputs, lambda each: trainer.compute_loss(model, dict(each)))
 
 
-def compare(
-    title: str, name: str, here: Way, there: Way, same: list[tuple], tokens: tuple[int, int]
-) -> list[list]:
+def compare(title: str, name: str, here: Way, there: Way, same: list[tuple]) -> list[list]:
     """Compare losses, and gradients of the `same` parameters; then times, in two table lines."""
     for batch, other in zip(here.batches, there.batches):
         losses = here.backward(batch), there.backward(other)
@@ -111,6 +130,10 @@ def compare(
             torch.testing.assert_close(
                 mine.grad, theirs.grad, atol=1e-4 * float(theirs.grad.abs().max()), rtol=1e-3
             )
+    tokens = (
+        sum(row.input_ids.numel() for row, _ in here.batches),
+        sum(b["input_ids"].numel() for b in there.batches),
+    )
     ideal = there.flops() / here.flops()
     seconds = common.alternate({"there": there, "here": here})
     faster = common.ratio(seconds["there"], seconds["here"])
@@ -146,10 +169,6 @@ def main() -> None:
         return decoder, backbone.visual.blocks[0].mlp.up_proj.weight
 
     same = list(zip(pick(model.backbone), pick(plain)))
-    tokens = (
-        sum(row.input_ids.numel() for row, _ in here.batches),
-        sum(b["input_ids"].numel() for b in there.batches),
-    )
     table = [
         [
             "training step",
@@ -160,7 +179,13 @@ def main() -> None:
             "of what FLOPs say",
         ]
     ]
-    table += compare("pictures", "padded rows", here, there, same, tokens)
+    table += compare("pictures", "padded rows", here, there, same)
+    ranked = [common.make_comparisons(processors, 4, n=4, seed=seed) for seed in range(3)]
+    here = ours(model, ranked)
+    there = padded(plain, head, list(map(pairs_apart, ranked)), processors)
+    table += compare("4 responses", "6 padded pairs", here, there, same)
+    there = padded_rankings(plain, head, ranked, processors)
+    table += compare("4 responses", "4 padded rows", here, there, same)
 
     shape = {
         "hidden_size": 256,
@@ -189,11 +214,7 @@ def main() -> None:
     same = [
         (model.backbone.layers[0].mlp.up_proj.weight, theirs.model.layers[0].mlp.up_proj.weight)
     ]
-    tokens = (
-        sum(row.input_ids.numel() for row, _ in here.batches),
-        sum(b["input_ids"].numel() for b in there.batches),
-    )
-    table += compare("text", "TRL's RewardTrainer", here, there, same, tokens)
+    table += compare("text", "TRL's RewardTrainer", here, there, same)
     print(f"\n{common.machine()}\n")
     common.print_table(table)
 

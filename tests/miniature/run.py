@@ -5,7 +5,7 @@
     python tests/miniature/tables.py               # the README's tables, from results.jsonl
 
 In    Nothing: each seed starts by making its data.
-Out   artifacts/miniature/<seed>/<run>/: what the stages write, and log.txt with what they print.
+Out   artifacts/miniature/<hash of the world>/<seed>/<run>/: what the stages write, and log.txt.
       results.jsonl beside this file: a line for each run and seed, with its command lines. A run
       whose line is there, with the same command lines, is not repeated.
 
@@ -16,17 +16,20 @@ perform the runs in the order of RUNS, so that a run finds the artifacts it need
 import argparse
 import contextlib
 import gc
+import hashlib
 import importlib
 import itertools
 import json
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -35,15 +38,17 @@ from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).with_name("results.jsonl")
-BENCHMARKS = ("new_scenes", "unseen_combinations", "new_text")
+BENCHMARKS = ("new_scenes", "unseen_combinations", "new_text", "policy_answers")
+CATEGORIES = ["perception", "hallucination", "mathematics", "safety"]  # of new_scenes
 
 
 @dataclass
 class Run:
     """One run of a study.
 
-    In `commands`, {work} is the seed's folder, {run} the run's own and {seed} the seed. `measure`
-    reads {name: share} from the run's folder. `needs` names the runs whose artifacts it uses.
+    In `commands`, {root} is the folder of all runs in this world, {work} the seed's, {run} the
+    run's own, and {seed} the seed. `measure` reads {name: share} from the run's folder. `needs`
+    names the runs whose artifacts it uses.
     """
 
     commands: list[str]
@@ -60,13 +65,24 @@ class Row(NamedTuple):
     paper: str = ""  # the paper's figures
 
 
+class Claim(NamedTuple):
+    """A finding of the paper: one row is better than another in a column."""
+
+    text: str
+    better: str  # label of a row
+    worse: str | float  # label of a row, or what guessing would give
+    column: str = "mean"
+
+
 @dataclass
 class Study:
-    """One of the paper's questions."""
+    """One of the paper's questions. Differences are to the first row."""
 
     columns: list[str]  # names of measures
     rows: list[Row]
+    claims: list[Claim]
     paper: str = ""  # names the paper's figures
+    compared: str = "mean"  # the column of the differences
 
 
 # --------------------------------------------------------------------------------------------------
@@ -75,9 +91,11 @@ class Study:
 # The world's sources; each alone is 3,200 comparisons.
 SOURCES = ("scenes", "captions", "noisy", "wordy", "text")
 SELECTED = {"scenes": 2400, "captions": 160, "text": 640}  # without the two flawed ones
-# 80 steps of 64 comparisons: half of the default data once, a quarter of the default training.
+# 80 steps of 64 comparisons; the default training reads its 8,900 comparisons once.
 STEPS = "--steps 80"
-LANGUAGE_HALF = "artifacts/miniature/language_half"
+FIRST = "tests/tiny/qwen2_5_vl"
+SECOND = "tests/tiny/qwen2_vl"
+LANGUAGE_HALF = "{root}/language_half"
 SIZES = {
     "2 layers of 64": "--width 64 --depth 2",
     "4 layers of 128": "--width 128 --depth 4",
@@ -88,8 +106,9 @@ FAMILIES = {
     "Qwen3-VL": "--family qwen3_vl",
     "InternVL": "--family internvl",
 }
-# Each is pretrained for a quarter of the steps of the embedded one.
+# Each is pretrained for half of the steps of the embedded ones.
 BACKBONES = SIZES | FAMILIES | {"LLM": "--family qwen2"}
+BACKBONE_STEPS = ("900", "250", "400", "0")
 VLM = "4 layers of 128"  # the embedded backbone's size
 
 
@@ -98,7 +117,7 @@ def name_of_folder(name: str) -> str:
 
 
 def folder_of_backbone(name: str) -> str:
-    return f"artifacts/miniature/{name_of_folder(name)}"
+    return f"{{root}}/{name_of_folder(name)}"
 
 
 def scored_on(benchmarks: tuple[str, ...], folder: str = "{work}/data") -> str:
@@ -128,9 +147,9 @@ def prepare() -> Run:
 
 def train(
     data: str = "train",
-    backbone: str = "tests/tiny",
+    backbone: str = FIRST,
     model: str = "",
-    training: str = "",
+    training: str = STEPS,
     text_only: bool = False,
     prepared_by: str = "data",
 ) -> Run:
@@ -155,30 +174,49 @@ def train(
         f"--seed {{seed}} {model}",
         f"03_train.py --model {{run}}/model --data {folder}/{data} --out {{run}}/reward "
         f"--seed {{seed}} --validation= --validate_every 0 --checkpoint_every 0 --workers 0 "
-        f"{STEPS} {training}",
-        f"04_eval.py --model {{run}}/reward --out {{run}}/scores {scored_on(benchmarks, folder)}",
+        f"{training}",
+        score(benchmarks, folder),
     ]
     return Run(commands, accuracies, needs)
 
 
+def score(benchmarks: tuple[str, ...], folder: str = "{work}/data") -> str:
+    return f"04_eval.py --model {{run}}/reward --out {{run}}/scores {scored_on(benchmarks, folder)}"
+
+
 def accuracies(folder: Path) -> dict[str, float]:
-    """Read overall accuracies; with pictures also the cost and the mean Acc+ of two benchmarks."""
+    """Read overall accuracies; with pictures also the cost, and accuracies by category."""
     summary = json.loads((folder / "scores/reward/summary.json").read_text())
     measured = by_benchmark(summary, "reward")
     if "new_scenes" in summary:
         cost = json.loads((folder / "scores/reward/cost.json").read_text())["new_scenes"]
         for name in ("GFLOP", "read", "written"):
             measured[f"{name} a comparison"] = cost[name]
-        grouped = BENCHMARKS[:2]  # the benchmarks that have groups
-        shares = [summary[name]["reward"]["Acc+"]["accuracy"] for name in grouped]
-        measured["Acc+"] = sum(shares) / 2
+        for name in CATEGORIES:
+            measured[name] = summary["new_scenes"]["reward"][name]["accuracy"]
     return measured
 
 
+def reinforce() -> Run:
+    """Train the judge that writes a rationale by GRPO, as R1-Reward was; 02 reads it as a judge."""
+    parts = " ".join(f"--source world:{part}@{n}" for part, n in JUDGE_QUESTIONS.items())
+    commands = [
+        f"01_data.py {parts} --name questions --judge_request '{JUDGE_REQUEST}' --holdout 0 "
+        "--seed {seed} --out {run}/data",
+        "06_grpo.py --reward rule --backbone {work}/rationale/reward --data {run}/data/questions "
+        "--benchmark= --max_new_tokens 160 --steps 40 --checkpoint_every 0 --seed {seed} "
+        "--out {run}/policy",
+        "02_model.py --kind generative --rationale --backbone {run}/policy --data= "
+        "--out {run}/reward --seed {seed}",
+        score(BENCHMARKS),
+    ]
+    return Run(commands, accuracies, ("data", "rationale"))
+
+
 def combine() -> Run:
-    """Combine two members of different data and a text-only one in all ways of 05."""
+    """Combine two backbones on the same data and a text-only model in all ways of 05."""
     command = (
-        "05_ensemble.py --member {work}/base/reward --member {work}/other/reward "
+        "05_ensemble.py --member {work}/full/reward --member {work}/second/reward "
         "--text_member {work}/language_model/reward --heldout {work}/data/train_holdout "
         f"--out {{run}} {scored_on(BENCHMARKS)}"
     )
@@ -193,16 +231,19 @@ def combine() -> Run:
         for prefix, system in systems.items():
             for name, share in by_benchmark(summary, system).items():
                 measured[f"{prefix}: {name}"] = share
+        better = max(("first", "second"), key=lambda member: measured[f"{member}: mean"])
+        for name in [key for key in measured if key.startswith(better)]:
+            measured[name.replace(better, "better")] = measured[name]
         return measured
 
-    return Run([command], measure, ("base", "other", "language model"))
+    return Run([command], measure, ("full", "second", "language model"))
 
 
-def improve(reward: str, model: str = "base", advantage: str = "centred") -> Run:
+def improve(reward: str, model: str = "full", more: str = "") -> Run:
     """Train a policy by GRPO with the reward model of another run."""
     command = (
-        f"06_grpo.py --reward {reward} --model {{work}}/{model}/reward --out {{run}}/policy "
-        f"--advantage {advantage} --data {{work}}/data/questions "
+        f"06_grpo.py --reward {reward} --model {{work}}/{name_of_folder(model)}/reward "
+        f"--out {{run}}/policy {more} --checkpoint_every 0 --data {{work}}/data/questions "
         "--benchmark {work}/data/new_questions --seed {seed}"
     )
 
@@ -228,21 +269,17 @@ def improve(reward: str, model: str = "base", advantage: str = "centred") -> Run
 
 # The paper's head study: VL-RewardBench overall / MM-RLHF-RewardBench accuracy
 HEADS = {
+    "2 silu": "76.5 / 92.9",
     "1 none": "71.2 / 87.1",
     "2 none": "71.7 / 90.0",
     "2 tanh": "74.8 / 90.1",
-    "2 silu": "76.5 / 92.9",
-    "3 none": "",
-    "3 tanh": "",
     "3 silu": "71.4 / 90.6",
-    "4 none": "",
-    "4 tanh": "",
     "4 silu": "69.1 / 88.2",
-    "5 none": "",
-    "5 tanh": "",
     "5 silu": "73.5 / 88.8",
 }
 ZERO_COEFFICIENTS = (0.001, 0.01, 0.1)
+JUDGE_REQUEST = "Which is better, A or B?"
+JUDGE_QUESTIONS = {"scenes": 800, "text": 200, "sampled": 280}  # pairs, mixed like the default data
 
 RUNS = {"data": prepare(), "base": train()}
 for name in HEADS:
@@ -250,8 +287,8 @@ for name in HEADS:
     if name != "2 silu":  # the default, which "base" has
         RUNS[name] = train(model=f"--head_layers {layers} --head_activation {activation}")
 for coefficient in ZERO_COEFFICIENTS:
-    RUNS[f"zero {coefficient}"] = train(training=f"--zero_coefficient {coefficient}")
-RUNS["length normalisation"] = train(training="--length_normalisation")
+    RUNS[f"zero {coefficient}"] = train(training=f"{STEPS} --zero_coefficient {coefficient}")
+RUNS["length normalisation"] = train(training=f"{STEPS} --length_normalisation")
 for part in (*SOURCES, "everything", "selected"):
     RUNS[f"only {part}"] = train(part)
 for name in (*SIZES, *FAMILIES):
@@ -260,30 +297,51 @@ for name in (VLM, "LLM"):  # both have the same tokenizer
     RUNS[f"{name}, text"] = train(
         "train_text", folder_of_backbone(name), text_only=True, prepared_by=VLM
     )
-RUNS["other"] = train("train_other")
-RUNS["language model"] = train("train_text", LANGUAGE_HALF, text_only=True)
 RUNS["critic"] = train(model="--kind critic")
 RUNS["generative"] = train(model="--kind generative")
+RUNS["rationale"] = train(model="--kind generative --rationale")
+RUNS["reinforced"] = reinforce()
+# Trained as in the default run, for ensembles and as rewards.
+RUNS["full"] = train(training="")
+RUNS["second"] = train(backbone=SECOND, training="")
+RUNS["language model"] = train("train_text", LANGUAGE_HALF, text_only=True, training="")
+RUNS["full judge"] = train(model="--kind generative", training="")
 RUNS["ensemble"] = combine()
 RUNS["rule"] = improve("rule")
 RUNS["hybrid"] = improve("hybrid")
 # Raw scores have any scale: only the division gives the KL coefficient its usual meaning.
-RUNS["model"] = improve("model", advantage="batch")
-RUNS["judge"] = improve("model", "generative", "batch")
-RUNS["hybrid group"] = improve("hybrid", advantage="group")
-RUNS["hybrid batch"] = improve("hybrid", advantage="batch")
+RUNS["model"] = improve("model", more="--advantage batch")
+RUNS["judge"] = improve("model", "full judge", "--advantage batch")
+RUNS["hybrid standardised"] = improve("hybrid", more="--standardise")
+RUNS["hybrid group"] = improve("hybrid", more="--advantage group")
+RUNS["hybrid batch"] = improve("hybrid", more="--advantage batch")
 
-LOOK = ["new scenes", "unseen combinations", "new text", "mean", "Acc+"]
+LOOK = ["new scenes", "unseen combinations", "new text", "policy answers", "mean"]
 STUDIES = {
     "kind": Study(
-        [*LOOK, "GFLOP a comparison", "read a comparison", "written a comparison"],
-        [Row("naive", "base"), Row("critic", "critic"), Row("generative", "generative")],
+        [*LOOK, "safety", "GFLOP a comparison", "read a comparison", "written a comparison"],
+        [
+            Row("naive", "base"),
+            Row("critic", "critic"),
+            Row("judge: a letter", "generative"),
+            Row("judge: a rationale and a letter", "rationale"),
+            Row("R1-Reward: that judge, reinforced", "reinforced"),
+        ],
+        [
+            Claim("naive better than a judge", "naive", "judge: a letter"),
+            Claim("a judge is better at safety", "judge: a letter", "naive", "safety"),
+        ],
     ),
     "head": Study(
         LOOK,
         [
             Row(name.replace(" ", ", "), "base" if name == "2 silu" else name, paper=paper)
             for name, paper in HEADS.items()
+        ],
+        [
+            Claim("2 layers with SiLU better than 2 without", "2, silu", "2, none"),
+            Claim("2 layers with SiLU better than 1", "2, silu", "1, none"),
+            Claim("2 layers with SiLU better than 4", "2, silu", "4, silu"),
         ],
         "VL-RewardBench / MM-RLHF",
     ),
@@ -294,25 +352,64 @@ STUDIES = {
             *(Row(f"zero-coefficient {c}", f"zero {c}") for c in ZERO_COEFFICIENTS),
             Row("length normalisation", "length normalisation"),
         ],
+        [
+            Claim("none better than the strongest", "none", "zero-coefficient 0.1"),
+            Claim("none better than length normalisation", "none", "length normalisation"),
+        ],
     ),
     "data": Study(
         LOOK,
         [
-            *(Row(f"only {part}", f"only {part}") for part in SOURCES),
             Row("all five", "only everything"),
             Row("without the flawed two", "only selected"),
+            *(Row(f"only {part}", f"only {part}") for part in SOURCES),
         ],
+        [Claim("better without weak sets", "without the flawed two", "all five")],
     ),
     "text": Study(
+        CATEGORIES,
+        [
+            Row("all five", "only everything"),
+            Row("text alone", "only text"),
+            Row("captions alone", "only captions"),
+        ],
+        [
+            Claim("text alone teaches safety with pictures", "text alone", 0.5, "safety"),
+            Claim("and mathematics", "text alone", 0.5, "mathematics"),
+        ],
+        compared="mathematics",
+    ),
+    "language": Study(
         ["new text"],
         [
-            Row("multimodal backbone, pictures and text", VLM),
             Row("multimodal backbone, text alone", f"{VLM}, text"),
+            Row("multimodal backbone, pictures and text", VLM),
             Row("language backbone, text alone", "LLM, text"),
         ],
-        "text average",
+        [
+            Claim(
+                "a language backbone is better",
+                "language backbone, text alone",
+                "multimodal backbone, text alone",
+                "new text",
+            ),
+            Claim(
+                "text alone is better than with pictures",
+                "multimodal backbone, text alone",
+                "multimodal backbone, pictures and text",
+                "new text",
+            ),
+        ],
+        compared="new text",
     ),
-    "size": Study(LOOK, [Row(size, size) for size in SIZES]),
+    "size": Study(
+        LOOK,
+        [Row(size, size) for size in SIZES],
+        [
+            Claim("larger is better", "6 layers of 192", "2 layers of 64"),
+            Claim("even above the middle", "6 layers of 192", "4 layers of 128"),
+        ],
+    ),
     "family": Study(
         LOOK,
         [
@@ -321,34 +418,48 @@ STUDIES = {
             Row("Qwen2-VL", "Qwen2-VL"),
             Row("Qwen3-VL", "Qwen3-VL"),
         ],
+        [
+            Claim("Qwen2.5-VL better on pictures", "Qwen2.5-VL", "InternVL3", "new scenes"),
+            Claim("InternVL3 better on text", "InternVL3", "Qwen2.5-VL", "new text"),
+        ],
         "multimodal / text average",
     ),
     "ensemble": Study(
-        ["new scenes", "unseen combinations", "new text", "mean"],
+        LOOK,
         [
-            Row("first member", "ensemble", "first: ", "81.0 / 74.8"),
-            Row("second member, other data", "ensemble", "second: ", "78.1 / 81.1"),
+            Row("better member", "ensemble", "better: "),
+            Row("first member, Qwen2.5-VL", "ensemble", "first: ", "81.0 / 74.8"),
+            Row("second member, Qwen2-VL", "ensemble", "second: ", "78.1 / 81.1"),
             Row("weighted by accuracy", "ensemble", "by accuracy: ", "81.2 / 77.6"),
             Row("weighted by confidence", "ensemble", "by confidence: ", "80.4 / 77.7"),
             Row("plain mean", "ensemble", "mean: ", "82.6 / 80.7"),
-            Row(
-                "plain mean, text to the text-only model",
-                "ensemble",
-                "mean, text routed: ",
-                "82.6 / 82.7",
-            ),
+            Row("plain mean, text routed", "ensemble", "mean, text routed: ", "82.6 / 82.7"),
+        ],
+        [
+            Claim("the mean better than its better member", "plain mean", "better member"),
+            Claim("and than weights by accuracy", "plain mean", "weighted by accuracy"),
+            Claim("and than weights by confidence", "plain mean", "weighted by confidence"),
+            Claim("text to a text-only model", "plain mean, text routed", "plain mean", "new text"),
         ],
         "multimodal / text",
     ),
     "grpo": Study(
         ["closed", "open", "average"],
         [
-            Row("start policy", "hybrid", "start: "),
             Row("rule", "rule"),
-            Row("generative judge", "judge"),
+            Row("start policy", "hybrid", "start: "),
+            Row("judge", "judge"),
             Row("reward model", "model"),
             Row("hybrid", "hybrid"),
+            Row("hybrid of standardised scores", "hybrid standardised"),
         ],
+        [
+            Claim("hybrid better than the rule", "hybrid", "rule", "average"),
+            Claim("hybrid better than the reward model", "hybrid", "reward model", "average"),
+            Claim("the reward model better than the rule", "reward model", "rule", "average"),
+            Claim("the reward model better than a judge", "reward model", "judge", "average"),
+        ],
+        compared="average",
     ),
     "advantage": Study(
         ["closed", "open", "average", "phantom advantage"],
@@ -357,6 +468,8 @@ STUDIES = {
             Row("divided by the batch's deviation", "hybrid batch"),
             Row("divided by the group's deviation", "hybrid group"),
         ],
+        [],
+        compared="average",
     ),
 }
 
@@ -365,22 +478,45 @@ STUDIES = {
 # Performing the runs.
 
 
+def root() -> str:
+    return f"artifacts/miniature/{hash_of_world()}"
+
+
 def folder_of(run: str, seed: int) -> Path:
-    return Path("artifacts/miniature", str(seed), name_of_folder(run))
+    return Path(root(), str(seed), name_of_folder(run))
 
 
 def filled(run: str, seed: int) -> list[str]:
     folder = folder_of(run, seed)
-    lines = [line.format(work=folder.parent, run=folder, seed=seed) for line in RUNS[run].commands]
-    return [" ".join(line.split()) for line in lines]
+    lines = []
+    for line in RUNS[run].commands:
+        line = line.format(root=root(), work=folder.parent, run=folder, seed=seed)
+        lines.append(" ".join(line.split()))
+    return lines
+
+
+@cache
+def hash_of_world() -> str:
+    """Hash the texts of the world and the embedded weights: what all results depend on."""
+    sys.path.insert(0, str(ROOT))
+    world = importlib.import_module("01_data").embedded_world()
+    texts = []
+    for source, split, i in itertools.product(world.SOURCES, ("train", "new"), range(20)):
+        if source != "sampled":
+            texts.append(world.record(source, split, 0, i) | {"images": []})
+    made_of = hashlib.sha256(repr(texts).encode())
+    folder = ROOT / "tests/tiny"
+    for path in [world.SAMPLED, *sorted(folder.glob("*/model.safetensors"))]:
+        made_of.update(path.read_bytes())
+    return made_of.hexdigest()[:16]
 
 
 def make_backbone(name: str) -> None:
-    folder = Path(folder_of_backbone(name))
+    folder = Path(folder_of_backbone(name).format(root=root()))
     if (folder / "done").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    options = [*BACKBONES[name].split(), "--steps", "300", "100"]
+    options = [*BACKBONES[name].split(), "--steps", *BACKBONE_STEPS]
     command = [sys.executable, "tests/tiny/make_tiny.py", "--out", str(folder), *options]
     with open(folder / "log.txt", "w") as log:
         if subprocess.run(command, stdout=log, stderr=log).returncode:
@@ -390,8 +526,9 @@ def make_backbone(name: str) -> None:
 
 def make_backbones(runs: set[str], workers: int) -> None:
     """Make the backbones that these runs use beside the embedded one."""
-    if not Path(LANGUAGE_HALF).exists():
-        importlib.import_module("05_ensemble").language_half("tests/tiny", LANGUAGE_HALF)
+    half = LANGUAGE_HALF.format(root=root())
+    if not Path(half).exists():
+        importlib.import_module("05_ensemble").language_half(FIRST, half)
     with ThreadPool(workers) as pool:
         pool.map(make_backbone, BACKBONES.keys() & runs, chunksize=1)
 
@@ -416,7 +553,7 @@ def perform(task: tuple[str, int]) -> dict:
         try:
             for line in lines:
                 print(f"\n{line}\n", flush=True)
-                script, *arguments = line.split()
+                script, *arguments = shlex.split(line)
                 stage = importlib.import_module(script.removesuffix(".py"))
                 importlib.import_module("01_data").start_distributed()
                 parser = HfArgumentParser(stage.Settings)
@@ -432,7 +569,8 @@ def perform(task: tuple[str, int]) -> dict:
 
 
 def read_results() -> dict[tuple[str, int], dict]:
-    """Read {(run, seed): line of results.jsonl} where a run still has the same command lines."""
+    """Read {(run, seed): line of results.jsonl} where a run still has the same command lines, which
+    name its world."""
     if not RESULTS.is_file():
         return {}
     results = {}

@@ -1,9 +1,14 @@
-"""Write the tables of the studies into README.md, from results.jsonl: means over the seeds.
+"""Write the tables of the studies, from results.jsonl, into the README here and the main one.
 
     python tests/miniature/tables.py             # with --check: only tell whether they are current
 
-In the README a table stands between <!-- study: NAME --> and <!-- end -->, the table of costs
-between <!-- costs --> and <!-- end -->.
+In the README here a study's table and its claims stand between <!-- study: NAME --> and
+<!-- end -->, the table of costs between <!-- costs --> and <!-- end -->. The main README has the
+first claim of each study between <!-- claims --> and <!-- end -->.
+
+Runs of one seed share their data, so rows are compared seed by seed. A difference is the mean over
+the seeds, with its standard error. A claim of the paper AGREES if the difference is above two
+standard errors, DIFFERS if it is below minus two, and is otherwise TOO CLOSE to tell.
 """
 
 import re
@@ -12,60 +17,126 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import RUNS, STUDIES, read_results  # noqa: E402
+from run import ROOT, RUNS, STUDIES, Claim, Row, Study, read_results  # noqa: E402
 
 README = Path(__file__).with_name("README.md")
+MAIN_README = ROOT / "README.md"
+SEEDS = range(5)
+
+
+def values_of(row: Row, column: str, results: dict) -> dict[int, float]:
+    """Return a row's values in a column, by seed."""
+    found = {}
+    for seed in SEEDS:
+        line = results.get((row.run, seed))
+        if line:
+            found[seed] = line["measured"][row.part + column]
+    return found
+
+
+def with_error(values: list[float], sign: str = "") -> str:
+    """Format mean ± standard error of the mean (with n - 1), in percent."""
+    mean = f"{100 * statistics.mean(values):{sign}.1f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
 def cell(column: str, values: list[float]) -> str:
-    """Mean ± standard error of the mean (with n - 1), in percent; for costs, the mean alone."""
+    """Format a column's values; a cost has no error."""
     if not values:
         return "-"
     if column.endswith("a comparison"):
         return f"{statistics.mean(values):.3g}"
-    error = (
-        f" ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-    )
-    return f"{100 * statistics.mean(values):.1f}{error}"
+    return with_error(values)
+
+
+def differences(better: dict[int, float], worse: dict[int, float] | float) -> list[float]:
+    """Subtract seed by seed."""
+    if isinstance(worse, float):
+        return [value - worse for value in better.values()]
+    return [value - worse[seed] for seed, value in better.items() if seed in worse]
+
+
+def verdict(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    bound = 2 * statistics.stdev(values) / len(values) ** 0.5
+    if mean > bound:
+        return "agrees"
+    return "differs" if mean < -bound else "too close to tell"
+
+
+def judged(claim: Claim, study: Study, results: dict) -> tuple[str, str]:
+    """Return a claim's difference and its verdict, "-" without results."""
+    rows = {row.label: row for row in study.rows}
+    better = values_of(rows[claim.better], claim.column, results)
+    worse = claim.worse
+    if not isinstance(worse, float):
+        worse = values_of(rows[worse], claim.column, results)
+    values = differences(better, worse)
+    if len(values) < 2:
+        return "-", "-"
+    return with_error(values, "+"), verdict(values)
 
 
 def table(name: str, results: dict) -> str:
-    """A study as Markdown: rows down, what was measured across, then the paper's figures."""
+    """Format a study: rows down, what was measured across; then its claims."""
     study = STUDIES[name]
-    runs = {row.run for row in study.rows}
-    measured = {run: [] for run in runs}
-    for (run, _), line in results.items():
-        if run in runs:
-            measured[run].append(line["measured"])
-    seeds = sorted({len(values) for values in measured.values()})
+    seeds = sorted({len(values_of(row, study.compared, results)) for row in study.rows})
     seeds = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    lines = [[f"percent, {seeds}", *study.columns]]
-    for label, run, part, _ in study.rows:
-        line = [label]
+    lines = [[f"percent, {seeds}", *study.columns, f"{study.compared}: difference"]]
+    reference = values_of(study.rows[0], study.compared, results)
+    for row in study.rows:
+        line = [row.label]
         for column in study.columns:
-            line.append(cell(column, [values[part + column] for values in measured[run]]))
+            line.append(cell(column, list(values_of(row, column, results).values())))
+        to_reference = differences(values_of(row, study.compared, results), reference)
+        first = row is study.rows[0] or not to_reference
+        line.append("" if first else with_error(to_reference, "+"))
         lines.append(line)
     if study.paper:
-        figures = [paper for *_, paper in study.rows]
-        for line, figure in zip(lines, [f"paper: {study.paper}", *figures]):
-            line.append(figure)
+        lines[0].append(f"paper: {study.paper}")
+        for line, row in zip(lines[1:], study.rows):
+            line.append(row.paper)
+    text = markdown(lines)
+    if study.claims:
+        text += "\n\n" + claims(study, results)
+    return text
+
+
+def claims(study: Study, results: dict) -> str:
+    lines = [["the paper finds", "rows and column", "difference", "here"]]
+    for claim in study.claims:
+        worse = "guessing" if isinstance(claim.worse, float) else claim.worse
+        compared = f"{claim.better} - {worse}, {claim.column}"
+        lines.append([claim.text, compared, *judged(claim, study, results)])
+    return markdown(lines)
+
+
+def headlines(results: dict) -> str:
+    """Format the first claim of each study, for the main README."""
+    lines = [["study", "the paper finds", "difference here", "so it"]]
+    for name, study in STUDIES.items():
+        if study.claims:
+            claim = study.claims[0]
+            lines.append([name, claim.text, *judged(claim, study, results)])
     return markdown(lines)
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """A table; the first line is its head."""
+    """Format a table; the first line is its head."""
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def with_needed(runs: set[str]) -> set[str]:
-    """These runs and those whose artifacts they use."""
+    """Return these runs and those whose artifacts they use."""
     more = {needed for run in runs for needed in RUNS[run].needs} - runs
     return with_needed(runs | more) if more else runs
 
 
 def costs(results: dict) -> str:
-    """The minutes of each study with all it needs, two runs at a time; and of all, which share."""
+    """Format the minutes of each study with all it needs, two runs at a time, and of all runs."""
     studies = {}
     for name, study in STUDIES.items():
         studies[name] = with_needed({row.run for row in study.rows})
@@ -77,20 +148,22 @@ def costs(results: dict) -> str:
 
 
 def filled_in(readme: str) -> str:
-    """The README with every study's table, and that of the costs, as results.jsonl has it."""
+    """Return a README with all tables as results.jsonl has them."""
     results = read_results()
+    whole = {"claims": headlines, "costs": costs}
 
     def fill(match: re.Match) -> str:
-        body = table(match[2], results) if match[2] else costs(results)
+        body = table(match[3], results) if match[3] else whole[match[2]](results)
         return f"{match[1]}\n{body}\n<!-- end -->"
 
-    pattern = r"(<!-- (?:study: (\w+)|costs) -->)\n.*?<!-- end -->"
+    pattern = r"(<!-- (?:(claims|costs)|study: (\w+)) -->)\n.*?<!-- end -->"
     return re.sub(pattern, fill, readme, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    readme = README.read_text()
-    if filled_in(readme) != readme:
-        if "--check" in sys.argv:
-            sys.exit("the README's tables are old; run python tests/miniature/tables.py")
-        README.write_text(filled_in(readme))
+    for path in (README, MAIN_README):
+        readme = path.read_text()
+        if filled_in(readme) != readme:
+            if "--check" in sys.argv:
+                sys.exit(f"{path}: old tables; run python tests/miniature/tables.py")
+            path.write_text(filled_in(readme))

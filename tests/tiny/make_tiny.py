@@ -1,12 +1,19 @@
-"""Make the embedded backbone: a Qwen2.5-VL of 1.7 M parameters, pretrained on the world.
+r"""Make the embedded backbones: small Qwen2.5-VL and Qwen2-VL models, pretrained on the world.
 
-    python tests/tiny/make_tiny.py   # about 13 minutes on two cores; overwrites the files beside it
+    python tests/tiny/make_tiny.py --out tests/tiny/qwen2_5_vl
+    python tests/tiny/make_tiny.py --out tests/tiny/qwen2_vl --family qwen2_vl --seed 1
+    python tests/tiny/make_tiny.py --out tests/tiny/policy --width 64 --seed 2 --steps 1000 400 0 0
+    python tests/tiny/make_tiny.py --out tests/tiny/policy --phase 3 --seed 2 --steps 0 0 150 0 \
+        --short 0.6 0.9
+
+The first two take more than an hour each on one core, the policy 20 minutes. It answers more
+briefly than the others, so that its first exact matches say what it sees.
 
 Train a byte-level BPE tokenizer on the world's own text; Qwen2's pre-tokenizer lets it encode any
 text. Then train the model on text-only tasks and on pictures with eight lessons each: drills,
 descriptions, questions, and verdicts on somebody's answer. The shared-prefix forward of 02_model.py
 encodes a picture once for its eight lessons. The model sees only scenes, tasks and combinations of
-the split 'train'. Phase 2 adds requests for brevity, at half the learning rate.
+the split 'train'. Phases 2 to 4 add requests for brevity, at half the learning rate.
 
 Three choices are on purpose:
 
@@ -47,6 +54,11 @@ model = importlib.import_module("02_model")
 world = data.embedded_world()
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "qwen2")  # the last for text alone
+PEAKS = (1.0, 0.5, 0.5, 0.5)  # of the learning rate, in each phase
+BRIEFLY = (0.0, 0.5, 0.5, 0.5)  # share of questions that ask for brevity
+VERDICTS = (0.6, 0.6, 0.6, 0.8)  # share of verdicts, in the first phase at its end
+SHORT = (0.25, 0.75)  # share of short answers, if they name an object and otherwise
+GROUPS = 16  # of lessons in a step of pretraining
 TEXT = 0.12  # share of the groups of lessons that have no picture
 TILE = 56  # side of InternVL's tiles, in pixels: 4 tokens
 SPECIAL = [
@@ -84,35 +96,34 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 Lesson = tuple[str, list[str], str]  # kind, turns so far (user, assistant, user, ...), answer
 
 
-def lesson_of(asked, rng: random.Random, verdicts: float, briefly: float) -> Lesson:
+def lesson_of(
+    kind: str, asked, rng: random.Random, verdicts: float, briefly: float, short: tuple = SHORT
+) -> Lesson:
     """Make a lesson from a question: its answer, or in a second turn a verdict on an answer.
 
-    Names of objects mostly come in a sentence and all other answers in a word, whether the question
-    asks for brevity or not: a policy can still learn that.
+    A share of `briefly` asks for brevity; shares of `short` answer in a word, names of objects and
+    all other answers. The one has nothing to do with the other.
     """
-    closed = asked.sentence != "{}"
     right = rng.random() < 0.5
-    brief = rng.random() < (0.25 if asked.right.startswith("a ") else 0.75)
+    brief = rng.random() < short[0 if asked.right.startswith("a ") else 1]
     sentence = "{}" if brief else asked.sentence
     question = asked.question
-    if closed and rng.random() < briefly:
+    if asked.is_closed() and rng.random() < briefly:
         question += " Answer briefly."
     if rng.random() < verdicts:
         answer = sentence.format(asked.right if right else asked.wrong)
         if rng.random() < 0.1:
             critique = f"{'Right' if right else 'Wrong'}: {asked.reason}."
             return "critique", [question, answer, "Is it right? Explain."], critique
-        return "verdict", [question, answer, "Is it right?"], "Yes" if right else "No"
-    kind = asked.category
-    if closed:
+        return f"verdict: {kind}", [question, answer, "Is it right?"], "Yes" if right else "No"
+    if asked.is_closed():
         kind = f"{'brief' if brief else 'sentence'}: {kind}"
     return kind, [question], sentence.format(asked.right)
 
 
-def drill(cells, rng: random.Random, split: str) -> Lesson:
+def drill(scene, rng: random.Random) -> Lesson:
     """List many facts of a picture, each right behind its cue, so that the model learns fast."""
-    things = [thing for row in cells for thing in row if thing]
-    allowed = world.OBJECTS if split == "unseen" else world.SEEN
+    things = scene.things()
     kind = rng.choice(["colours", "counts", "checks", "neighbours"])
     items = []
     if kind == "colours":
@@ -122,23 +133,24 @@ def drill(cells, rng: random.Random, split: str) -> Lesson:
         for word in (*world.COLOURS, *world.SHAPES):
             items.append(f"{word} {sum(word in thing for thing in things)}")
     elif kind == "checks":
-        asked = {world.near_miss(thing, rng, allowed) for thing in things} | set(things)
+        asked = {world.near_miss(thing, scene, rng) for thing in things} | set(things)
         for colour, shape in sorted(asked):
             items.append(f"{colour} {shape} {'yes' if (colour, shape) in things else 'no'}")
     else:
-        for anchor, direction, thing in world.neighbours(cells):
+        for anchor, direction, thing in scene.neighbours():
             items.append(f"{direction} {' '.join(anchor)} {' '.join(thing)}")
     rng.shuffle(items)
     return f"drill: {kind}", [f"List the {kind}."], ", ".join(items) or "none"
 
 
 def lessons(
-    seed: int,
+    seed: int | str,
     split: str,
     verdicts: float = 0.5,
     briefly: float = 0.5,
     each: int = 8,
     text: float = TEXT,
+    short: tuple = SHORT,
 ):
     """Yield groups of lessons with one beginning: (picture or None, `each` lessons about it).
 
@@ -149,22 +161,21 @@ def lessons(
         group = []
         if rng.random() < text:
             for _ in range(each):
-                asked = world.ask_text(rng.choice(world.TEXT_KINDS), rng, split)
-                group.append(lesson_of(asked, rng, 0.3, briefly))
+                kind = rng.choice(world.TEXT_KINDS)
+                asked = world.ask_text(kind, rng, split)
+                group.append(lesson_of(kind, asked, rng, 0.3, briefly, short))
             yield None, group
             continue
-        cells = world.draw_cells(rng, split)
+        scene = world.draw_scene(rng, split)
         for _ in range(2):
-            group.append(drill(cells, rng, split))
+            group.append(drill(scene, rng))
+        group.append(lesson_of("describe", world.ask("describe", scene, rng), rng, 0, briefly))
         while len(group) < each:
-            kind = "describe" if len(group) < 3 else rng.choice(world.CLOSED_KINDS)
-            if kind == "describe":
-                asked = world.ask_to_describe(kind, cells, rng, split)
-            else:
-                asked = world.ask_about(cells, kind, rng, split)
+            kind = rng.choice(list(world.ABOUT_PICTURES))
+            asked = world.ask(kind, scene, rng)
             if asked:
-                group.append(lesson_of(asked, rng, 0 if len(group) == 2 else verdicts, briefly))
-        yield world.draw_picture(cells, rng), group
+                group.append(lesson_of(kind, asked, rng, verdicts, briefly, short))
+        yield world.draw_picture(scene, rng), group
 
 
 def encode(picture: bytes | None, group: list[Lesson], processors):
@@ -235,7 +246,7 @@ def make_tokenizer(vocabulary: int, family: str) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def make_model(tokenizer, family: str, width: int, depth: int):
+def make_model(tokenizer, family: str, width: int, depth: int, seed: int = 0):
     """Make a model of this family with LM head.
 
     The language model has `depth` layers, the vision tower two. Both are `width` wide (a multiple
@@ -310,7 +321,7 @@ def make_model(tokenizer, family: str, width: int, depth: int):
                 vision_end_token_id=token("<|vision_end|>"),
             )
     config = AutoConfig.for_model(family, **options)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     attention = model.attention_of(config)
     made = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
     made.generation_config.update(
@@ -376,14 +387,15 @@ def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[s
     return {kind: sum(outcomes) / len(outcomes) for kind, outcomes in sorted(exact.items())}
 
 
-def train(
-    policy, processors, steps: int, peak: float, verdicts_at, briefly: float, seed: int
-) -> None:
-    """Run Muon on matrices and AdamW on the rest; `peak` scales both learning rates."""
+def train(policy, processors, steps: int, phase: int, seed: str, short: tuple) -> None:
+    """Run Muon on matrices and AdamW on the rest, for one of the phases from 0.
+
+    In the first one verdicts begin once the model knows answers; earlier they teach nothing.
+    """
     matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for p in policy.parameters() if not any(p is matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, lr=0.01 * peak, weight_decay=0.01)
-    adam = torch.optim.AdamW(others, lr=0.003 * peak, weight_decay=0.01, betas=(0.9, 0.95))
+    muon = torch.optim.Muon(matrices, lr=0.01 * PEAKS[phase], weight_decay=0.01)
+    adam = torch.optim.AdamW(others, lr=0.003 * PEAKS[phase], weight_decay=0.01, betas=(0.9, 0.95))
 
     def rate(step: int) -> float:
         """Warm up, then fall linearly."""
@@ -394,8 +406,12 @@ def train(
     for step in range(steps):
         if step % 50 == 0:
             text = share_with_text(processors)
-            stream = lessons(seed + step, "train", verdicts_at(step), briefly, text=text)
-        batch = [next(stream) for _ in range(24)]
+            verdicts = VERDICTS[phase]
+            if phase == 0:
+                verdicts *= min(1, max(0, 4 * step / steps - 1))
+            options = dict(text=text, short=short)
+            stream = lessons(f"{seed}/{step}", "train", verdicts, BRIEFLY[phase], **options)
+        batch = [next(stream) for _ in range(GROUPS)]
         loss, outcomes = learn(policy, batch, processors)
         loss.backward()
         for part in (muon, adam, *schedules):
@@ -415,37 +431,36 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
-    option("--out", default=str(HERE), help="folder for the checkpoint")
-    option("--phase", type=int, choices=(1, 2), help="only this phase; 2 starts from --out")
+    option("--out", required=True, help="folder for the checkpoint")
+    option("--phase", type=int, choices=(1, 2, 3, 4), help="only this one; 2 to 4 start from --out")
     option("--family", choices=FAMILIES, default=FAMILIES[0], help="model_type of the checkpoint")
     option("--width", type=int, default=128, help="of the language model and the vision tower")
     option("--depth", type=int, default=4, help="layers of the language model")
-    option("--steps", type=int, nargs=2, default=(1100, 400), help="steps of phase 1 and phase 2")
+    option("--steps", type=int, nargs=4, default=(1800, 500, 800, 1300), help="steps of each phase")
+    option(
+        "--short", type=float, nargs=2, default=SHORT, help="share of short answers: names, others"
+    )
+    option("--seed", type=int, default=0, help="of the weights and the lessons")
     arguments = parser.parse_args()
     family = arguments.family
-    if arguments.phase != 2:
-        steps = arguments.steps[0]
+    seed = arguments.seed
+    out = arguments.out
+    if arguments.phase in (None, 1):
         tokenizer = make_tokenizer(640, family)
-        policy = make_model(tokenizer, family, arguments.width, arguments.depth)
-        for part in (tokenizer, make_image_processor(family), policy):
-            if part is not None:
-                part.save_pretrained(arguments.out)
-        processors = data.load_processors(arguments.out)
+        policy = make_model(tokenizer, family, arguments.width, arguments.depth, seed)
         parameters = sum(p.numel() for p in policy.parameters())
         print(f"{parameters:,} parameters, {len(tokenizer)} tokens", flush=True)
-
-        def verdicts_at(step: int) -> float:
-            """Start verdicts once the model knows answers; earlier they teach nothing."""
-            return 0.6 * min(1, max(0, 4 * step / steps - 1))
-
-        train(policy, processors, steps, 1.0, verdicts_at, briefly=0.0, seed=0)
-        policy.to(torch.bfloat16).save_pretrained(arguments.out)
-    if arguments.phase != 1:
-        steps = arguments.steps[1]
-        processors = data.load_processors(arguments.out)
-        policy = model.load_backbone(arguments.out, lm_head=True)
-        train(policy, processors, steps, 0.5, lambda step: 0.6, briefly=0.5, seed=1_000_000)
-        policy.to(torch.bfloat16).save_pretrained(arguments.out)
+        for part in (tokenizer, make_image_processor(family), policy):
+            if part is not None:
+                part.save_pretrained(out)
+    processors = data.load_processors(out)
+    for phase, steps in enumerate(arguments.steps):
+        if arguments.phase in (None, phase + 1):
+            print(f"phase {phase + 1}", flush=True)
+            policy = model.load_backbone(out, lm_head=True)
+            short = tuple(arguments.short)
+            train(policy, processors, steps, phase, f"{seed}/{phase + 1}", short)
+            policy.to(torch.bfloat16).save_pretrained(out)
 
 
 if __name__ == "__main__":
