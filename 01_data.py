@@ -761,13 +761,13 @@ def as_ranking(pairs: list[Comparison]) -> list[Comparison]:
     responses, characters, critiques = {}, {}, {}
     beats = []  # (better, worse)
     for pair in pairs:
-        keys = [response.tobytes() for response in pair.responses]
+        keys = tuple(map(bytes, pair.responses))
         responses |= zip(keys, pair.responses)
         characters |= zip(keys, pair.record["characters"])
         for key, critique in zip(keys, pair.record.get("critiques", [])):
             if critiques.setdefault(key, critique) != critique:  # each says something of its pair
                 return pairs
-        beats.append(tuple(keys))
+        beats.append(keys)
     names = list(responses)
     lost = Counter(worse for _, worse in beats)
     ranks = [1 + lost[name] for name in names]  # after all that are better

@@ -1,7 +1,7 @@
 """Stage 3: train the reward model with FSDP2 and the pairwise ranking loss
 
     torchrun --standalone --nproc_per_node=2 03_train.py
-    torchrun --standalone --nproc_per_node=8 03_train.py --learning_rate 3e-6 --epochs 1
+    torchrun --standalone --nproc_per_node=8 03_train.py --learning_rate 3e-6 --batch_size 128
     python 03_train.py --plan --gpus 64    # train nothing: print what such a run needs
 
 In    artifacts/model, a reward model (02), and artifacts/data/train, comparisons (01)
