@@ -3,7 +3,7 @@
     python tests/bench/train_step.py
 
 Multimodal: this codebase against the peers' way (common.py), three batches of 8 pairs with pictures
-of 64-256 tokens, prompts of 20-80, responses of 20-200; and three of 4 prompts with 4 ranked
+of 64-256 tokens, prompts of 20-80, responses of 20-200; and three of 2 prompts with 4 ranked
 responses each, against two padded rows for each of the 6 pairs, and against 4 padded rows. Text:
 against TRL's own RewardTrainer (its collator and compute_loss, then backward and AdamW), three
 batches of 16 pairs with prompts of 30-250 tokens and responses of 30-350. One process; batches are
@@ -180,7 +180,7 @@ def main() -> None:
         ]
     ]
     table += compare("pictures", "padded rows", here, there, same)
-    ranked = [common.make_comparisons(processors, 4, n=4, seed=seed) for seed in range(3)]
+    ranked = [common.make_comparisons(processors, 2, n=4, seed=seed) for seed in range(3)]
     here = ours(model, ranked)
     there = padded(plain, head, list(map(pairs_apart, ranked)), processors)
     table += compare("4 responses", "6 padded pairs", here, there, same)
