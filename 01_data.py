@@ -310,11 +310,11 @@ def main(settings: Settings) -> None:
             prepare(part, lines, processors, settings, holdout)
     if dist.get_rank() == 0:
         folder = Path(settings.out, name)
-        if len(Comparisons(folder)) and not settings.judge_request:
+        if not len(Comparisons(folder)):
+            print(f"{folder} is empty: nothing to go on with; rejected.jsonl has the reasons")
+        elif not settings.judge_request:
             option = f" --data {folder}" if settings.source else ""
             print(f"Next: torchrun --standalone --nproc_per_node=2 02_model.py{option}")
-        elif not len(Comparisons(folder)):
-            print(f"{folder} is empty: nothing to go on with; rejected.jsonl has the reasons")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -774,14 +774,12 @@ def as_ranking(pairs: list[Comparison]) -> list[Comparison]:
     implied = [(names[i], names[j]) for i, j in ordered_pairs(ranks)]
     if sorted(implied) != sorted(beats):
         return pairs
-    tokens = len(first.prompt) + sum(map(len, responses.values()))
-    if tokens > JOINED_TOKENS:
-        return pairs
     record = first.record | {"joined": len(pairs), "characters": list(characters.values())}
     record.pop("critiques", None)
     if len(critiques) == len(responses):
         record["critiques"] = [critiques[name] for name in names]
-    return [replace(first, responses=list(responses.values()), ranks=ranks, record=record)]
+    ranking = replace(first, responses=list(responses.values()), ranks=ranks, record=record)
+    return [ranking] if ranking.length <= JOINED_TOKENS else pairs
 
 
 def write_index(folder: Path, shards: list[tuple[str, int]]) -> None:

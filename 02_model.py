@@ -1053,14 +1053,18 @@ def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None):
     return tokens.view(shape), log_p.view(shape)
 
 
+def token_ids_of(tokens: Tensor, processors: Processors) -> list[list[int]]:
+    """List the token ids of samples [samples, max_new_tokens] without end-of-turn tokens."""
+    no_text = (-1, processors.end_token)
+    samples = []
+    for sample in tokens.tolist():
+        samples.append([token for token in sample if token not in no_text])
+    return samples
+
+
 def texts_of(tokens: Tensor, processors: Processors) -> list[str]:
     """Decode samples [samples, max_new_tokens] without their end-of-turn tokens."""
-    no_text = (-1, processors.end_token)
-    texts = []
-    for sample in tokens.tolist():
-        sample = [token for token in sample if token not in no_text]
-        texts.append(processors.tokenizer.decode(sample))
-    return texts
+    return [processors.tokenizer.decode(ids) for ids in token_ids_of(tokens, processors)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1251,9 +1255,7 @@ class RequestModel(RewardModel):
         for part in split_into_rows(comparisons, micro_tokens):
             tokens, _ = write(writer, self.row_of(part), 1, self.asks["critique_tokens"])
             self.cost.update(written=int((tokens >= 0).sum()))
-            for sample in tokens[:, 0].tolist():
-                no_text = (-1, self.processors.end_token)
-                texts.append([token for token in sample if token not in no_text])
+            texts += token_ids_of(tokens[:, 0], self.processors)
         return texts
 
 

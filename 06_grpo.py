@@ -278,7 +278,8 @@ def train(settings):
     optimizer = AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     save, start = ready_to_resume(settings, policy, optimizer)  # with --resume; in the appendix
     before = evaluate(actor, held_out, settings)
-    copy_weights(policy, actor)
+    if start:
+        copy_weights(policy, actor)
 
     order = training.order_of_training(len(questions), settings)  # [steps][B]
     progress = tqdm(range(start, len(order)), desc="grpo", unit=" step", disable=rank > 0)

@@ -64,11 +64,13 @@ def ours(model, batches: list[list]) -> Way:
 
 
 def padded(backbone, head, batches: list[list], processors) -> Way:
-    """The peers' way: the first half of the rows is chosen, the second rejected."""
+    """The peers' way: a row for each response, all first ones, then all second ones, and so on."""
+    n = len(batches[0][0].responses)
 
     def loss_of(batch):
-        chosen, rejected = common.padded_scores(backbone, head, batch).chunk(2)
-        return -F.logsigmoid(chosen - rejected).mean()
+        scores = common.padded_scores(backbone, head, batch).view(n, -1)  # [responses, prompts]
+        better, worse = torch.triu_indices(n, n, 1)  # the first is best
+        return -F.logsigmoid(scores[better] - scores[worse]).mean()
 
     parameters = [*backbone.parameters(), *head.parameters()]
     return Way(parameters, [common.padded_rows(batch, processors) for batch in batches], loss_of)
@@ -82,18 +84,6 @@ def pairs_apart(batch: list) -> list:
             responses = [c.responses[better], c.responses[worse]]
             pairs.append(common.Comparison(c.prompt, responses, [1, 2], c.images, c.grids))
     return pairs
-
-
-def padded_rankings(backbone, head, batches: list[list], processors) -> Way:
-    """The peers' rows, one for each response, with all pairs of a prompt in the loss."""
-
-    def loss_of(batch):
-        scores = common.padded_scores(backbone, head, batch).view(4, -1)  # [responses, prompts]
-        better, worse = torch.triu_indices(4, 4, 1)  # the first is best
-        return -F.logsigmoid(scores[better] - scores[worse]).mean()
-
-    parameters = [*backbone.parameters(), *head.parameters()]
-    return Way(parameters, [common.padded_rows(batch, processors) for batch in batches], loss_of)
 
 
 def trl(model, batches: list[list], processors, folder: Path) -> Way:
@@ -184,7 +174,7 @@ def main() -> None:
     here = ours(model, ranked)
     there = padded(plain, head, list(map(pairs_apart, ranked)), processors)
     table += compare("4 responses", "6 padded pairs", here, there, same)
-    there = padded_rankings(plain, head, ranked, processors)
+    there = padded(plain, head, ranked, processors)
     table += compare("4 responses", "4 padded rows", here, there, same)
 
     shape = {

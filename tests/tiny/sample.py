@@ -14,6 +14,7 @@ import importlib
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +41,8 @@ def sampled_lines(policy, split: str, max_new_tokens: int):
     for start in itertools.count(0, BATCH):
         indices = range(start, start + BATCH)
         questions = [world.sampled_question(split, index) for index in indices]
-        prompts = []
-        for question in questions:
-            ids, files, grids = data.encode_prompt(
-                question["prompt"], question["images"], policy.processors
-            )
-            prompts.append(data.Comparison(ids, [], [], files, grids))
+        encode = partial(data.encode_record, processors=policy.processors, max_length=4096)
+        prompts = list(map(encode, questions))
         noise = np.random.default_rng([len(split), start])
         noise = noise.random((BATCH, SAMPLES, max_new_tokens))
         tokens, _ = grpo.rollout(policy, prompts, SAMPLES, max_new_tokens, noise)

@@ -246,16 +246,21 @@ def ask_count(scene: Scene, rng: random.Random) -> Asked:
     )
 
 
+def ask_what(place: str, thing: Thing, scene: Scene, rng: random.Random) -> Asked:
+    """Ask what is at a place, as 'at row 1 column 2' or 'below the red circle'."""
+    return Asked(
+        f"What is {place}?",
+        name_of(thing),
+        name_of(mistake(thing, scene, rng)),
+        "There is {} " + place + ".",
+        f"it is {name_of(thing)}",
+    )
+
+
 def ask_attribute(scene: Scene, rng: random.Random) -> Asked | None:
     if rng.random() < 0.5:
         place, thing = rng.choice([item for item in scene.places().items() if item[1]])
-        return Asked(
-            f"What is at {place}?",
-            name_of(thing),
-            name_of(mistake(thing, scene, rng)),
-            "There is {} at " + place + ".",
-            f"it is {name_of(thing)}",
-        )
+        return ask_what(f"at {place}", thing, scene, rng)
     shapes = [shape for _, shape in scene.things()]
     single = [thing for thing in scene.things() if shapes.count(thing[1]) == 1]
     if not single:
@@ -276,13 +281,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> Asked | None:
         return None
     anchor, direction, thing = rng.choice(pairs)
     place = f"{direction} the {anchor[0]} {anchor[1]}"
-    return Asked(
-        f"What is {place}?",
-        name_of(thing),
-        name_of(mistake(thing, scene, rng)),
-        "There is {} " + place + ".",
-        f"it is {name_of(thing)}",
-    )
+    return ask_what(place, thing, scene, rng)
 
 
 def ask_yes_no(scene: Scene, rng: random.Random) -> Asked:
