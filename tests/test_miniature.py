@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, stages
@@ -24,9 +25,8 @@ def test_every_command_line_of_every_run_is_one_that_its_stage_takes():
     for run in runner.RUNS:
         for line in runner.filled(run, 0):
             script, *arguments = shlex.split(line)
-            HfArgumentParser(getattr(stages, script[3:-3]).Settings).parse_args_into_dataclasses(
-                arguments
-            )
+            settings = importlib.import_module(Path(script).stem).Settings
+            HfArgumentParser(settings).parse_args_into_dataclasses(arguments)
         assert all(needed in runner.RUNS for needed in runner.RUNS[run].needs)
 
 

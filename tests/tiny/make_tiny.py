@@ -2,23 +2,28 @@ r"""Make the embedded backbones: small Qwen2.5-VL and Qwen2-VL models, pretraine
 
     python tests/tiny/make_tiny.py --out tests/tiny/qwen2_5_vl
     python tests/tiny/make_tiny.py --out tests/tiny/qwen2_vl --family qwen2_vl --seed 1
-    python tests/tiny/make_tiny.py --out tests/tiny/policy --width 64 --seed 2 --steps 1000 400 0 0
-    python tests/tiny/make_tiny.py --out tests/tiny/policy --phase 3 --seed 2 --steps 0 0 150 0 \
-        --short 0.6 0.9
+    python tests/tiny/make_tiny.py --out tests/tiny/policy --width 64 --seed 2 \
+        --steps 1000 400 0 0 0 0
+    python tests/tiny/make_tiny.py --out tests/tiny/policy --seed 2 --steps 0 0 600 0 0 0 \
+        --short 0.4 0.85 --partial 0.85
 
-The first two take more than an hour each on one core, the policy 20 minutes. It answers more
-briefly than the others, so that its first exact matches say what it sees.
+The first two take almost two hours each on one core, the policy half an hour. It sees worse, often
+answers in a whole sentence where a name was asked for briefly, and mostly stops describing after
+two or three objects, as many captions do: mistakes that a reward can mend.
 
 Train a byte-level BPE tokenizer on the world's own text; Qwen2's pre-tokenizer lets it encode any
 text. Then train the model on text-only tasks and on pictures with eight lessons each: drills,
-descriptions, questions, and verdicts on somebody's answer. The shared-prefix forward of 02_model.py
-encodes a picture once for its eight lessons. The model sees only scenes, tasks and combinations of
-the split 'train'. Phases 2 to 4 add requests for brevity, at half the learning rate.
+descriptions, questions, verdicts on somebody's answer, and checks of a description. The
+shared-prefix forward of 02_model.py encodes a picture once for its eight lessons. The model sees
+only scenes, tasks and combinations of the split 'train'. Later phases add requests for brevity, at
+half the learning rate.
 
-Three choices are on purpose:
+Four choices are on purpose:
 
 - A second turn asks for a verdict, right behind the answer, where a reward head will stand. Without
   verdicts a reward model learns very slowly.
+- Checks, in the last two phases, mark each clause of a description as right or wrong, or count its
+  errors. Verdicts teach little about two descriptions that both have errors, as a policy's have.
 - "Answer briefly." changes nothing here. A policy that starts from this model answers many such
   requests in whole sentences, so it can still learn brevity.
 - The base of the rotary embedding is 100, not 1,000,000. With heads of 32 the published base would
@@ -33,6 +38,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,9 +60,6 @@ model = importlib.import_module("02_model")
 world = data.embedded_world()
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "qwen2")  # the last for text alone
-PEAKS = (1.0, 0.5, 0.5, 0.5)  # of the learning rate, in each phase
-BRIEFLY = (0.0, 0.5, 0.5, 0.5)  # share of questions that ask for brevity
-VERDICTS = (0.6, 0.6, 0.6, 0.8)  # share of verdicts, in the first phase at its end
 SHORT = (0.25, 0.75)  # share of short answers, if they name an object and otherwise
 GROUPS = 16  # of lessons in a step of pretraining
 TEXT = 0.12  # share of the groups of lessons that have no picture
@@ -96,13 +99,40 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 Lesson = tuple[str, list[str], str]  # kind, turns so far (user, assistant, user, ...), answer
 
 
+class Phase(NamedTuple):
+    """A phase of pretraining: its steps, and what its lessons are."""
+
+    steps: int
+    peak: float  # of the learning rate
+    briefly: float  # share of questions that ask for brevity
+    verdicts: float  # share of verdicts; in the first phase it grows to this
+    checks: float  # share of checks of a description, clause by clause
+
+
+PHASES = (
+    Phase(steps=1800, peak=1.0, briefly=0.0, verdicts=0.6, checks=0.0),
+    Phase(steps=500, peak=0.5, briefly=0.5, verdicts=0.6, checks=0.0),
+    Phase(steps=800, peak=0.5, briefly=0.5, verdicts=0.6, checks=0.0),
+    Phase(steps=1300, peak=0.5, briefly=0.5, verdicts=0.8, checks=0.0),
+    Phase(steps=1000, peak=0.5, briefly=0.5, verdicts=0.8, checks=0.4),
+    Phase(steps=900, peak=0.5, briefly=0.5, verdicts=0.8, checks=0.4),
+)
+
+
 def lesson_of(
-    kind: str, asked, rng: random.Random, verdicts: float, briefly: float, short: tuple = SHORT
+    kind: str,
+    asked,
+    rng: random.Random,
+    verdicts: float,
+    briefly: float,
+    short: tuple = SHORT,
+    partial: float = 0.0,
 ) -> Lesson:
     """Make a lesson from a question: its answer, or in a second turn a verdict on an answer.
 
     A share of `briefly` asks for brevity; shares of `short` answer in a word, names of objects and
-    all other answers. The one has nothing to do with the other.
+    all other answers. The one has nothing to do with the other. A share of `partial` of the
+    descriptions ends after two or three objects.
     """
     right = rng.random() < 0.5
     brief = rng.random() < short[0 if asked.right.startswith("a ") else 1]
@@ -118,7 +148,11 @@ def lesson_of(
         return f"verdict: {kind}", [question, answer, "Is it right?"], "Yes" if right else "No"
     if asked.is_closed():
         kind = f"{'brief' if brief else 'sentence'}: {kind}"
-    return kind, [question], sentence.format(asked.right)
+    answer = sentence.format(asked.right)
+    if kind == "describe" and rng.random() < partial:
+        clauses = answer.split(", ")
+        answer = ", ".join(clauses[: rng.choice([2, 3])]) + "."
+    return kind, [question], answer
 
 
 def drill(scene, rng: random.Random) -> Lesson:
@@ -143,6 +177,35 @@ def drill(scene, rng: random.Random) -> Lesson:
     return f"drill: {kind}", [f"List the {kind}."], ", ".join(items) or "none"
 
 
+def check(scene, rng: random.Random) -> Lesson:
+    """Check a description with none to five errors: mark each clause, or count the errors."""
+    if rng.random() < 0.3:
+        return check_neighbours(scene, rng)
+    text = world.describe(scene, rng.randint(0, 5), rng)
+    truth = {place: thing for place, thing in scene.places().items() if thing}
+    marked = []
+    right = 0
+    for place, colour, shape in world.FACT.findall(text):
+        is_right = truth.get(place) == (colour, shape)
+        marked.append(f"at {place} a {colour} {shape} {'yes' if is_right else 'no'}")
+        right += is_right
+    if rng.random() < 0.4:
+        return "check: marks", ["Check each place."], ", ".join(marked) or "none"
+    question = rng.choice(["Describe the picture.", "What do you see?"])
+    answer = f"{len(marked) - right} wrong, {len(truth) - right} missing"
+    return "check: count", [question, text, "Count the mistakes."], answer
+
+
+def check_neighbours(scene, rng: random.Random) -> Lesson:
+    marked = []
+    for anchor, direction, thing in scene.neighbours():
+        right = rng.random() < 0.5
+        named = world.name_of(thing if right else world.mistake(thing, scene, rng))
+        marked.append(f"{direction} the {' '.join(anchor)} {named} {'yes' if right else 'no'}")
+    rng.shuffle(marked)
+    return "check: neighbours", ["Check the neighbours."], ", ".join(marked) or "none"
+
+
 def lessons(
     seed: int | str,
     split: str,
@@ -151,6 +214,8 @@ def lessons(
     each: int = 8,
     text: float = TEXT,
     short: tuple = SHORT,
+    checks: float = 0.0,
+    partial: float = 0.0,
 ):
     """Yield groups of lessons with one beginning: (picture or None, `each` lessons about it).
 
@@ -169,12 +234,16 @@ def lessons(
         scene = world.draw_scene(rng, split)
         for _ in range(2):
             group.append(drill(scene, rng))
-        group.append(lesson_of("describe", world.ask("describe", scene, rng), rng, 0, briefly))
+        asked = world.ask("describe", scene, rng)
+        group.append(lesson_of("describe", asked, rng, 0, briefly, short, partial))
         while len(group) < each:
+            if rng.random() < checks:
+                group.append(check(scene, rng))
+                continue
             kind = rng.choice(list(world.ABOUT_PICTURES))
             asked = world.ask(kind, scene, rng)
             if asked:
-                group.append(lesson_of(kind, asked, rng, verdicts, briefly, short))
+                group.append(lesson_of(kind, asked, rng, verdicts, briefly, short, partial))
         yield world.draw_picture(scene, rng), group
 
 
@@ -376,7 +445,7 @@ def share_with_text(processors) -> float:
 @torch.no_grad()
 def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[str, float]:
     """Measure by kind the share of lessons that greedy decoding would answer exactly."""
-    stream = lessons(seed=2, split=split, text=share_with_text(processors))
+    stream = lessons(seed=2, split=split, text=share_with_text(processors), checks=0.3)
     exact = {}
     for _ in range(groups // 20):
         batch = [next(stream) for _ in range(20)]
@@ -387,15 +456,16 @@ def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[s
     return {kind: sum(outcomes) / len(outcomes) for kind, outcomes in sorted(exact.items())}
 
 
-def train(policy, processors, steps: int, phase: int, seed: str, short: tuple) -> None:
-    """Run Muon on matrices and AdamW on the rest, for one of the phases from 0.
+def train(policy, processors, phase: Phase, seed: str, short: tuple, partial: float) -> None:
+    """Run Muon on matrices and AdamW on the rest.
 
-    In the first one verdicts begin once the model knows answers; earlier they teach nothing.
+    In the first phase verdicts begin once the model knows answers; earlier they teach nothing.
     """
+    steps = phase.steps
     matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for p in policy.parameters() if not any(p is matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, lr=0.01 * PEAKS[phase], weight_decay=0.01)
-    adam = torch.optim.AdamW(others, lr=0.003 * PEAKS[phase], weight_decay=0.01, betas=(0.9, 0.95))
+    muon = torch.optim.Muon(matrices, lr=0.01 * phase.peak, weight_decay=0.01)
+    adam = torch.optim.AdamW(others, lr=0.003 * phase.peak, weight_decay=0.01, betas=(0.9, 0.95))
 
     def rate(step: int) -> float:
         """Warm up, then fall linearly."""
@@ -406,11 +476,11 @@ def train(policy, processors, steps: int, phase: int, seed: str, short: tuple) -
     for step in range(steps):
         if step % 50 == 0:
             text = share_with_text(processors)
-            verdicts = VERDICTS[phase]
-            if phase == 0:
+            verdicts = phase.verdicts
+            if not phase.briefly:  # the first
                 verdicts *= min(1, max(0, 4 * step / steps - 1))
-            options = dict(text=text, short=short)
-            stream = lessons(f"{seed}/{step}", "train", verdicts, BRIEFLY[phase], **options)
+            options = dict(text=text, short=short, checks=phase.checks, partial=partial)
+            stream = lessons(f"{seed}/{step}", "train", verdicts, phase.briefly, **options)
         batch = [next(stream) for _ in range(GROUPS)]
         loss, outcomes = learn(policy, batch, processors)
         loss.backward()
@@ -432,20 +502,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
     option("--out", required=True, help="folder for the checkpoint")
-    option("--phase", type=int, choices=(1, 2, 3, 4), help="only this one; 2 to 4 start from --out")
     option("--family", choices=FAMILIES, default=FAMILIES[0], help="model_type of the checkpoint")
     option("--width", type=int, default=128, help="of the language model and the vision tower")
     option("--depth", type=int, default=4, help="layers of the language model")
-    option("--steps", type=int, nargs=4, default=(1800, 500, 800, 1300), help="steps of each phase")
+    steps = [phase.steps for phase in PHASES]
+    help = "of each phase; if the first is 0, continue with the checkpoint in --out"
+    option("--steps", type=int, nargs=len(steps), default=steps, help=help)
     option(
         "--short", type=float, nargs=2, default=SHORT, help="share of short answers: names, others"
     )
+    help = "share of descriptions that end after two or three objects"
+    option("--partial", type=float, default=0.0, help=help)
     option("--seed", type=int, default=0, help="of the weights and the lessons")
     arguments = parser.parse_args()
     family = arguments.family
     seed = arguments.seed
     out = arguments.out
-    if arguments.phase in (None, 1):
+    if arguments.steps[0]:
         tokenizer = make_tokenizer(640, family)
         policy = make_model(tokenizer, family, arguments.width, arguments.depth, seed)
         parameters = sum(p.numel() for p in policy.parameters())
@@ -454,12 +527,13 @@ def main() -> None:
             if part is not None:
                 part.save_pretrained(out)
     processors = data.load_processors(out)
-    for phase, steps in enumerate(arguments.steps):
-        if arguments.phase in (None, phase + 1):
-            print(f"phase {phase + 1}", flush=True)
+    for number, (phase, steps) in enumerate(zip(PHASES, arguments.steps), 1):
+        if steps:
+            print(f"phase {number}", flush=True)
             policy = model.load_backbone(out, lm_head=True)
+            phase = phase._replace(steps=steps)
             short = tuple(arguments.short)
-            train(policy, processors, steps, phase, f"{seed}/{phase + 1}", short)
+            train(policy, processors, phase, f"{seed}/{number}", short, arguments.partial)
             policy.to(torch.bfloat16).save_pretrained(out)
 
 

@@ -37,6 +37,7 @@ OUTLINES = {  # in units of the shape's radius; a circle has none
     "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
               (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
 }  # fmt: skip
+FACT = re.compile(r"\bat (row \d column \d) a (\w+) (\w+)")  # in a description
 GRIDS = ((2, 3), (3, 2), (3, 3))  # rows and columns
 CELL = 28  # pixels: one cell is one image token of a Qwen-VL with patches of 14 merged 2 x 2
 
@@ -605,7 +606,7 @@ def sampled_record(split: str, index: int) -> dict:
 
 def grade(text: str, truth: dict | None) -> float:
     """Grade a free description from 0 to 1: F1 of the facts it states against the picture's."""
-    stated = re.findall(r"\bat (row \d column \d) a (\w+) (\w+)", text)
+    stated = FACT.findall(text)
     if not stated:
         return 0.0
     right = 0
