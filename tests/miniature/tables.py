@@ -6,9 +6,10 @@ In the README here a study's table and its claims stand between <!-- study: NAME
 <!-- end -->, the table of costs between <!-- costs --> and <!-- end -->. The main README has the
 first claim of each study between <!-- claims --> and <!-- end -->.
 
-Runs of one seed share their data, so rows are compared seed by seed. A difference is the mean over
-the seeds, with its standard error. A claim of the paper AGREES if the difference is above two
-standard errors, DIFFERS if it is below minus two, and is otherwise TOO CLOSE to tell.
+A run counts once all five seeds have it. Runs of one seed share their data, so rows are compared
+seed by seed. A difference is the mean over the seeds, with its standard error. A claim of the paper
+AGREES if the difference is above two standard errors, DIFFERS if it is below minus two, and is
+otherwise TOO CLOSE to tell.
 """
 
 import re
@@ -22,6 +23,16 @@ from run import ROOT, RUNS, STUDIES, Claim, Row, Study, read_results  # noqa: E4
 README = Path(__file__).with_name("README.md")
 MAIN_README = ROOT / "README.md"
 SEEDS = range(5)
+
+
+def complete_results() -> dict[tuple[str, int], dict]:
+    """Read the results of the runs that all seeds have."""
+    results = read_results()
+    complete = {}
+    for (run, seed), line in results.items():
+        if all((run, other) in results for other in SEEDS):
+            complete[run, seed] = line
+    return complete
 
 
 def values_of(row: Row, column: str, results: dict) -> dict[int, float]:
@@ -82,9 +93,7 @@ def judged(claim: Claim, study: Study, results: dict) -> tuple[str, str]:
 def table(name: str, results: dict) -> str:
     """Format a study: rows down, what was measured across; then its claims."""
     study = STUDIES[name]
-    seeds = sorted({len(values_of(row, study.compared, results)) for row in study.rows})
-    seeds = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    lines = [[f"percent, {seeds}", *study.columns, f"{study.compared}: difference"]]
+    lines = [[f"percent, {len(SEEDS)} seeds", *study.columns, f"{study.compared}: difference"]]
     reference = values_of(study.rows[0], study.compared, results)
     for row in study.rows:
         line = [row.label]
@@ -149,7 +158,7 @@ def costs(results: dict) -> str:
 
 def filled_in(readme: str) -> str:
     """Return a README with all tables as results.jsonl has them."""
-    results = read_results()
+    results = complete_results()
     whole = {"claims": headlines, "costs": costs}
 
     def fill(match: re.Match) -> str:
