@@ -204,7 +204,7 @@ def initial(tmp_path_factory):
 def training_options(world, initial, out, **settings) -> list[str]:
     """Arguments of 03 for four small steps."""
     arguments = {"model": initial, "data": world / "data/train", "out": out, "steps": 4}
-    arguments |= {"batch_size": 12, "learning_rate": 1e-4, "checkpoint_every": 0, "warmup": 0.5}
+    arguments |= {"batch_size": 12, "learning_rate": 3e-4, "checkpoint_every": 0, "warmup": 0.5}
     return [str(x) for key, value in (arguments | settings).items() for x in (f"--{key}", value)]
 
 

@@ -34,7 +34,13 @@ def assert_close(one: dict, two: dict, tolerance: float, title: str = "") -> Non
 
 
 def assert_same_run(one, two, tolerance: float) -> None:
-    assert_close(one[0], two[0], tolerance)
+    """Compare metrics and weights. Where a gradient is nearly zero, AdamW makes steps of its
+    rounding: one weight in 10,000 may differ by ten times the tolerance, the others by a tenth."""
+    assert one[0].keys() == two[0].keys()
+    differences = [(one[0][name] - two[0][name]).abs().flatten() for name in one[0]]
+    differences = torch.cat(differences)
+    assert (differences > tolerance / 10).double().mean() <= 1e-4 * (tolerance > 0)
+    assert differences.max() <= 10 * tolerance
     for a, b in zip(one[1], two[1], strict=True):
         for key in ("loss", "margin", "grad_norm"):
             assert a[key] == pytest.approx(b[key], abs=tolerance), (a["step"], key)
