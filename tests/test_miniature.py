@@ -90,7 +90,8 @@ def test_a_backbone_of_every_family_can_be_pretrained_and_loaded_by_the_stages(f
     for part in filter(None, (tokenizer, make_tiny.make_image_processor(family), policy)):
         part.save_pretrained(tmp_path)
     processors = stages.data.load_processors(str(tmp_path))
-    stream = make_tiny.lessons(0, "train", text=1.0 if family == "qwen2" else 0.5)
+    mix = make_tiny.Mix(text=1.0 if family == "qwen2" else 0.5)
+    stream = make_tiny.lessons(0, "train", mix)
     groups = [next(stream) for _ in range(4)]
     loss, outcomes = make_tiny.learn(policy, groups, processors)
     again, _ = make_tiny.learn(

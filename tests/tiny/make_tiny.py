@@ -60,9 +60,7 @@ model = importlib.import_module("02_model")
 world = data.embedded_world()
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "qwen2")  # the last for text alone
-SHORT = (0.25, 0.75)  # share of short answers, if they name an object and otherwise
 GROUPS = 16  # of lessons in a step of pretraining
-TEXT = 0.12  # share of the groups of lessons that have no picture
 TILE = 56  # side of InternVL's tiles, in pixels: 4 tokens
 SPECIAL = [
     "<|endoftext|>",
@@ -99,46 +97,38 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 Lesson = tuple[str, list[str], str]  # kind, turns so far (user, assistant, user, ...), answer
 
 
-class Phase(NamedTuple):
-    """A phase of pretraining: its steps, and what its lessons are."""
+class Mix(NamedTuple):
+    """What lessons are about: shares between 0 and 1."""
 
-    steps: int
-    peak: float  # of the learning rate
-    briefly: float  # share of questions that ask for brevity
-    verdicts: float  # share of verdicts; in the first phase it grows to this
-    checks: float  # share of checks of a description, clause by clause
+    verdicts: float = 0.5  # questions about pictures that become a verdict on an answer
+    briefly: float = 0.5  # closed questions that ask for brevity
+    checks: float = 0.0  # lessons that check a description clause by clause
+    text: float = 0.12  # groups of lessons that have no picture
+    short: tuple[float, float] = (0.25, 0.75)  # answers in a word: names of objects, all others
+    partial: float = 0.0  # descriptions that end after two or three objects
 
 
+# Of pretraining: steps, peak of the learning rate, lessons. The first one's verdicts begin late.
 PHASES = (
-    Phase(steps=1800, peak=1.0, briefly=0.0, verdicts=0.6, checks=0.0),
-    Phase(steps=500, peak=0.5, briefly=0.5, verdicts=0.6, checks=0.0),
-    Phase(steps=800, peak=0.5, briefly=0.5, verdicts=0.6, checks=0.0),
-    Phase(steps=1300, peak=0.5, briefly=0.5, verdicts=0.8, checks=0.0),
-    Phase(steps=1000, peak=0.5, briefly=0.5, verdicts=0.8, checks=0.4),
-    Phase(steps=900, peak=0.5, briefly=0.5, verdicts=0.8, checks=0.4),
+    (1800, 1.0, Mix(verdicts=0.6, briefly=0.0)),
+    (500, 0.5, Mix(verdicts=0.6)),
+    (800, 0.5, Mix(verdicts=0.6)),
+    (1300, 0.5, Mix(verdicts=0.8)),
+    (1000, 0.5, Mix(verdicts=0.8, checks=0.4)),
+    (900, 0.5, Mix(verdicts=0.8, checks=0.4)),
 )
 
 
-def lesson_of(
-    kind: str,
-    asked,
-    rng: random.Random,
-    verdicts: float,
-    briefly: float,
-    short: tuple = SHORT,
-    partial: float = 0.0,
-) -> Lesson:
+def lesson_of(kind: str, asked, rng: random.Random, mix: Mix, verdicts: float) -> Lesson:
     """Make a lesson from a question: its answer, or in a second turn a verdict on an answer.
 
-    A share of `briefly` asks for brevity; shares of `short` answer in a word, names of objects and
-    all other answers. The one has nothing to do with the other. A share of `partial` of the
-    descriptions ends after two or three objects.
+    Whether an answer is short has nothing to do with whether the question asks for brevity.
     """
     right = rng.random() < 0.5
-    brief = rng.random() < short[0 if asked.right.startswith("a ") else 1]
+    brief = rng.random() < mix.short[0 if asked.right.startswith("a ") else 1]
     sentence = "{}" if brief else asked.sentence
     question = asked.question
-    if asked.is_closed() and rng.random() < briefly:
+    if asked.is_closed() and rng.random() < mix.briefly:
         question += " Answer briefly."
     if rng.random() < verdicts:
         answer = sentence.format(asked.right if right else asked.wrong)
@@ -149,7 +139,7 @@ def lesson_of(
     if asked.is_closed():
         kind = f"{'brief' if brief else 'sentence'}: {kind}"
     answer = sentence.format(asked.right)
-    if kind == "describe" and rng.random() < partial:
+    if kind == "describe" and rng.random() < mix.partial:
         clauses = answer.split(", ")
         answer = ", ".join(clauses[: rng.choice([2, 3])]) + "."
     return kind, [question], answer
@@ -206,44 +196,29 @@ def check_neighbours(scene, rng: random.Random) -> Lesson:
     return "check: neighbours", ["Check the neighbours."], ", ".join(marked) or "none"
 
 
-def lessons(
-    seed: int | str,
-    split: str,
-    verdicts: float = 0.5,
-    briefly: float = 0.5,
-    each: int = 8,
-    text: float = TEXT,
-    short: tuple = SHORT,
-    checks: float = 0.0,
-    partial: float = 0.0,
-):
-    """Yield groups of lessons with one beginning: (picture or None, `each` lessons about it).
-
-    A share of `text` of the groups has no picture.
-    """
+def lessons(seed: int | str, split: str, mix: Mix, each: int = 8):
+    """Yield groups of lessons with one beginning: (picture or None, `each` lessons about it)."""
     rng = random.Random(f"lessons/{split}/{seed}")
     while True:
         group = []
-        if rng.random() < text:
+        if rng.random() < mix.text:
             for _ in range(each):
                 kind = rng.choice(world.TEXT_KINDS)
-                asked = world.ask_text(kind, rng, split)
-                group.append(lesson_of(kind, asked, rng, 0.3, briefly, short))
+                group.append(lesson_of(kind, world.ask_text(kind, rng, split), rng, mix, 0.3))
             yield None, group
             continue
         scene = world.draw_scene(rng, split)
         for _ in range(2):
             group.append(drill(scene, rng))
-        asked = world.ask("describe", scene, rng)
-        group.append(lesson_of("describe", asked, rng, 0, briefly, short, partial))
+        group.append(lesson_of("describe", world.ask("describe", scene, rng), rng, mix, 0))
         while len(group) < each:
-            if rng.random() < checks:
+            if rng.random() < mix.checks:
                 group.append(check(scene, rng))
                 continue
             kind = rng.choice(list(world.ABOUT_PICTURES))
             asked = world.ask(kind, scene, rng)
             if asked:
-                group.append(lesson_of(kind, asked, rng, verdicts, briefly, short, partial))
+                group.append(lesson_of(kind, asked, rng, mix, mix.verdicts))
         yield world.draw_picture(scene, rng), group
 
 
@@ -282,7 +257,7 @@ def make_tokenizer(vocabulary: int, family: str) -> Qwen2Tokenizer:
         "context_image_token": "<IMG_CONTEXT>",
     }
     special = SPECIAL + (list(internvl.values()) if family == "internvl" else [])
-    stream = lessons(seed=1, split="train")
+    stream = lessons(1, "train", Mix())
     texts = []
     for _ in range(1000):
         _, group = next(stream)
@@ -438,14 +413,14 @@ def learn(policy, groups: list, processors) -> tuple[torch.Tensor, list[list[boo
     return F.cross_entropy(logits, targets), outcomes
 
 
-def share_with_text(processors) -> float:
-    return TEXT if processors.vision else 1.0
+def share_without_picture(processors) -> float:
+    return Mix().text if processors.vision else 1.0
 
 
 @torch.no_grad()
 def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[str, float]:
     """Measure by kind the share of lessons that greedy decoding would answer exactly."""
-    stream = lessons(seed=2, split=split, text=share_with_text(processors), checks=0.3)
+    stream = lessons(2, split, Mix(checks=0.3, text=share_without_picture(processors)))
     exact = {}
     for _ in range(groups // 20):
         batch = [next(stream) for _ in range(20)]
@@ -456,16 +431,16 @@ def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[s
     return {kind: sum(outcomes) / len(outcomes) for kind, outcomes in sorted(exact.items())}
 
 
-def train(policy, processors, phase: Phase, seed: str, short: tuple, partial: float) -> None:
+def train(policy, processors, steps: int, peak: float, mix: Mix, seed: str) -> None:
     """Run Muon on matrices and AdamW on the rest.
 
-    In the first phase verdicts begin once the model knows answers; earlier they teach nothing.
+    Without requests for brevity, in the first phase, verdicts begin once the model knows answers;
+    earlier they teach nothing.
     """
-    steps = phase.steps
     matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for p in policy.parameters() if not any(p is matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, lr=0.01 * phase.peak, weight_decay=0.01)
-    adam = torch.optim.AdamW(others, lr=0.003 * phase.peak, weight_decay=0.01, betas=(0.9, 0.95))
+    muon = torch.optim.Muon(matrices, lr=0.01 * peak, weight_decay=0.01)
+    adam = torch.optim.AdamW(others, lr=0.003 * peak, weight_decay=0.01, betas=(0.9, 0.95))
 
     def rate(step: int) -> float:
         """Warm up, then fall linearly."""
@@ -475,12 +450,10 @@ def train(policy, processors, phase: Phase, seed: str, short: tuple, partial: fl
     started = time.time()
     for step in range(steps):
         if step % 50 == 0:
-            text = share_with_text(processors)
-            verdicts = phase.verdicts
-            if not phase.briefly:  # the first
+            verdicts = mix.verdicts
+            if not mix.briefly:
                 verdicts *= min(1, max(0, 4 * step / steps - 1))
-            options = dict(text=text, short=short, checks=phase.checks, partial=partial)
-            stream = lessons(f"{seed}/{step}", "train", verdicts, phase.briefly, **options)
+            stream = lessons(f"{seed}/{step}", "train", mix._replace(verdicts=verdicts))
         batch = [next(stream) for _ in range(GROUPS)]
         loss, outcomes = learn(policy, batch, processors)
         loss.backward()
@@ -505,12 +478,11 @@ def main() -> None:
     option("--family", choices=FAMILIES, default=FAMILIES[0], help="model_type of the checkpoint")
     option("--width", type=int, default=128, help="of the language model and the vision tower")
     option("--depth", type=int, default=4, help="layers of the language model")
-    steps = [phase.steps for phase in PHASES]
+    steps = [steps for steps, _, _ in PHASES]
     help = "of each phase; if the first is 0, continue with the checkpoint in --out"
     option("--steps", type=int, nargs=len(steps), default=steps, help=help)
-    option(
-        "--short", type=float, nargs=2, default=SHORT, help="share of short answers: names, others"
-    )
+    help = "shares of short answers: names of objects, all others"
+    option("--short", type=float, nargs=2, default=Mix().short, help=help)
     help = "share of descriptions that end after two or three objects"
     option("--partial", type=float, default=0.0, help=help)
     option("--seed", type=int, default=0, help="of the weights and the lessons")
@@ -527,13 +499,13 @@ def main() -> None:
             if part is not None:
                 part.save_pretrained(out)
     processors = data.load_processors(out)
-    for number, (phase, steps) in enumerate(zip(PHASES, arguments.steps), 1):
+    style = dict(short=tuple(arguments.short), partial=arguments.partial)
+    for number, (steps, (_, peak, mix)) in enumerate(zip(arguments.steps, PHASES), 1):
         if steps:
             print(f"phase {number}", flush=True)
             policy = model.load_backbone(out, lm_head=True)
-            phase = phase._replace(steps=steps)
-            short = tuple(arguments.short)
-            train(policy, processors, phase, f"{seed}/{number}", short, arguments.partial)
+            mix = mix._replace(text=share_without_picture(processors), **style)
+            train(policy, processors, steps, peak, mix, f"{seed}/{number}")
             policy.to(torch.bfloat16).save_pretrained(out)
 
 
