@@ -93,8 +93,8 @@ def test_a_backbone_of_every_family_can_be_pretrained_and_loaded_by_the_stages(f
     mix = make_tiny.Mix(text=1.0 if family == "qwen2" else 0.5)
     stream = make_tiny.lessons(0, "train", mix)
     groups = [next(stream) for _ in range(4)]
-    loss, outcomes = make_tiny.learn(policy, groups, processors)
-    again, _ = make_tiny.learn(
+    loss, outcomes = make_tiny.loss_and_outcomes(policy, groups, processors)
+    again, _ = make_tiny.loss_and_outcomes(
         stages.model.load_backbone(str(tmp_path), lm_head=True), groups, processors
     )
     assert loss.item() == pytest.approx(again.item(), abs=1e-6) and len(outcomes) == 32

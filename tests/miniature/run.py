@@ -9,8 +9,9 @@ Out   artifacts/miniature/<hash of the world>/<seed>/<run>/: what the stages wri
       results.jsonl beside this file: a line for each run and seed, with its command lines. A run
       whose line is there, with the same command lines, is not repeated.
 
-A run is a list of command lines of the six scripts. Worker processes of one rank and one thread
-perform the runs in the order of RUNS, so that a run finds the artifacts it needs.
+A run is a list of command lines, of the six scripts and best_of.py. It starts when all runs that
+need fewer others have ended, so it finds the artifacts it needs. Worker processes have one rank and
+one thread.
 """
 
 import argparse
@@ -99,14 +100,14 @@ LANGUAGE_HALF = "{root}/language_half"
 SIZES = {
     "2 layers of 64": "--width 64 --depth 2",
     "4 layers of 128": "--width 128 --depth 4",
-    "6 layers of 192": "--width 192 --depth 6",
+    "4 layers of 192": "--width 192 --depth 4",
 }
 FAMILIES = {
     "Qwen2-VL": "--family qwen2_vl",
     "Qwen3-VL": "--family qwen3_vl",
     "InternVL": "--family internvl",
 }
-# Each is pretrained more briefly than the embedded ones.
+# Each is pretrained for 1,350 steps, the embedded ones for 6,300.
 BACKBONES = SIZES | FAMILIES | {"LLM": "--family qwen2"}
 BACKBONE_STEPS = ("900", "0", "0", "0", "450", "0")
 VLM = "4 layers of 128"  # the embedded backbone's size
@@ -268,7 +269,7 @@ def choose() -> Run:
     """Let the reward model choose among eight answers of the start policy."""
     command = (
         "tests/miniature/best_of.py --model {work}/full/reward --data {work}/data/new_questions "
-        "--benchmark= --seed {seed} --out {run}"
+        "--seed {seed} --out {run}"
     )
 
     def measure(folder: Path) -> dict[str, float]:
@@ -278,7 +279,7 @@ def choose() -> Run:
 
 
 # --------------------------------------------------------------------------------------------------
-# All runs by name, in their order, and the studies that are tables of them.
+# All runs by name, and the studies that are tables of them.
 
 # The paper's head study: VL-RewardBench overall / MM-RLHF-RewardBench accuracy
 HEADS = {
@@ -420,8 +421,8 @@ STUDIES = {
         LOOK,
         [Row(size, size) for size in SIZES],
         [
-            Claim("larger is better", "6 layers of 192", "2 layers of 64"),
-            Claim("even above the middle", "6 layers of 192", "4 layers of 128"),
+            Claim("larger is better", "4 layers of 192", "2 layers of 64"),
+            Claim("even above the middle", "4 layers of 192", "4 layers of 128"),
         ],
     ),
     "family": Study(
@@ -466,11 +467,17 @@ STUDIES = {
             Row("judge", "judge"),
             Row("reward model", "model"),
             Row("hybrid", "hybrid"),
+            Row("hybrid, divided by the batch's deviation", "hybrid batch"),
             Row("hybrid of standardised scores", "hybrid standardised"),
         ],
         [
             Claim("hybrid better than the rule", "hybrid", "rule", "average"),
-            Claim("hybrid better than the reward model", "hybrid", "reward model", "average"),
+            Claim(
+                "hybrid better than the reward model",
+                "hybrid, divided by the batch's deviation",
+                "reward model",
+                "average",
+            ),
             Claim("the reward model better than the rule", "reward model", "rule", "average"),
             Claim("the reward model better than a judge", "reward model", "judge", "average"),
         ],
@@ -535,7 +542,7 @@ def make_backbone(name: str) -> None:
     command = [sys.executable, "tests/tiny/make_tiny.py", "--out", str(folder), *options]
     with open(folder / "log.txt", "w") as log:
         if subprocess.run(command, stdout=log, stderr=log).returncode:
-            sys.exit(f"{folder}/log.txt: the backbone could not be made")
+            raise RuntimeError(f"{folder}/log.txt: the backbone could not be made")
     (folder / "done").touch()
 
 

@@ -8,8 +8,8 @@ first claim of each study between <!-- claims --> and <!-- end -->.
 
 A run counts once all five seeds have it. Runs of one seed share their data, so rows are compared
 seed by seed. A difference is the mean over the seeds, with its standard error. A claim of the paper
-AGREES if the difference is above two standard errors, DIFFERS if it is below minus two, and is
-otherwise TOO CLOSE to tell.
+agrees if the difference is above 2.78 standard errors, Student's t for 95% and five seeds, differs
+if it is below minus that, and is otherwise too close to tell.
 """
 
 import re
@@ -23,6 +23,7 @@ from run import ROOT, RUNS, STUDIES, Claim, Row, Study, read_results  # noqa: E4
 README = Path(__file__).with_name("README.md")
 MAIN_README = ROOT / "README.md"
 SEEDS = range(5)
+STUDENT_T = 2.776  # 95%, two-sided, 4 degrees of freedom
 
 
 def complete_results() -> dict[tuple[str, int], dict]:
@@ -71,7 +72,7 @@ def differences(better: dict[int, float], worse: dict[int, float] | float) -> li
 
 def verdict(values: list[float]) -> str:
     mean = statistics.mean(values)
-    bound = 2 * statistics.stdev(values) / len(values) ** 0.5
+    bound = STUDENT_T * statistics.stdev(values) / len(values) ** 0.5
     if mean > bound:
         return "agrees"
     return "differs" if mean < -bound else "too close to tell"
@@ -152,7 +153,9 @@ def costs(results: dict) -> str:
     lines = [["study", "runs", "minutes on two cores"]]
     for name, runs in (studies | {"all": set(RUNS)}).items():
         seconds = [line["seconds"] for (run, _), line in results.items() if run in runs]
-        lines.append([name, str(len(seconds)), f"{sum(seconds) / 2 / 60:.0f}"])
+        count = len(SEEDS) * len(runs)
+        minutes = f"{sum(seconds) / 2 / 60:.0f}" if len(seconds) == count else "-"
+        lines.append([name, str(count), minutes])
     return markdown(lines)
 
 

@@ -11,7 +11,7 @@ The first two take almost two hours each on one core, the policy half an hour. I
 answers in a whole sentence where a name was asked for briefly, and mostly stops describing after
 two or three objects, as many captions do: mistakes that a reward can mend.
 
-Train a byte-level BPE tokenizer on the world's own text; Qwen2's pre-tokenizer lets it encode any
+Train a byte-level BPE tokenizer on the world's own text; its alphabet of bytes lets it encode any
 text. Then train the model on text-only tasks and on pictures with eight lessons each: drills,
 descriptions, questions, verdicts on somebody's answer, and checks of a description. The
 shared-prefix forward of 02_model.py encodes a picture once for its eight lessons. The model sees
@@ -22,8 +22,9 @@ Four choices are on purpose:
 
 - A second turn asks for a verdict, right behind the answer, where a reward head will stand. Without
   verdicts a reward model learns very slowly.
-- Checks, in the last two phases, mark each clause of a description as right or wrong, or count its
-  errors. Verdicts teach little about two descriptions that both have errors, as a policy's have.
+- Checks, in the last two phases, count the wrong and the missing clauses of a description, or write
+  true and false clauses with yes or no behind each. Verdicts teach little about two descriptions
+  that both have errors, as a policy's have.
 - "Answer briefly." changes nothing here. A policy that starts from this model answers many such
   requests in whole sentences, so it can still learn brevity.
 - The base of the rotary embedding is 100, not 1,000,000. With heads of 32 the published base would
@@ -61,6 +62,7 @@ world = data.embedded_world()
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "qwen2")  # the last for text alone
 GROUPS = 16  # of lessons in a step of pretraining
+EACH = 8  # lessons of a group
 TILE = 56  # side of InternVL's tiles, in pixels: 4 tokens
 SPECIAL = [
     "<|endoftext|>",
@@ -101,16 +103,17 @@ class Mix(NamedTuple):
     """What lessons are about: shares between 0 and 1."""
 
     verdicts: float = 0.5  # questions about pictures that become a verdict on an answer
+    late: bool = False  # verdicts begin after a quarter of the phase
     briefly: float = 0.5  # closed questions that ask for brevity
-    checks: float = 0.0  # lessons that check a description clause by clause
+    checks: float = 0.0  # lessons about pictures that check clauses
     text: float = 0.12  # groups of lessons that have no picture
     short: tuple[float, float] = (0.25, 0.75)  # answers in a word: names of objects, all others
     partial: float = 0.0  # descriptions that end after two or three objects
 
 
-# Of pretraining: steps, peak of the learning rate, lessons. The first one's verdicts begin late.
+# Of pretraining: steps, peak of the learning rate, lessons.
 PHASES = (
-    (1800, 1.0, Mix(verdicts=0.6, briefly=0.0)),
+    (1800, 1.0, Mix(verdicts=0.6, late=True, briefly=0.0)),
     (500, 0.5, Mix(verdicts=0.6)),
     (800, 0.5, Mix(verdicts=0.6)),
     (1300, 0.5, Mix(verdicts=0.8)),
@@ -168,7 +171,7 @@ def drill(scene, rng: random.Random) -> Lesson:
 
 
 def check(scene, rng: random.Random) -> Lesson:
-    """Check a description with none to five errors: mark each clause, or count the errors."""
+    """Count the mistakes of a description, or write one, yes or no behind each of its clauses."""
     if rng.random() < 0.3:
         return check_neighbours(scene, rng)
     text = world.describe(scene, rng.randint(0, 5), rng)
@@ -196,13 +199,13 @@ def check_neighbours(scene, rng: random.Random) -> Lesson:
     return "check: neighbours", ["Check the neighbours."], ", ".join(marked) or "none"
 
 
-def lessons(seed: int | str, split: str, mix: Mix, each: int = 8):
-    """Yield groups of lessons with one beginning: (picture or None, `each` lessons about it)."""
+def lessons(seed: int | str, split: str, mix: Mix):
+    """Yield groups of lessons with one beginning: (picture or None, EACH lessons about it)."""
     rng = random.Random(f"lessons/{split}/{seed}")
     while True:
         group = []
         if rng.random() < mix.text:
-            for _ in range(each):
+            for _ in range(EACH):
                 kind = rng.choice(world.TEXT_KINDS)
                 group.append(lesson_of(kind, world.ask_text(kind, rng, split), rng, mix, 0.3))
             yield None, group
@@ -211,7 +214,7 @@ def lessons(seed: int | str, split: str, mix: Mix, each: int = 8):
         for _ in range(2):
             group.append(drill(scene, rng))
         group.append(lesson_of("describe", world.ask("describe", scene, rng), rng, mix, 0))
-        while len(group) < each:
+        while len(group) < EACH:
             if rng.random() < mix.checks:
                 group.append(check(scene, rng))
                 continue
@@ -237,7 +240,7 @@ def encode(picture: bytes | None, group: list[Lesson], processors):
         prompt, files, grids = data.encode_prompt(messages, pictures, processors)
         rows.append((prompt, data.encode_response(answer, processors)))
     first = rows[0][0]
-    shared = 2
+    shared = 2  # <|im_start|>user
     if picture:
         image_tokens = (i for i, token in enumerate(first) if token == processors.image_token)
         shared = 1 + max(image_tokens, default=1)
@@ -389,7 +392,7 @@ def make_image_processor(family: str):
     return Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056)
 
 
-def learn(policy, groups: list, processors) -> tuple[torch.Tensor, list[list[bool]]]:
+def loss_and_outcomes(policy, groups: list, processors) -> tuple[torch.Tensor, list[list[bool]]]:
     """Return the mean next-token loss over the answers, and for each lesson the right tokens.
 
     A token of an answer is right if the model gives it the highest probability.
@@ -418,24 +421,24 @@ def share_without_picture(processors) -> float:
 
 
 @torch.no_grad()
-def examine(policy, processors, split: str = "new", groups: int = 200) -> dict[str, float]:
-    """Measure by kind the share of lessons that greedy decoding would answer exactly."""
-    stream = lessons(2, split, Mix(checks=0.3, text=share_without_picture(processors)))
+def examine(policy, processors, groups: int) -> dict[str, float]:
+    """Measure by kind the share of lessons that greedy decoding would answer exactly, on new scenes
+    and tasks."""
+    stream = lessons(2, "new", Mix(checks=0.3, text=share_without_picture(processors)))
     exact = {}
     for _ in range(groups // 20):
         batch = [next(stream) for _ in range(20)]
-        _, outcomes = learn(policy, batch, processors)
+        _, outcomes = loss_and_outcomes(policy, batch, processors)
         kinds = [kind for _, group in batch for kind, _, _ in group]
         for kind, tokens in zip(kinds, outcomes):
             exact.setdefault(kind, []).append(all(tokens))
-    return {kind: sum(outcomes) / len(outcomes) for kind, outcomes in sorted(exact.items())}
+    return {kind: round(sum(right) / len(right), 3) for kind, right in sorted(exact.items())}
 
 
 def train(policy, processors, steps: int, peak: float, mix: Mix, seed: str) -> None:
     """Run Muon on matrices and AdamW on the rest.
 
-    Without requests for brevity, in the first phase, verdicts begin once the model knows answers;
-    earlier they teach nothing.
+    Late verdicts begin once the model knows answers; earlier they teach nothing.
     """
     matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for p in policy.parameters() if not any(p is matrix for matrix in matrices)]
@@ -451,11 +454,11 @@ def train(policy, processors, steps: int, peak: float, mix: Mix, seed: str) -> N
     for step in range(steps):
         if step % 50 == 0:
             verdicts = mix.verdicts
-            if not mix.briefly:
+            if mix.late:
                 verdicts *= min(1, max(0, 4 * step / steps - 1))
             stream = lessons(f"{seed}/{step}", "train", mix._replace(verdicts=verdicts))
         batch = [next(stream) for _ in range(GROUPS)]
-        loss, outcomes = learn(policy, batch, processors)
+        loss, outcomes = loss_and_outcomes(policy, batch, processors)
         loss.backward()
         for part in (muon, adam, *schedules):
             part.step()
@@ -466,9 +469,7 @@ def train(policy, processors, steps: int, peak: float, mix: Mix, seed: str) -> N
             progress = f"step {step + 1}: loss {loss.item():.3f}, next token right {right:.3f}"
             print(f"{progress}, {seconds:.0f} s", flush=True)
         if step % 200 == 199 or step == steps - 1:
-            shares = examine(policy, processors)
-            rounded = {kind: round(share, 3) for kind, share in shares.items()}
-            print(json.dumps(rounded), flush=True)
+            print(json.dumps(examine(policy, processors, groups=200)), flush=True)
 
 
 def main() -> None:
@@ -507,6 +508,7 @@ def main() -> None:
             mix = mix._replace(text=share_without_picture(processors), **style)
             train(policy, processors, steps, peak, mix, f"{seed}/{number}")
             policy.to(torch.bfloat16).save_pretrained(out)
+    print(json.dumps(examine(model.load_backbone(out, lm_head=True), processors, groups=800)))
 
 
 if __name__ == "__main__":

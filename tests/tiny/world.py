@@ -6,7 +6,7 @@ file, with right and subtly wrong answers. It knows the truth about each picture
 only the answers of the source 'sampled' were written by a model, and stand in a file.
 
 Splits: 'train'; 'new', scenes and tasks that training never shows; 'unseen', scenes that also have
-combinations of colour and shape that training never shows, in pictures or in words.
+combinations of colour and shape that training never shows, in pictures or in right answers.
 """
 
 import gzip
@@ -604,7 +604,7 @@ def sampled_record(split: str, index: int) -> dict:
     }
 
 
-def grade(text: str, truth: dict | None) -> float:
+def grade(text: str, truth: dict) -> float:
     """Grade a free description from 0 to 1: F1 of the facts it states against the picture's."""
     stated = FACT.findall(text)
     if not stated:
