@@ -265,6 +265,15 @@ def improve(reward: str, model: str = "full", more: str = "") -> Run:
     return Run([command], measure, (model,))
 
 
+def measure_scores() -> Run:
+    """Measure held-out scores as 03 does at its end, here of a step that changes nothing."""
+    command = (
+        "03_train.py --model {work}/full/reward --data {work}/data/train --out {run}/reward "
+        "--steps 1 --learning_rate 0 --checkpoint_every 0 --workers 0 --seed {seed}"
+    )
+    return Run([command], lambda folder: {}, ("full",))
+
+
 def choose() -> Run:
     """Let the reward model choose among eight answers of the start policy."""
     command = (
@@ -327,7 +336,8 @@ RUNS["hybrid"] = improve("hybrid")
 # Raw scores have any scale: only the division gives the KL coefficient its usual meaning.
 RUNS["model"] = improve("model", more="--advantage batch")
 RUNS["judge"] = improve("model", "full judge", "--advantage batch")
-RUNS["hybrid standardised"] = improve("hybrid", more="--standardise")
+RUNS["scores"] = measure_scores()
+RUNS["hybrid standardised"] = improve("hybrid", "scores", "--standardise")
 RUNS["hybrid group"] = improve("hybrid", more="--advantage group")
 RUNS["hybrid batch"] = improve("hybrid", more="--advantage batch")
 
