@@ -318,7 +318,7 @@ def test_resuming_with_another_recipe_or_data_is_refused_by_name_unless_asked_fo
     arguments = [*training_options(world, initial, out, **changed), "--resume"]
     done = torchrun("03_train.py", *arguments, ranks=1, check=False)
     assert done.returncode and '03_train.py", line' not in done.stderr
-    for change in ("learning_rate was 0.0001, is 0.002", "data was", "content of the data was"):
+    for change in ("learning_rate was 0.0003, is 0.002", "data was", "content of the data was"):
         assert change in done.stderr, change
     torchrun("03_train.py", *arguments, "--resume_changed", ranks=1)
     assert kills.lines_of(out) == 4
