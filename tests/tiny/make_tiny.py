@@ -175,7 +175,7 @@ def check(scene, rng: random.Random) -> Lesson:
     if rng.random() < 0.3:
         return check_neighbours(scene, rng)
     text = world.describe(scene, rng.randint(0, 5), rng)
-    truth = {place: thing for place, thing in scene.places().items() if thing}
+    truth = scene.truth()
     marked = []
     right = 0
     for place, colour, shape in world.FACT.findall(text):

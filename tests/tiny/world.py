@@ -65,8 +65,12 @@ class Scene:
                 named[f"row {y + 1} column {x + 1}"] = thing
         return named
 
+    def truth(self) -> dict[str, Thing]:
+        """Name the cells that have a shape."""
+        return {place: thing for place, thing in self.places().items() if thing}
+
     def things(self) -> list[Thing]:
-        return [thing for thing in self.places().values() if thing]
+        return list(self.truth().values())
 
     def neighbours(self) -> list[tuple[Thing, str, Thing]]:
         """List (anchor, direction, neighbour) where the picture has the anchor only once."""
@@ -184,7 +188,7 @@ def describe(scene: Scene, errors: int, rng: random.Random) -> str:
     An object is a near miss, at a place that is empty, swapped with another, left out, invented, or
     named once more at an empty place.
     """
-    facts = [(place, thing) for place, thing in scene.places().items() if thing]
+    facts = list(scene.truth().items())
     empty = [place for place, thing in scene.places().items() if not thing]
     intact = list(range(len(facts)))
     rng.shuffle(intact)
@@ -260,7 +264,7 @@ def ask_what(place: str, thing: Thing, scene: Scene, rng: random.Random) -> Aske
 
 def ask_attribute(scene: Scene, rng: random.Random) -> Asked | None:
     if rng.random() < 0.5:
-        place, thing = rng.choice([item for item in scene.places().items() if item[1]])
+        place, thing = rng.choice(list(scene.truth().items()))
         return ask_what(f"at {place}", thing, scene, rng)
     shapes = [shape for _, shape in scene.things()]
     single = [thing for thing in scene.things() if shapes.count(thing[1]) == 1]
@@ -520,7 +524,7 @@ def record(source: str, split: str, seed: int | str, index: int) -> dict:
         while (asked := ask(kind, scene, rng)) is None:
             kind = rng.choice(traits["kinds"])
         if CATEGORIES.get(kind) == "hallucination":
-            record["truth"] = {place: thing for place, thing in scene.places().items() if thing}
+            record["truth"] = scene.truth()
     record["category"] = CATEGORIES.get(kind, "perception")
     if "per_picture" in traits:
         record["group"] = f"{source}-{split}-{scene_index}"
