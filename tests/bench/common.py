@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -30,21 +31,13 @@ Comparison, RewardModel = data.Comparison, model_stage.RewardModel
 
 
 def machine() -> str:
-    """The machine in words, for the head of every table."""
-    name = platform.processor() or platform.machine()
-    for line in (
-        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    ):
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-            break
-    wide = (
-        "AVX-512"
-        if "AVX512" in torch.backends.cpu.get_cpu_capability()
-        else torch.backends.cpu.get_cpu_capability()
-    )
+    """Describe the machine, for the head of a table."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpu = found[1] if found else cpu
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{name}, {threads}, {wide}, torch {torch.__version__}"
+    return f"{cpu}, {threads}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def vision_language_config(
@@ -100,29 +93,21 @@ def make_comparison(
     def text(length: int) -> np.ndarray:
         return rng.integers(0, 512, length, dtype=np.int32)
 
-    end = np.array([processors.end_token], np.int32)
     ids, files, grids = text(prompt), [], np.zeros((0, 3), np.int32)
     if image_tokens:
-        unit = processors.image.patch_size * processors.image.merge_size
+        unit = processors.vision.patch * processors.vision.merge
         height = max(1, round((image_tokens * rng.uniform(0.6, 1.6)) ** 0.5))
         size = (unit * max(1, round(image_tokens / height)), unit * height)
+        noise = rng.integers(0, 256, (size[1] // 7, size[0] // 7, 3), dtype=np.uint8)
         file = io.BytesIO()
-        coarse = Image.fromarray(
-            rng.integers(0, 256, (size[1] // 7, size[0] // 7, 3), dtype=np.uint8)
-        )
-        coarse.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
-        grids = np.array([data.patch_grid(size, processors)], np.int32)
-        tokens = int(grids.prod()) // processors.image.merge_size**2
-        ids = np.concatenate(
-            [
-                ids[: prompt // 4],
-                np.full(tokens, processors.image_token, np.int32),
-                ids[prompt // 4 :],
-            ]
-        )
+        Image.fromarray(noise).resize(size, Image.Resampling.NEAREST).save(file, "PNG")
         files = [file.getvalue()]
-    made = [np.concatenate([text(length - 1), end]) for length in responses]
-    return Comparison(ids, made, list(range(1, len(responses) + 1)), files, grids)
+        grids = np.array([data.patch_grid(size, processors)], np.int32)
+        tokens = grids.prod() // processors.vision.merge**2
+        ids = np.insert(ids, prompt // 4, np.full(tokens, processors.image_token))
+    end = np.array([processors.end_token], np.int32)
+    texts = [np.concatenate([text(length - 1), end]) for length in responses]
+    return Comparison(ids, texts, list(range(1, len(responses) + 1)), files, grids)
 
 
 def make_comparisons(
@@ -134,16 +119,11 @@ def make_comparisons(
     def draw(limits: tuple[int, int]) -> int:
         return int(rng.integers(limits[0], limits[1] + 1))
 
-    return [
-        make_comparison(
-            rng,
-            processors,
-            draw(image) if image else 0,
-            draw(prompt),
-            [draw(response) for _ in range(n)],
-        )
-        for _ in range(count)
-    ]
+    comparisons = []
+    for _ in range(count):
+        lengths = [draw(image) if image else 0, draw(prompt), [draw(response) for _ in range(n)]]
+        comparisons.append(make_comparison(rng, processors, *lengths))
+    return comparisons
 
 
 # --------------------------------------------------------------------------------------------------
@@ -152,15 +132,12 @@ def make_comparisons(
 
 def padded_rows(comparisons: list[Comparison], processors) -> dict[str, torch.Tensor]:
     """Pad a row for each response, its images in each: all first responses, then all second."""
-    rows = [
-        (c, c.responses[k])
-        for k in range(max(len(c.responses) for c in comparisons))
-        for c in comparisons
-    ]
-    ids = [
-        torch.from_numpy(np.concatenate([c.prompt, response]).astype(np.int64))
-        for c, response in rows
-    ]
+    rows = []  # (comparison, token ids)
+    for k in range(max(len(c.responses) for c in comparisons)):
+        for c in comparisons:
+            ids = np.concatenate([c.prompt, c.responses[k]]).astype(np.int64)
+            rows.append((c, torch.from_numpy(ids)))
+    ids = [row for _, row in rows]
     pad = processors.tokenizer.pad_token_id
     batch = {"input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)}
     lengths = torch.tensor([len(row) for row in ids])
