@@ -92,7 +92,7 @@ class Comparison:
 
     @property
     def weight(self) -> int:
-        """How many comparisons it counts as: the pairs that it was joined of (appendix), or 1."""
+        """Weight in the loss: the number of pairs that 01 joined into it (appendix), else 1."""
         return self.record.get("joined", 1)
 
     @property
@@ -113,7 +113,8 @@ def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
 # How a picture enters a language model: the vision tower turns each patch of 14 x 14 pixels into a
 # vector and merges 2 x 2 of them into one. The prompt has a placeholder, the image token, for each
 # merged vector; in the model (02) that vector takes the place of the token's embedding. So a larger
-# picture makes a longer prompt. For a picture of 56 x 84 pixels, 4 x 6 patches, 2 x 3 image tokens:
+# picture makes a longer prompt. For a picture 56 pixels high and 84 wide, so of 4 x 6 patches and
+# 2 x 3 image tokens:
 #
 #     record      {"prompt": [{"role": "user", "content": "What is it?"}], "images": ["0.png"], ...}
 #     messages    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}]
@@ -251,7 +252,7 @@ def prepare(name: str, lines, processors, settings, holdout: float, within=None)
         if number % world != rank or all(path.is_file() for path in paths):
             continue
         kept, held_out, notes = encode_chunk(chunk, processors, settings, holdout, within)
-        # The image token is left out of the hashes by which 04 finds equal prompts.
+        # It also hashes each prompt, without its image tokens, for 04's overlap check.
         write_shard(paths[0], kept, processors.image_token, **notes)
         if holdout > 0:
             write_shard(paths[1], held_out, processors.image_token)
@@ -286,25 +287,11 @@ def encode_chunk(chunk: list[Line], processors, settings, holdout: float, within
 
 def main(settings: Settings) -> None:
     processors = load_processors(settings.backbone, settings.max_pixels)
-    if settings.judge_request and not settings.source:
-        raise UserError("--judge_request: give the pairs by --source")
-    if settings.mix:
-        settings.source += mix_sources(settings.mix, settings.mix_folder)
-    name = "train"  # the embedded world's training set
-    if settings.source:
-        name = settings.name or settings.mix or default_name(settings.source[0])
-        parts = [open_source(source, settings.seed) for source in settings.source]
-        holdout = settings.holdout
-        if official_metric(settings.source) or settings.judge_request:
-            holdout = 0  # a benchmark stays whole; two questions of one pair would part
-        settings.join &= holdout > 0
-        folders = [data_folder(source) for source in settings.source]
-        within = None if settings.allow_outside else folders
-        lines = itertools.chain(*parts)
-        if settings.judge_request:
-            lines = as_judge_questions(lines, settings.judge_request)
+    if settings.source or settings.mix:
+        name, lines, holdout, within = open_sources(settings)  # in the appendix, like `world_sets`
         prepare(name, lines, processors, settings, holdout, within)
     else:
+        name = "train"  # the embedded world's training set
         settings.join = False
         for part, lines, holdout in world_sets(settings):
             prepare(part, lines, processors, settings, holdout)
@@ -1369,6 +1356,27 @@ def open_source(source: str, seed: int = 0) -> Iterator[Line]:
     if name == "jsonl":
         return lines
     return ((file, number, partial(add_source, name, read)) for file, number, read in lines)
+
+
+def open_sources(settings: Settings) -> tuple[str, Iterator[Line], float, list[Path] | None]:
+    """Find all --source and those of --mix.
+
+    Returns the data set's name, the lines, the share to hold out, and the folders that pictures
+    have to lie in.
+    """
+    if settings.mix:
+        settings.source += mix_sources(settings.mix, settings.mix_folder)
+    name = settings.name or settings.mix or default_name(settings.source[0])
+    lines = itertools.chain(*[open_source(source, settings.seed) for source in settings.source])
+    holdout = settings.holdout
+    if official_metric(settings.source):
+        holdout = 0  # a benchmark stays whole
+    if settings.judge_request:
+        lines = as_judge_questions(lines, settings.judge_request)
+        holdout = 0  # it would separate the two questions of a pair
+    settings.join = settings.join and holdout > 0  # pairs of a benchmark stay apart
+    within = [data_folder(source) for source in settings.source]
+    return name, lines, holdout, None if settings.allow_outside else within
 
 
 def add_source(name: str, read: Callable[[], dict]) -> dict:

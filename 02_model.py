@@ -183,12 +183,11 @@ class Segments:
         sizes, prompt_of, keys = [], [], []
         start = 0
         for P, Rs in lengths:
-            prompt_segment = len(sizes)
-            for size in [P, *Rs]:
-                is_prompt = len(sizes) == prompt_segment
+            prompt = len(sizes)  # its segment
+            for s, size in enumerate([P, *Rs]):
                 own = np.arange(start, start + size)
-                keys.append(own if is_prompt else np.concatenate([keys[prompt_segment], own]))
-                prompt_of.append(None if is_prompt else prompt_segment)
+                keys.append(np.concatenate([keys[prompt], own]) if s else own)
+                prompt_of.append(prompt if s else None)
                 sizes.append(size)
                 start += size
         key_sizes = list(map(len, keys))
@@ -395,7 +394,7 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
-    # A critic or a judge (appendix) packs rows in its own way and first rewrites the comparisons.
+    # For 03's loader. A critic or a judge (appendix) rewrites comparisons, then packs its own way.
     kind = "naive"
     pack = staticmethod(pack)
     rewrite = None

@@ -9,12 +9,13 @@ Out   artifacts/reward: the trained model, metrics.jsonl with a line per step, c
 
 The loss is -log sigmoid(r_w - r_l), with r_w the score of the better response and r_l of the worse:
 Bradley-Terry's negative log-likelihood, if w wins with probability sigmoid(r_w - r_l). A ranking of
-N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155).
+N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155), or
+their sum if 01 joined it from pairs.
 
 Keep one idea in mind: the gradient of a step does not depend on the number of ranks. The seed
 decides which comparisons make up a step, bin packing deals them to ranks, no score depends on the
 row that a comparison is packed into (02), and every loss is divided by the number of comparisons in
-the whole step. So a run may continue on another number of ranks.
+the whole step (a joined one counts its pairs). So a run may continue on another number of ranks.
 
 The paper trains with learning rate 3e-6 and batches of 128 on 64 GPUs. It does not state optimizer,
 schedule, epochs, or whether the vision tower is frozen: settings marked "authors" are those of the
@@ -90,7 +91,7 @@ def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
 @dataclass
 class MicroBatch:
     step: int
-    indices: list[int]  # of one rank's comparisons; if none, `load` packs a token nobody scores
+    indices: list[int]  # of one rank's comparisons; if none, `load` packs what nobody scores
     last: bool  # of its step
     step_size: int  # weight of the whole step's comparisons, over all ranks and micro-batches
     dummy_image: bool  # another rank has an image here and this one has none
@@ -120,7 +121,7 @@ def plan(steps, tokens, patches, micro_tokens, rank, world, weights=None) -> lis
         bins = deal(indices, cost, rounds * world)
         size = len(indices) if weights is None else int(weights[indices].sum())
         budget = max([micro_tokens, *cost[indices]])  # one long comparison may exceed micro_tokens
-        while max(map(work, bins)) > budget:  # ends, since at last each bin holds one comparison
+        while max(map(work, bins)) > budget:  # ends at the latest with one comparison per bin
             rounds += 1
             bins = deal(indices, cost, rounds * world)
         bins.sort(key=work, reverse=True)  # bins that run at the same time cost about the same
@@ -293,14 +294,14 @@ def train(settings: "Settings") -> dict:
     comparisons, held_out = open_data(settings, model.processors, model.rewrite)
     tokens, patches = comparisons.sizes()
     order = order_of_training(len(comparisons), settings)
-    ranks = rank, world, comparisons.weights()
-    micro_batches = plan(order, tokens, patches, settings.micro_tokens, *ranks)
+    weights = comparisons.weights()
+    micro_batches = plan(order, tokens, patches, settings.micro_tokens, rank, world, weights)
 
     freeze(model.backbone, settings, device)  # b
     heads = [module for module in model.modules() if isinstance(module, model_stage.RewardHead)]
     recompute = settings.activation_checkpointing
-    options = recompute, heads, settings.shard_size, settings.compile
-    shard(model, model.backbone, device, *options)  # c
+    options = {"shard_size": settings.shard_size, "compile": settings.compile}
+    shard(model, model.backbone, device, recompute, in_float32=heads, **options)  # c
     load_weights(model.backbone, settings.model, device)  # d, like b in the appendix
     optimizer = make_optimizer(model, settings)  # e
 
@@ -387,7 +388,7 @@ def train(settings: "Settings") -> dict:
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Collect what is trained: parameters and the optimizer's tensors of each, in use, by name."""
+    """Collect by name, without copies, the trained parameters and their optimizer tensors."""
     state = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -501,7 +502,7 @@ def open_data(settings: Settings, processors, rewrite=None) -> tuple:
 def pack_micro_batch(micro: MicroBatch, comparisons: Dataset, processors, pack=model_stage.pack):
     """Read the comparisons of a micro-batch; return them and their packed row."""
     read = [comparisons[i] for i in micro.indices]
-    if not read and not micro.dummy_image:  # fewer comparisons than ranks: a token nobody reads
+    if not read and not micro.dummy_image:  # a rank's bin may be empty: one token
         read = [data.Comparison(np.array([processors.end_token], np.int32), [], [])]
     return read, pack(read, processors, micro.dummy_image)
 

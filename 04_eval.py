@@ -6,10 +6,10 @@
     torchrun --standalone --nproc_per_node=2 04_eval.py --score FILE
 
 In    Reward models (03) and prepared benchmarks (01); by default artifacts/reward and the held-out
-      sets of the embedded world. --scores_from replaces the model by another system's scores,
-      --score the benchmarks by a JSONL file, which comes back with scores.
+      sets of the embedded world. --scores_from FILE: another system's scores, instead of a model.
+      --score FILE: no benchmarks; write the lines of a JSONL file again, with scores.
 Out   A table per benchmark. In artifacts/scores/<model>/ raw scores, <benchmark>.safetensors,
-      summary.json, cost.json (of a comparison) and report.html (curves, margins, worst errors).
+      summary.json, cost.json (GFLOP and seconds of a comparison), report.html (the worst errors).
 
 A reward model learns differences between responses to one prompt, and a benchmark asks for their
 sign. A pair is two responses to one prompt, one of them ranked better; it is right if that one
@@ -26,7 +26,7 @@ import importlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,11 +73,11 @@ def score_comparisons(
     micro_batches = training.plan(everything, tokens, patches, micro_tokens, rank, world)
     starts = np.cumsum([0, *comparisons.response_counts()])  # [n + 1]
     flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)  # [all responses]
-    work = sum(sum(batch.loads) for batch in micro_batches)  # tokens of all ranks
+    work = sum(sum(batch.loads) for batch in micro_batches)  # tokens and patches / 4, all ranks
     name = comparisons.info["name"]
     with tqdm(total=work, desc=name, unit=" tokens", unit_scale=True, disable=rank > 0) as bar:
         for batch in micro_batches:
-            if batch.indices:  # none, if there are fewer comparisons than ranks
+            if batch.indices:  # a rank's bin may be empty
                 chosen = [comparisons[i] for i in batch.indices]
                 scores = model.score_encoded(chosen, micro_tokens)
                 counts = [len(comparison.responses) for comparison in chosen]
@@ -171,7 +171,7 @@ def by_category(right: Array, categories: Array, weights: Array) -> Rows:
     return rows
 
 
-def mean_of(rows: Iterable[dict], weights: list[float] | None = None) -> dict:
+def mean_of(rows: Collection[dict], weights: list[float] | None = None) -> dict:
     """Average rows, by `weights` if given. A row without items does not count."""
     shares = np.stack([row["accuracy"] for row in rows], -1)  # [..., rows]
     weights = np.ones(shares.shape[-1]) if weights is None else np.array(weights)
@@ -205,7 +205,7 @@ def with_intervals(measure: Callable, scores: Scores, items: Items, draws: int =
     rows = measure(scores, items)
     _, group = np.unique(items.groups, return_inverse=True)  # [items]
     count = group.max() + 1
-    draws = min(draws, 5 * 10**7 // len(group))  # bounds memory
+    draws = min(draws, 5 * 10**7 // len(group))  # [draws, items] of at most 0.4 GB
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
     drawn_rows = measure(scores, replace(items, weights=drawn[:, group].astype(float)))
     for name, row in rows.items():

@@ -10,7 +10,7 @@ Out   A table of members and combinations; artifacts/ensemble/summary.json and t
 Models on different backbones should err on different items, so their mean errs less. The paper
 finds the plain mean of raw scores better than means weighted by accuracy or confidence (mean
 |margin|), fitted on 1,000 held-out training pairs; and it routes inputs without images to a reward
-model on a text-only LLM. It leaves the weights' formula open: here each is divided by its sum.
+model on a text-only LLM. It gives no formula for the weights: here they are proportional.
 Scores have no common scale, and the widest are the loudest in a plain mean: see the printed spread.
 """
 
@@ -53,8 +53,8 @@ def combine(scores: Array, weights: dict, text: list[Array], has_image: Array) -
     for name, values in weights.items():
         systems[f"by {name}"] = np.average(scores, axis=0, weights=values)
     if text:  # its scores have a scale of their own, but pairs lie within one comparison
-        routed = systems["mean, text routed"] = systems["mean"].copy()
-        routed[~has_image] = text[0]
+        systems["mean, text routed"] = systems["mean"].copy()
+        systems["mean, text routed"][~has_image] = text[0]
     if text and not has_image.any():
         systems["text-only"] = text[0]
     return systems

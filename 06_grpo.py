@@ -37,9 +37,9 @@ Compared with the published algorithm (reasons stand at the functions):
   - Sampling: by the code that trains, with a KV cache, not by an inference server.
   - Kept: the KL divergence to the reference policy, a frozen copy of the first policy.
 
-R1-Reward is itself trained by reinforcement. Here: 01 --judge_request makes pairs questions, 06
---reward rule trains a judge of 03 to answer them, and 02 --kind generative makes a judge of the
-result, with --rationale if the first was; --request says the same as --judge_request.
+R1-Reward is trained by reinforcement, too: 01 --judge_request turns pairs into questions, 06
+--reward rule trains a judge of 03 on them, and 02 --kind generative wraps the result as a judge.
+Give 02 --rationale if the first judge had it, and as --request the text of --judge_request.
 """
 
 import importlib
@@ -98,8 +98,8 @@ def rollout(policy, prompts, group, max_new_tokens, noise=None):
 
     Returns them and their log-probabilities, of the same shape. One forward reads each prompt; its
     keys and values, the KV cache, serve all G samples. Then each forward adds a token to every
-    sample: the one at which the cumulative probability passes `noise`, of that shape and uniform in
-    [0, 1). So a sample does not depend on its batch. Without noise decoding is greedy.
+    sample: the first whose cumulative probability exceeds its number in `noise` (as many as token
+    ids, uniform in [0, 1)). So a sample does not depend on its batch. None is greedy decoding.
     """
     device = next(policy.parameters()).device
     bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
@@ -163,9 +163,9 @@ def reward_of(kind, match, closed, score, fallback_scale) -> Tensor:
 def advantage_of(reward, scale) -> Tensor:
     """Return advantages [B, G]: how far each reward [B, G] is above its group's mean.
 
-    Published is a division by the group's deviation. Take a closed question with wrong answers
+    GRPO as published divides by the group's deviation. Take a closed question with wrong answers
     only, and rewards of 0.24 and 0.26: divided, they become -0.7 and +0.7, as 0 and 1 would.
-    "batch" divides by the deviation of the whole batch, for raw scores, which have any scale.
+    "batch" divides by the deviation of all centred rewards, for raw scores, which have any scale.
     """
     centred = reward - reward.mean(1, keepdim=True)
     if scale == "batch":
@@ -176,7 +176,7 @@ def advantage_of(reward, scale) -> Tensor:
 
 
 def phantom_share(advantage, match, closed) -> float:
-    """Return the share of all |advantage| [B, G] that is phantom (our word).
+    """Return the "phantom" share of |advantage| [B, G]: that of closed questions nobody got right.
 
     If all answers to a closed question are wrong, a rule gives each 0 and teaches nothing. The
     reward model still prefers some and pushes the policy towards a wrong answer. Undivided, such
@@ -213,8 +213,8 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
 def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advantage, settings):
     """Take one optimizer step on samples [B, G, max_new_tokens] and advantages [B, G].
 
-    Returns means over tokens. `log_ratio`, between the policy's log-probability and the sampler's,
-    must be near 0: otherwise the two do not compute the same.
+    Returns the gradient's norm and means over tokens. `log_ratio`, the mean difference between the
+    policy's log-probability and the sampler's, must be near 0, or the two do not compute the same.
     """
     rank, world, device = data.start_distributed()
     advantage = advantage.to(device)
@@ -225,7 +225,7 @@ def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advant
     for prompt, group in zip(prompts, token_ids):
         responses = [tokens[tokens >= 0] for tokens in group if tokens[0] >= 0]
         groups.append(replace(prompt, responses=responses, ranks=[]))
-    # One step, planned and dealt to ranks as in 03, of the groups that teach something.
+    # One step of all groups with responses to learn from, planned and dealt to ranks as in 03.
     steps = [[i for i, group in enumerate(groups) if group.responses]]
     tokens = np.array([group.length for group in groups])
     patches = np.array([group.grids.prod(1).sum() for group in groups], int)
@@ -277,7 +277,7 @@ def train(settings):
     training.load_weights(policy.lm, settings.backbone, device)
     optimizer = AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     save, start = ready_to_resume(settings, policy, optimizer)  # with --resume; in the appendix
-    before = evaluate(actor, held_out, settings)
+    before = evaluate(actor, held_out, settings)  # of the first policy, also when resuming
     if start:
         copy_weights(policy, actor)
 
@@ -296,10 +296,10 @@ def train(settings):
 
         # 2. Reward: a rule checks closed questions, the reward model scores all responses.
         closed, match = matches(prompts, texts)  # [B, 1] has an answer, [B, G] equals it
-        score = scaled = torch.zeros_like(match)  # [B, G]
+        score = torch.zeros_like(match)  # [B, G]
         if settings.reward != "rule":
             score = score_groups(reward_model, prompts, texts, settings)
-            scaled = standardise(score, prompts, reward_model) if settings.standardise else score
+        scaled = standardise(score, prompts, reward_model) if settings.standardise else score
         reward = reward_of(settings.reward, match, closed, scaled, settings.fallback_scale)
 
         # 3. Advantage: above or below the group's mean.
