@@ -59,7 +59,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -99,6 +99,11 @@ class Comparison:
     def length(self) -> int:
         """Tokens of the packed row [prompt | response 1 | ... | response N]."""
         return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
+    def patches(self) -> int:
+        """Patches of all images."""
+        return int(self.grids.prod(1).sum())
 
 
 def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
@@ -226,7 +231,7 @@ def expand_image_tokens(ids: np.ndarray, grids: np.ndarray, processors: Processo
 #     comparisons[7]                                     # a Comparison
 #     comparisons.sizes()                                # tokens and patches of all, [n] each
 # Every rank makes the shards of its own chunks of lines. A line is (file, number, read), and only
-# the rank that owns it calls `read()`, which parses it.
+# the rank that owns it calls `read()` for the record; for JSONL this is what parses the line.
 
 
 def prepare(name: str, lines, processors, settings, holdout: float, within=None) -> None:
@@ -238,9 +243,10 @@ def prepare(name: str, lines, processors, settings, holdout: float, within=None)
     does not grow with the number of lines, except for the index: 24 bytes a comparison, 8 an image.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    names = [name, f"{name}_holdout"] if holdout > 0 else [name]
-    folders = [Path(settings.out, name) for name in names]
+    folders = [Path(settings.out, name), Path(settings.out, f"{name}_holdout")]
     remove_finished(folders)
+    if not holdout:
+        folders.pop()
     shards = []  # file names
     progress = tqdm(desc=name, unit=" lines", disable=rank > 0, mininterval=1)
     while chunk := list(itertools.islice(lines, settings.shard_size)):
@@ -405,13 +411,6 @@ def in_place_of(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def make_readable(path: Path) -> None:
-    """Give a file the rights of any new file; safetensors writes its own for this user alone."""
-    mask = os.umask(0)  # setting it is the only way to read it
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
 def write_file(path: Path, content: str | bytes) -> None:
     with in_place_of(path) as temporary:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -423,20 +422,9 @@ def append_line(path: Path, line: dict) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    with in_place_of(path) as temporary:
-        save_file(tensors, temporary, metadata)
-        make_readable(temporary)
-
-
 def hash_of(content: bytes) -> int:
     """64 bits of the SHA-256."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
-
-
-def prompt_hash(prompt: np.ndarray, image_token: int | None) -> int:
-    """Hash a prompt's text: the same for the same words about another picture."""
-    return hash_of(prompt[prompt != image_token].astype(np.int32).tobytes())
 
 
 def share_of(content: bytes) -> float:
@@ -536,17 +524,17 @@ def write_shard(path: Path, comparisons: list[Comparison], image_token=None, **n
         }
         layouts.append(np.frombuffer(json.dumps(layout).encode(), np.uint8))
         index["tokens"].append(c.length)
-        index["patches"].append(c.grids.prod(1).sum())
+        index["patches"].append(c.patches)
         index["response_counts"].append(len(c.responses))
         index["weights"].append(c.weight)
-        index["prompt_hashes"].append(prompt_hash(c.prompt, image_token))
+        index["prompt_hashes"].append(hash_of(c.prompt[c.prompt != image_token].tobytes()))
     index["image_hashes"] = list(map(hash_of, images))
     images = [np.frombuffer(image, np.uint8) for image in images]
     tensors = {name: np.array(index[name], dtype) for name, dtype in INDEX.items()}
     for (name, dtype), vectors in zip(RAGGED.items(), (rows, layouts, images)):
         tensors[name], tensors[f"{name}_offsets"] = flatten(vectors, dtype)
     notes["comparisons"] = len(comparisons)
-    write_tensors(path, tensors, {"notes": json.dumps(notes)})
+    write_file(path, save(tensors, {"notes": json.dumps(notes)}))
 
 
 class Shard:
@@ -607,10 +595,6 @@ class Comparisons(torch.utils.data.Dataset):
         if text_only:
             self.numbers = np.flatnonzero(self.index["patches"] == 0)
 
-    def hashes(self, name: str) -> np.ndarray:
-        """All "prompt_hashes" or "image_hashes" in the shards."""
-        return self.index[name]
-
     def response_counts(self) -> np.ndarray:
         """N of every comparison, [len(self)]."""
         return self.index["response_counts"][self.numbers]
@@ -661,11 +645,14 @@ def chunk_key(chunk: list[Line], processors, settings, holdout: float) -> str:
 def finish(folders: list[Path], shards: list[str], processors, settings) -> None:
     """Write rejected.jsonl, index.safetensors and dataset.json; print a summary."""
     sizes = {folder: [] for folder in folders}  # (shard, number of comparisons)
+    columns = {folder: defaultdict(list) for folder in folders}  # of the index
     counts, rejected, unused, joined = Counter(), 0, Counter(), Counter()
     with in_place_of(folders[0] / "rejected.jsonl") as temporary, open(temporary, "w") as file:
         for folder, shard in itertools.product(folders, shards):
             with reading(folder / shard), safe_open(folder / shard, framework="np") as opened:
                 notes = json.loads(opened.metadata()["notes"])
+                for column in INDEX:
+                    columns[folder][column].append(opened.get_tensor(column))
             sizes[folder].append((shard, notes["comparisons"]))
             counts[folder] += notes["comparisons"]
             unused.update(notes.get("unused", {}))
@@ -689,7 +676,8 @@ def finish(folders: list[Path], shards: list[str], processors, settings) -> None
         strays = {*folder.glob("shard-*"), *folder.glob(".*")}  # of runs with other settings
         for stray in strays - {folder / shard for shard in shards}:
             stray.unlink()
-        write_index(folder, sizes[folder])
+        index = {name: flatten(columns[folder][name], dtype)[0] for name, dtype in INDEX.items()}
+        write_file(folder / "index.safetensors", save(index))  # to open a set opens no shard
         info |= {"name": folder.name, "shards": sizes[folder]}
         write_file(folder / "dataset.json", json.dumps(info, indent=1))
         with_images += np.count_nonzero(Comparisons(folder).sizes()[1])
@@ -767,17 +755,6 @@ def as_ranking(pairs: list[Comparison]) -> list[Comparison]:
         record["critiques"] = [critiques[name] for name in names]
     ranking = replace(first, responses=list(responses.values()), ranks=ranks, record=record)
     return [ranking] if ranking.length <= JOINED_TOKENS else pairs
-
-
-def write_index(folder: Path, shards: list[tuple[str, int]]) -> None:
-    """Gather the INDEX of all shards in one file, so that opening a data set opens no shard."""
-    columns = {name: [np.zeros(0, dtype)] for name, dtype in INDEX.items()}
-    for shard, _ in shards:
-        with safe_open(folder / shard, framework="np") as file:
-            for name in INDEX:
-                columns[name].append(file.get_tensor(name))
-    index = {name: np.concatenate(column) for name, column in columns.items()}
-    write_tensors(folder / "index.safetensors", index, {"format": str(FORMAT)})
 
 
 # The JSON form of a record. A type stands for a value of it, {a, b} for one of these texts, [form]
@@ -1415,6 +1392,8 @@ def data_folder(source: str) -> Path:
     if name == "world":
         return Path()
     path = Path(locate(name, path)).resolve()
+    while not path.exists():  # a pattern: up to the folder above its first wildcard
+        path = path.parent
     folder = path if path.is_dir() else path.parent
     # The files of a download are links out of snapshots/REVISION, into the hub's cache.
     return folder.parents[1] if folder.parent.name == "snapshots" else folder
@@ -2071,7 +2050,7 @@ MIXES = {
 def locate(name: str, path: str) -> str:
     """Return PATH if something is there, else download the set and return its folder in the cache.
 
-    Rank 0 downloads first; the others then find the files.
+    All ranks do: a lock of the hub's client lets one of them download, and the others find it.
     """
     if path and (Path(path).exists() or glob.glob(path)):
         return path
@@ -2082,17 +2061,9 @@ def locate(name: str, path: str) -> str:
         raise UserError(f"{problem}. {download_command(hub, 'DIR') if hub else hint}")
     from huggingface_hub import snapshot_download  # comes with transformers
 
-    if dist.get_rank() > 0:
-        dist.barrier()
-    try:
+    command = f"{download_command(repo, repo)}, then --source {name}:{repo}"
+    with explaining(f"{problem}; download failed", Exception, hint=f"fetch it: {command}"):
         return snapshot_download(repo, repo_type="dataset")
-    except Exception as error:  # the hub's client raises many kinds
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        command = f"{download_command(repo, repo)}, then --source {name}:{repo}"
-        raise UserError(f"{problem}; download failed ({reason}). Fetch it: {command}") from None
-    finally:
-        if dist.get_rank() == 0:
-            dist.barrier()
 
 
 def download_command(repo: str, folder: str) -> str:

@@ -26,7 +26,6 @@ the last, as in the authors' public command for a text-only reward model).
 
 import dataclasses
 import importlib
-import inspect
 import itertools
 import json
 import math
@@ -36,7 +35,7 @@ from collections import Counter, namedtuple
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +50,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, einsum
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, vision_utils
 from transformers.modeling_utils import AttentionInterface
@@ -377,7 +377,8 @@ class RewardHead(nn.Module):
         for inputs, outputs in itertools.pairwise(sizes):
             modules += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
         last = nn.Linear(sizes[-1], 1, bias=False)
-        nn.init.normal_(last.weight, std=1 / math.sqrt(sizes[-1] + 1))  # as arXiv 2009.01325
+        std = 1 / math.sqrt(sizes[-1] + 1)  # as arXiv 2009.01325
+        nn.init.normal_(last.weight, std=std)
         self.mlp = nn.Sequential(*modules, last)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -396,6 +397,7 @@ class RewardModel(nn.Module):
 
     # For 03's loader. A critic or a judge (appendix) rewrites comparisons, then packs its own way.
     kind = "naive"
+    keeps_lm_head = False
     pack = staticmethod(pack)
     rewrite = None
 
@@ -439,7 +441,7 @@ class RewardModel(nn.Module):
     def row_of(self, comparisons: list) -> PackedRow:
         """Pack a row for scoring and count what it costs."""
         row = pack(comparisons, self.processors)
-        patches = sum(int(comparison.grids.prod(1).sum()) for comparison in comparisons)
+        patches = sum(comparison.patches for comparison in comparisons)
         self.cost.update(read=row.input_ids.shape[1], patches=patches)
         return row.to(self.device)
 
@@ -467,11 +469,9 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, empty: bool = False):
         """Load a model that `save_pretrained` wrote; `empty` leaves weights on the meta device."""
-        model_class, head, description = load_head(folder)  # appendix, like load_backbone
-        if model_class.kind != cls.kind:
-            return model_class.from_pretrained(folder, empty)
-        backbone = load_backbone(folder, empty=empty)
-        return cls(backbone, head, data.load_processors(folder), description["trained_with"])
+        kind, head, description = load_head(folder)  # appendix, like load_backbone
+        backbone = load_backbone(folder, kind.keeps_lm_head, empty)
+        return kind(backbone, head, data.load_processors(folder), **description)
 
     def save_pretrained(self, folder, dtype=torch.float32, file_size="5GB", **description) -> None:
         """Write the backbone in `dtype`, the head in float32. All ranks call this if sharded."""
@@ -503,20 +503,12 @@ def new_head(backbone: nn.Module, settings: "HeadSettings") -> RewardHead:
 
 
 def call_varlen(segments: Segments, q, k, v, **options) -> Tensor:
-    """Call `varlen_attn` of PyTorch, whose options differ between versions."""
-    from torch.nn.attention.varlen import varlen_attn  # here, since old versions have none
-
-    known = inspect.signature(varlen_attn).parameters
-    if "num_splits" in known:  # a segment's bits then do not depend on the rest of the row
-        options["num_splits"] = 1
-    if "enable_gqa" in known:
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-    else:  # torch 2.11: repeat the keys for the query heads that share them
-        shared = q.shape[1] // k.shape[1]
-        k = k.repeat_interleave(shared, dim=1)
-        v = v.repeat_interleave(shared, dim=1)
-    longest = (max(segments.lengths), segments.longest_keys)
-    out = varlen_attn(q, k, v, segments.starts, segments.key_starts, *longest, **options)
+    """Call PyTorch's flash attention for segments of different lengths."""
+    options["enable_gqa"] = q.shape[1] != k.shape[1]
+    options["num_splits"] = 1  # a segment's bits then do not depend on the rest of the row
+    ends = segments.starts, segments.key_starts
+    longest = max(segments.lengths), segments.longest_keys
+    out = varlen_attn(q, k, v, *ends, *longest, **options)
     return out.transpose(0, 1)[None]  # [1, heads, T, d]
 
 
@@ -572,7 +564,8 @@ class Images:
         if self.whole is not None:
             # The tower believes that all patches are one segment and makes one call, in which
             # `image_attention` finds the segments; on its own it would wait for the GPU at each.
-            everything = torch.tensor([0, sum(self.whole.lengths)], dtype=torch.int32)
+            patches = sum(self.whole.lengths)
+            everything = torch.tensor([0, patches], dtype=torch.int32)
             arguments |= {"image_cu_seqlens": everything, "image_cu_window_seqlens": everything}
             arguments |= {"image_grid_thw": torch.from_numpy(self.grids), "images": self}
         return arguments
@@ -600,46 +593,29 @@ def pack_images_of(comparisons: list, processors: Processors) -> Images | None:
 
 def pack_images(pixel_values: Tensor, grids, shape: "data.VisionShape") -> Images:
     """Lay out the patches of images for a Qwen vision tower."""
-    grids = np.asarray(grids)
-    positions, orders, sizes, windows = [], [], [], []
-    start = 0  # in merged patches
-    for _, height, width in grids.tolist():
-        position, order, window_sizes = image_layout(height, width, shape)
-        positions.append(position)
-        orders.append(order + start)
-        sizes.append(height * width)
-        windows += window_sizes
-        start += len(order)
-    layout = {"image_position_ids": torch.cat(positions)}  # [patches, 2] row and column
+    grids = torch.as_tensor(grids)
+    merged = shape.merge**2  # patches
+    sizes = grids.prod(1)
+    layout = {"image_position_ids": vision_utils.get_vision_position_ids(grids, shape.merge)}
+    images = Images(pixel_values, grids.numpy(), layout, image_segments(sizes.tolist()))
     if shape.window:
-        layout["image_window_index"] = torch.cat(orders)  # [merged patches]
+        sides = (shape.merge, shape.window, shape.patch)
+        order, ends = vision_utils.get_vision_window_index(grids, *sides)
+        lengths = ends.diff() // merged
+        windows = order.split(lengths.tolist())
+        # An image's windows stay together, large ones first: then neighbours have equal lengths.
+        image_of = np.repeat(np.arange(len(grids)), sizes // merged)  # [merged patches]
+        windows = sorted(windows, key=lambda window: (image_of[window[0]], -len(window)))
+        layout["image_window_index"] = torch.cat(windows)  # [merged patches]
+        images.windows = image_segments([len(window) * merged for window in windows])
     if shape.table:  # Qwen3-VL: a patch mixes its 4 neighbours in a table of learned positions
         options = {"align_corners": True, "spatial_merge_size": shape.merge}
         indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
-            torch.from_numpy(grids), shape.table, **options
+            grids, shape.table, **options
         )
         layout["image_interp_indices"] = indices  # [patches, 4]
         layout["image_interp_weights"] = weights
-    images = Images(pixel_values, grids, layout, image_segments(sizes))
-    if windows:
-        images.windows = image_segments(windows)
     return images
-
-
-@lru_cache(4096)
-def image_layout(height: int, width: int, shape) -> tuple:
-    """Lay out one image: row and column of each patch; an order of merged patches that makes
-    windows contiguous, large ones first; the windows' sizes in patches."""
-    grid = torch.tensor([[1, height, width]])
-    merge = shape.merge
-    merged = merge**2  # patches
-    positions = vision_utils.get_vision_position_ids(grid, merge)
-    if not shape.window:
-        return positions, torch.arange(height * width // merged), []
-    order, ends = vision_utils.get_vision_window_index(grid, merge, shape.window, shape.patch)
-    sizes = ends.diff() // merged
-    windows = sorted(order.split(sizes.tolist()), key=len, reverse=True)
-    return positions, torch.cat(windows), [len(window) * merged for window in windows]
 
 
 @torch.compiler.disable
@@ -674,16 +650,20 @@ def prepare_vision(backbone: nn.Module) -> None:
         block.attn.attends_to_whole_images = i in whole
 
 
-def blank_comparison(processors: Processors) -> Comparison:
-    """Return a prompt of the smallest possible image; for a text-only backbone, of one token."""
+def blank_comparison(processors: Processors, height: int = 1, width: int = 1) -> Comparison:
+    """Return a prompt of a black image, its sides in image tokens; for a text-only backbone, of one
+    token."""
     if processors.image is None:
-        return Comparison(np.array([processors.end_token], np.int32), [], [])
+        prompt = np.array([processors.end_token], np.int32)
+        return Comparison(prompt, [], [])
     shape = processors.vision
-    image = Image.new("RGB", [shape.patch * shape.merge] * 2)
+    side = shape.patch * shape.merge  # pixels of an image token
+    image = Image.new("RGB", (side * width, side * height))
     grids = np.array([data.patch_grid(image.size, processors)], np.int32)
     tokens = grids.prod() // shape.merge**2
     prompt = np.full(tokens, processors.image_token, np.int32)
-    return Comparison(prompt, [], [], [data.read_image(image, Path())], grids)
+    files = [data.read_image(image, Path())]
+    return Comparison(prompt, [], [], files, grids)
 
 
 Parts = namedtuple("Parts", "language, vision, blocks")
@@ -728,17 +708,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of an export
 
 
 def load_head(folder: str) -> tuple[type, RewardHead | None, dict]:
-    """Read a head file: the class of its model, the head, and the description in its metadata."""
+    """Read a head file: the class of its model, the head, and how it was made."""
     path = Path(folder, HEAD_FILE)
     if not path.is_file():
         raise UserError(f"{folder}: no reward model there; run 02_model.py or 03_train.py first")
     with data.reading(path, "run 02 or 03 again"), safe_open(path, framework="pt") as file:
-        description = {"kind": "naive"} | json.loads(file.metadata()["reward_head"])
-        kind = KINDS[description["kind"]]
+        description = json.loads(file.metadata()["reward_head"])
+        kind = KINDS[description.pop("kind")]
         head = None
-        if description["head"] is not None:
+        if settings := description.pop("head"):
             with torch.device("meta"):  # takes neither memory nor random numbers
-                head = RewardHead(**description["head"])
+                head = RewardHead(**settings)
             # A tensor inside a memory-mapped file is aligned differently, which can select another
             # CPU kernel and change the last bits of a score: copy it.
             weights = {name: file.get_tensor(name).clone() for name in file.keys()}
@@ -752,11 +732,8 @@ def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.M
     An `empty` one is on the meta device, shapes without weights: 03 shards it before filling it.
     """
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with data.explaining(f"{path}: no model in the Hugging Face layout", (OSError, ValueError)):
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: no model in the Hugging Face layout: {reason}") from None
     family = data.family_of(config, path)
     auto = AutoModel
     if lm_head and family.vision:
@@ -804,14 +781,12 @@ def export(model, processors, folder, dtype=torch.float32, file_size="5GB", head
     out = Path(folder)
     temporary = out / ".writing"
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with data.explaining(f"--export_file_size {file_size}", ValueError):
         model.save_pretrained(temporary, state_dict=weights, max_shard_size=file_size)
-    except ValueError as error:
-        raise UserError(f"--export_file_size {file_size}: {error}") from None
-    for file in temporary.glob("*.safetensors"):
-        data.make_readable(file)
     model.config.dtype = dtype
     model.config.save_pretrained(temporary)
+    for file in temporary.glob("*.safetensors"):  # safetensors lets nobody else read them
+        shutil.copymode(temporary / "config.json", file)
     processors.save(str(temporary))
     if head_file:
         data.write_file(temporary / HEAD_FILE, head_file)
@@ -855,8 +830,7 @@ def split_into_rows(comparisons: list, micro_tokens: int) -> Iterator[list]:
     """
     row, size = [], 0
     for comparison in comparisons:
-        patches = int(comparison.grids.prod(1).sum())
-        prompt_size = len(comparison.prompt) + patches // 4
+        prompt_size = len(comparison.prompt) + comparison.patches // 4
         part = None
         for response in comparison.responses:
             needed = len(response)
@@ -901,6 +875,30 @@ def response_tokens(row: PackedRow) -> tuple[Tensor, Tensor]:
 LOGITS_AT_ONCE = 2**27  # 0.5 GB in float32; 883 tokens of Qwen's vocabulary
 
 
+def log_p_and_entropy(logits_of: Callable, hidden: Tensor, tokens: Tensor, vocabulary: int):
+    """Return log-probability and entropy [n] of tokens [n] from the hidden states [n, hidden] that
+    predict them. In memory are a few tensors of LOGITS_AT_ONCE numbers at a time, since backward
+    computes each part again."""
+
+    def part_of(hidden, tokens):
+        log_p = logits_of(hidden).log_softmax(-1)  # [tokens, vocabulary]
+        with torch.no_grad():
+            finite = log_p.clamp(min=-1e9)  # 0 * -inf would be nan
+            entropy = -(log_p.exp() * finite).sum(-1)
+        # A squeezed view would trip FSDP's backward hooks, a sum does not.
+        return log_p.gather(-1, tokens[:, None]).sum(-1), entropy
+
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    if len(tokens) <= size:
+        return part_of(hidden, tokens)
+    log_p, entropy = [], []
+    for part in zip(hidden.split(size), tokens.split(size)):
+        part_log_p, part_entropy = checkpoint(part_of, *part, use_reentrant=False)
+        log_p.append(part_log_p)
+        entropy.append(part_entropy)
+    return torch.cat(log_p), torch.cat(entropy)
+
+
 class Writer(nn.Module):
     """A transformers model with its LM head, `lm`, that samples at a temperature."""
 
@@ -924,25 +922,8 @@ class Writer(nn.Module):
 
     def log_p_and_entropy(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probability and entropy [n] of tokens [n] from the hidden states [n, hidden]
-        that predict them. In memory are a few tensors of LOGITS_AT_ONCE numbers at a time, since
-        backward computes each part again."""
-
-        def part_of(hidden, tokens):
-            log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary]
-            with torch.no_grad():
-                finite = log_p.clamp(min=-1e9)  # 0 * -inf would be nan
-                entropy = -(log_p.exp() * finite).sum(-1)
-            return log_p.gather(-1, tokens[:, None]).sum(-1), entropy  # a squeeze would be a view
-
-        size = max(1, LOGITS_AT_ONCE // self.lm.lm_head.out_features)
-        if len(tokens) <= size:
-            return part_of(hidden, tokens)
-        log_p, entropy = [], []
-        for part in zip(hidden.split(size), tokens.split(size)):
-            part_log_p, part_entropy = checkpoint(part_of, *part, use_reentrant=False)
-            log_p.append(part_log_p)
-            entropy.append(part_entropy)
-        return torch.cat(log_p), torch.cat(entropy)
+        that predict them."""
+        return log_p_and_entropy(self.logits, hidden, tokens, self.lm.lm_head.out_features)
 
 
 @dataclass
@@ -1041,8 +1022,8 @@ def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None):
             threshold = noise[:, t, None] * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
         tokens[:, t] = chosen.masked_fill(ended, -1)
-        chosen_log_p = probabilities.gather(-1, chosen[:, None]).log()[:, 0]
-        log_p[:, t] = chosen_log_p.masked_fill(ended, 0)
+        probability = probabilities.gather(-1, chosen[:, None])[:, 0]
+        log_p[:, t] = probability.log().masked_fill(ended, 0)
         ended |= chosen == writer.processors.end_token
         if ended.all() or t + 1 == max_new_tokens:
             break
@@ -1054,10 +1035,10 @@ def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None):
 
 def token_ids_of(tokens: Tensor, processors: Processors) -> list[list[int]]:
     """List the token ids of samples [samples, max_new_tokens] without end-of-turn tokens."""
-    no_text = (-1, processors.end_token)
     samples = []
-    for sample in tokens.tolist():
-        samples.append([token for token in sample if token not in no_text])
+    for sample in tokens:
+        is_text = (sample >= 0) & (sample != processors.end_token)
+        samples.append(sample[is_text].tolist())
     return samples
 
 
@@ -1101,10 +1082,14 @@ class Written:
 
     def log_probabilities(self, lm, hidden: Tensor) -> Tensor:
         """Return the tokens' log-probabilities, from the row's hidden states [T, hidden]."""
-        logits = lm.lm_head(hidden[self.predictors])  # [tokens, vocabulary]
-        log_p = logits.float().log_softmax(-1)
-        log_p = log_p.gather(-1, self.tokens[:, None])  # [tokens, 1]
-        return log_p.sum(-1)  # a squeezed view would trip FSDP's backward hooks
+
+        def logits_of(hidden):
+            return lm.lm_head(hidden).float()
+
+        hidden = hidden[self.predictors]
+        vocabulary = lm.lm_head.out_features
+        log_p, _ = log_p_and_entropy(logits_of, hidden, self.tokens, vocabulary)
+        return log_p
 
 
 @dataclass
@@ -1177,8 +1162,9 @@ def in_ordered_pairs(
         second = comparison.responses[j]
         letter = "A" if ranks[i] < ranks[j] else "B"
         reason = encode(rationales[k] + VERDICT) if rationales else encode("")
-        parts = [encode("A:\n"), first, encode(" B:\n"), second, request, reason, encode(letter)]
-        responses.append(np.concatenate(parts).astype(np.int32))
+        question = [encode("A:\n"), first, encode(" B:\n"), second, request]
+        answer = [reason, encode(letter)]
+        responses.append(np.concatenate(question + answer).astype(np.int32))
         weight = np.zeros(len(responses[-1]))
         weight[-1] = 1.0
         if rationales:
@@ -1208,6 +1194,7 @@ def with_data_rationales(comparison: Comparison, request, processors: Processors
 class RequestModel(RewardModel):
     """A reward model that keeps its LM head and reads a request after each response."""
 
+    keeps_lm_head = True
     pack = staticmethod(pack_written)
 
     def __init__(self, backbone, head, processors, trained_with=None, asks=None):
@@ -1227,13 +1214,6 @@ class RequestModel(RewardModel):
         asks = {"request": request, "critique_tokens": settings.critique_tokens}
         asks["rationale"] = settings.rationale
         return cls(backbone, head, data.load_processors(path, max_pixels), asks=asks)
-
-    @classmethod
-    def from_pretrained(cls, folder, empty=False):
-        _, head, description = load_head(folder)
-        backbone = load_backbone(folder, lm_head=True, empty=empty)
-        processors = data.load_processors(folder)
-        return cls(backbone, head, processors, description["trained_with"], description["asks"])
 
     def save_pretrained(self, folder, dtype=torch.float32, file_size="5GB"):
         super().save_pretrained(folder, dtype, file_size, asks=self.asks)
@@ -1317,7 +1297,8 @@ class Judge(RequestModel):
             texts = [response.tobytes() for response in comparison.responses]
             unique = dict(zip(texts, comparison.responses))
             places.append([list(unique).index(text) for text in texts])
-            unlike.append(replace(comparison, responses=list(unique.values()), ranks=[]))
+            responses = list(unique.values())
+            unlike.append(replace(comparison, responses=responses, ranks=[]))
         in_pairs = partial(in_ordered_pairs, request=self.request, processors=self.processors)
         rewrites = [in_pairs(comparison) for comparison in unlike]
         if self.asks["rationale"]:

@@ -9,13 +9,12 @@ Out   artifacts/reward: the trained model, metrics.jsonl with a line per step, c
 
 The loss is -log sigmoid(r_w - r_l), with r_w the score of the better response and r_l of the worse:
 Bradley-Terry's negative log-likelihood, if w wins with probability sigmoid(r_w - r_l). A ranking of
-N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155), or
-their sum if 01 joined it from pairs.
+N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155).
 
 Keep one idea in mind: the gradient of a step does not depend on the number of ranks. The seed
 decides which comparisons make up a step, bin packing deals them to ranks, no score depends on the
-row that a comparison is packed into (02), and every loss is divided by the number of comparisons in
-the whole step (a joined one counts its pairs). So a run may continue on another number of ranks.
+row that a comparison is packed into (02), and every loss is divided by the weight of the whole step
+(1 a comparison; its pairs, if 01 joined it). So a run may continue on another number of ranks.
 
 The paper trains with learning rate 3e-6 and batches of 128 on 64 GPUs. It does not state optimizer,
 schedule, epochs, or whether the vision tower is frozen: settings marked "authors" are those of the
@@ -23,6 +22,7 @@ authors' public command for a text-only reward model. Other defaults suit the em
 """
 
 import dataclasses
+import heapq
 import importlib
 import json
 import math
@@ -30,7 +30,7 @@ import shutil
 import signal
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -80,11 +80,11 @@ def order_of_training(count: int, settings: "Settings") -> list[list[int]]:
 def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
     """Greedy bin packing: the most expensive comparison first, each into the emptiest bin."""
     dealt = [[] for _ in range(bins)]
-    loads = [0] * bins
+    loads = [(0, k) for k in range(bins)]  # a heap: the emptiest bin comes first
     for i in sorted(indices, key=lambda i: (-cost[i], i)):
-        emptiest = loads.index(min(loads))
-        dealt[emptiest].append(i)
-        loads[emptiest] += cost[i]
+        load, k = loads[0]
+        dealt[k].append(i)
+        heapq.heapreplace(loads, (load + cost[i], k))
     return dealt
 
 
@@ -122,7 +122,7 @@ def plan(steps, tokens, patches, micro_tokens, rank, world, weights=None) -> lis
         size = len(indices) if weights is None else int(weights[indices].sum())
         budget = max([micro_tokens, *cost[indices]])  # one long comparison may exceed micro_tokens
         while max(map(work, bins)) > budget:  # ends at the latest with one comparison per bin
-            rounds += 1
+            rounds = math.ceil(1.01 * rounds)
             bins = deal(indices, cost, rounds * world)
         bins.sort(key=work, reverse=True)  # bins that run at the same time cost about the same
         for k in range(rounds):
@@ -494,23 +494,17 @@ def open_data(settings: Settings, processors, rewrite=None) -> tuple:
     comparisons = Mixture(sets)
     held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
     if rewrite:
-        comparisons = Rewritten(comparisons, comparisons.sizes()[1], rewrite)
-        held_out = held_out and Rewritten(held_out, held_out.sizes()[1], rewrite)
+        comparisons = Rewritten(comparisons, rewrite)
+        held_out = held_out and Rewritten(held_out, rewrite)
     return comparisons, held_out or None
 
 
 def pack_micro_batch(micro: MicroBatch, comparisons: Dataset, processors, pack=model_stage.pack):
-    """Read the comparisons of a micro-batch; return them and their packed row."""
+    """Read a micro-batch; return it, its packed row, and the row's pairs."""
     read = [comparisons[i] for i in micro.indices]
     if not read and not micro.dummy_image:  # a rank's bin may be empty: one token
         read = [data.Comparison(np.array([processors.end_token], np.int32), [], [])]
-    return read, pack(read, processors, micro.dummy_image)
-
-
-def read_micro_batch(micro: MicroBatch, comparisons: Dataset, processors, pack) -> tuple:
-    """Read a micro-batch in a worker process."""
-    read, row = pack_micro_batch(micro, comparisons, processors, pack)
-    return micro, row, pairs_of(read)
+    return micro, pack(read, processors, micro.dummy_image), pairs_of(read)
 
 
 def ignore_sigterm(worker: int) -> None:
@@ -528,7 +522,7 @@ def load(comparisons: Dataset, micro_batches: list[MicroBatch], model, device, w
     loader = DataLoader(
         micro_batches,
         batch_size=None,
-        collate_fn=partial(read_micro_batch, **source),
+        collate_fn=partial(pack_micro_batch, **source),
         num_workers=workers,
         worker_init_fn=ignore_sigterm,
         pin_memory=device.type == "cuda",  # so that copies overlap with computing
@@ -746,7 +740,8 @@ def export(model, settings: Settings, steps: int, line: dict) -> None:
     """Write the trained model to --out; `line` is the last one of its metrics."""
     merge_adapters(model.backbone)
     steps += model.trained_with.get("steps", 0)
-    model.trained_with = {"data": settings.data, "steps": steps}
+    sets = [*model.trained_with.get("data", []), *settings.data]
+    model.trained_with = {"data": list(dict.fromkeys(sets)), "steps": steps}
     model.trained_with |= {"learning_rate": settings.learning_rate, "seed": settings.seed}
     if model.kind == "naive" and "score_mean" in line:  # for 06 --standardise
         scores = {"mean": line["score_mean"], "deviation": line["score_deviation"]}
@@ -822,25 +817,23 @@ class Rewritten(Dataset):
     To know their lengths, the ranks first read all of them.
     """
 
-    def __init__(self, comparisons, patches: np.ndarray, rewrite, device=None):
-        self.comparisons = comparisons
-        self.rewrite = rewrite
+    def __init__(self, comparisons: Dataset, rewrite: Callable):
         rank, world, device = data.start_distributed()
         lengths = torch.zeros(len(comparisons), dtype=torch.long, device=device)
         for i in tqdm(range(rank, len(lengths), world), desc="measure", disable=rank > 0):
             read = rewrite(comparisons[i])
             lengths[i] = read.length if read.responses else 0
         dist.all_reduce(lengths)
-        lengths = lengths.cpu().numpy()
-        self.chosen = np.flatnonzero(lengths)
-        self.shape = lengths[self.chosen], patches[self.chosen]
-        self.weight = comparisons.weights()[self.chosen]
+        self.comparisons = comparisons
+        self.rewrite = rewrite
+        self.lengths = lengths.cpu().numpy()  # of all comparisons; 0: left out
+        self.chosen = np.flatnonzero(self.lengths)
         needs = "a critic needs a critique of each response, a judge two, or with --rationale both"
-        if not len(self.chosen):
+        if not len(self):
             raise UserError(f"no comparison to learn from: {needs}")
-        left_out = len(lengths) - len(self.chosen)
+        left_out = len(comparisons) - len(self)
         if rank == 0 and left_out:
-            print(f"{left_out} of {len(lengths)} comparisons left out: {needs}")
+            print(f"{left_out} of {len(comparisons)} comparisons left out: {needs}")
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -849,10 +842,11 @@ class Rewritten(Dataset):
         return self.rewrite(self.comparisons[int(self.chosen[i])])
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.shape
+        _, patches = self.comparisons.sizes()
+        return self.lengths[self.chosen], patches[self.chosen]
 
     def weights(self) -> np.ndarray:
-        return self.weight
+        return self.comparisons.weights()[self.chosen]
 
 
 def critic_loss(model, row, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -991,18 +985,14 @@ def assumed_comparison(lengths: list[int], processors):
     """Make a comparison of --plan_lengths: tokens of text, of an image, and of each response."""
     text, image, *responses = lengths
     prompt = np.zeros(text, np.int32)
-    images = []
-    grids = np.zeros((0, 3), np.int32)
-    if image:
-        side = processors.vision.patch * processors.vision.merge  # pixels of a token
-        height = 2 ** int(math.log2(image) / 2)  # in tokens; the picture is not quite square
-        picture = data.Image.new("RGB", (side * round(image / height), side * height))
-        images = [data.read_image(picture, Path())]
-        grids = np.array([data.patch_grid(picture.size, processors)], np.int32)
-        tokens = grids.prod() // processors.vision.merge**2
-        prompt = np.append(prompt, np.full(tokens, processors.image_token, np.int32))
     answers = [np.zeros(length, np.int32) for length in responses]
-    return data.Comparison(prompt, answers, [1] * len(answers), images, grids)
+    comparison = data.Comparison(prompt, answers, [1] * len(answers))
+    if image:
+        height = 2 ** int(math.log2(image) / 2)  # in tokens; the picture is not quite square
+        blank = model_stage.blank_comparison(processors, height, round(image / height))
+        comparison.prompt = np.append(prompt, blank.prompt)
+        comparison.images, comparison.grids = blank.images, blank.grids
+    return comparison
 
 
 def print_plan(settings: Settings) -> None:
@@ -1015,7 +1005,7 @@ def print_plan(settings: Settings) -> None:
     if settings.plan_lengths:
         comparisons = [assumed_comparison(settings.plan_lengths, model.processors)]
         tokens = np.array([comparisons[0].length])
-        patches = np.array([comparisons[0].grids.prod(1).sum()])
+        patches = np.array([comparisons[0].patches])
     else:
         comparisons = open_data(settings, model.processors)[0]
         tokens, patches = comparisons.sizes()
@@ -1027,7 +1017,7 @@ def print_plan(settings: Settings) -> None:
     order = order_of_training(len(comparisons), beginning)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, 0, gpus)
     largest = max(micro_batches, key=lambda micro: micro.loads[0])
-    _, row = pack_micro_batch(largest, comparisons, model.processors)
+    _, row, _ = pack_micro_batch(largest, comparisons, model.processors)
     row = row.to(torch.device("meta"))
     whole = measure(model, row)
     text = measure(model, dataclasses.replace(row, images=None))

@@ -35,6 +35,7 @@ import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.numpy import save
 from tqdm import tqdm
 
 data = importlib.import_module("01_data")
@@ -74,8 +75,7 @@ def score_comparisons(
     starts = np.cumsum([0, *comparisons.response_counts()])  # [n + 1]
     flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)  # [all responses]
     work = sum(sum(batch.loads) for batch in micro_batches)  # tokens and patches / 4, all ranks
-    name = comparisons.info["name"]
-    with tqdm(total=work, desc=name, unit=" tokens", unit_scale=True, disable=rank > 0) as bar:
+    with tqdm(total=work, desc=comparisons.info["name"], unit_scale=True, disable=rank > 0) as bar:
         for batch in micro_batches:
             if batch.indices:  # a rank's bin may be empty
                 chosen = [comparisons[i] for i in batch.indices]
@@ -264,7 +264,7 @@ def main(settings: "Settings") -> None:
             columns[name] = with_intervals(measure, scores[folder], items)
             flat, offsets = data.flatten(scores[folder], np.float32)
             path = Path(settings.out, name, f"{comparisons.info['name']}.safetensors")
-            data.write_tensors(path, {"scores": flat, "offsets": offsets}, {"benchmark": folder})
+            data.write_file(path, save({"scores": flat, "offsets": offsets}))
         title = benchmark_title(comparisons)
         tables[title] = columns | baselines(items, measure)
         print(f"\n{table(title, tables[title])}")
@@ -303,10 +303,6 @@ def overall_and_categories(scores: Scores, items: Items) -> Rows:
     return {"overall": accuracy(right, weights), **by_category(right, categories, weights)}
 
 
-PAPER_GROUPS = {"mmmu": "reasoning", "mathverse": "reasoning", "hallucination": "hallucination"}
-PAPER_GROUPS |= {"rlhf": "hallucination", "rlaif": "hallucination"}  # but ids: RLHF-V, RLAIF-V
-
-
 def vl_rewardbench(scores: Scores, items: Items) -> Rows:
     """VL-RewardBench (github.com/vl-rewardbench/VL_RewardBench, cal.py): accuracy over all pairs,
     and its mean over three categories.
@@ -315,10 +311,8 @@ def vl_rewardbench(scores: Scores, items: Items) -> Rows:
     (github.com/yfzhang114/r1_reward, VL-Reward-Bench/get_acc.py) looks for "rlhf" in "RLHF-V".
     Compare with those papers by the rows "as BaseReward groups".
     """
-    groups = []
-    for name in items.ids:
-        matches = [group for part, group in PAPER_GROUPS.items() if part in name]
-        groups.append(matches[0] if matches else "general")
+    patterns = {"reasoning": "mmmu|mathverse", "hallucination": "hallucination|rlhf|rlaif"}
+    groups = [data.first_match(name, **patterns, general="") for name in items.ids]
     rows = metrics(scores, items)
     paper = metrics(scores, replace(items, categories=groups))
     del rows["Acc+"], paper["Acc+"], paper["overall"]
@@ -564,15 +558,12 @@ def read_results(settings: Settings) -> dict[str, dict[str, Scores]]:
         raise UserError(f"{file}: {reason}; its rejected lines need no scores")
     scores = []
     for number, (line, count) in enumerate(zip(lines, counts), 1):
-        values = []
-        with suppress(ValueError, RecursionError):
+        place = f"{file}, line {number}: not a JSON list of {count} finite numbers"
+        with data.explaining(place, (ValueError, RecursionError)):
             values = json.loads(line)
-        fits = isinstance(values, list) and len(values) == count
-        for value in values if fits else []:
-            fits &= type(value) in (int, float) and abs(value) < 3e38
-        if not fits:
-            reason = f"not a JSON list of {count} finite numbers: {line[:60]!r}"
-            raise UserError(f"{file}, line {number}: {reason}")
+            data.check(values, [(int, float)], "value")
+            fits = len(values) == count and all(abs(value) < 3e38 for value in values)
+            data.require(fits, repr(line[:60]))
         scores.append(np.array(values, float))
     return {file.stem: {settings.benchmark[0]: scores}}
 
@@ -632,18 +623,17 @@ def print_overlap(system: str, trained_on: list[str], comparisons: Comparisons) 
     prompts, pictures = set(), set()
     for folder in folders:
         with suppress(UserError):  # an older format of shards is no reason to lose the scores
-            seen = Comparisons(folder)
-            prompts.update(seen.hashes("prompt_hashes").tolist())
-            pictures.update(seen.hashes("image_hashes").tolist())
-    text = picture = 0
-    for comparison in comparisons:
-        if comparison.images:
-            picture += not pictures.isdisjoint(map(data.hash_of, comparison.images))
-        else:
-            text += data.prompt_hash(comparison.prompt, None) in prompts
+            index = Comparisons(folder).index
+            prompts.update(index["prompt_hashes"].tolist())
+            pictures.update(index["image_hashes"].tolist())
+    index = comparisons.index
+    without_pictures = index["prompt_hashes"][index["patches"] == 0].tolist()
+    text = prompts.intersection(without_pictures)
+    picture = pictures.intersection(index["image_hashes"].tolist())
     if text or picture:
-        shared = f"{text} share their text and {picture} a picture with {', '.join(folders)}"
-        print(f"{system}: of {len(comparisons)} comparisons {shared}")
+        counts = f"the text of {len(text)} prompts and {len(picture)} pictures"
+        shared = f"{counts} are in {', '.join(folders)}"
+        print(f"{system}: {shared}, too")
 
 
 # ---- A file instead of benchmarks: --score

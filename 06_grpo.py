@@ -63,6 +63,7 @@ from tqdm import tqdm
 data = importlib.import_module("01_data")
 model_stage = importlib.import_module("02_model")
 training = importlib.import_module("03_train")
+evaluation = importlib.import_module("04_eval")
 option, UserError = data.option, data.UserError
 
 
@@ -228,11 +229,11 @@ def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advant
     # One step of all groups with responses to learn from, planned and dealt to ranks as in 03.
     steps = [[i for i, group in enumerate(groups) if group.responses]]
     tokens = np.array([group.length for group in groups])
-    patches = np.array([group.grids.prod(1).sum() for group in groups], int)
+    patches = np.array([group.patches for group in groups])
     micro_batches = training.plan(steps, tokens, patches, settings.micro_tokens, rank, world)
     sums = torch.zeros(3, device=device)  # KL divergence, entropy, |log ratio|
     for batch in micro_batches:
-        _, row = training.pack_micro_batch(batch, groups, policy.processors)
+        _, row, _ = training.pack_micro_batch(batch, groups, policy.processors)
         row = row.to(device)
         log_p, entropy = policy(row)  # [tokens]
         with torch.no_grad():
@@ -247,7 +248,7 @@ def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advant
         sampler_log_p = sampled_log_p[batch.indices][samples[batch.indices] >= 0]  # [tokens]
         log_ratio = (log_p.detach() - sampler_log_p).abs().sum()
         sums += torch.stack([kl, entropy.sum(), log_ratio])
-    norm = clip_grad_norm_(policy.parameters(), settings.clip).full_tensor().item()
+    norm = clip_grad_norm_(policy.parameters(), settings.clip or math.inf).full_tensor().item()
     if not math.isfinite(norm):
         raise UserError(f"gradient norm {norm} at the questions {', '.join(map(str, prompts))}")
     optimizer.step()
@@ -366,7 +367,7 @@ class Settings:
     filter_equal: bool = option(False, "leave out groups of equal rewards (DAPO also refills them)")
     mask_cut: bool = option(False, "leave out responses cut at --max_new_tokens (as DAPO)")
     kl_coefficient: float = option(0.1, "weight of the KL divergence to the reference policy")
-    clip: float = option(1.0, "largest gradient norm")
+    clip: float = option(1.0, "largest gradient norm; 0: any")
     micro_tokens: int = option(8192, "tokens of one forward on one rank; less needs less memory")
     checkpoint_every: int = option(50, "steps between checkpoints (two stay); 0: none")
     resume: bool = option(False, "continue from the newest checkpoint in --out, if there is one")
@@ -618,14 +619,6 @@ MME_COGNITION = (
 )
 
 
-def accuracy(outcomes):
-    """Return the fraction of right responses in each category from (category, right)."""
-    rights = {}
-    for category, right in sorted(outcomes):
-        rights.setdefault(category, []).append(right)
-    return {category: float(np.mean(values)) for category, values in rights.items()}
-
-
 def benchmark_metrics(name, prompts, match):
     """Return the metric of a benchmark from matches [n, 1]; by default accuracy by category.
 
@@ -633,20 +626,20 @@ def benchmark_metrics(name, prompts, match):
     rotation. mme: accuracy + accuracy+, which wants both questions of a picture right, summed over
     categories; published, and printed, times 100: at most 2000 for perception, 800 for cognition.
     """
-    outcomes = []  # (category, right)
-    groups = {}  # {(category, group): all right}
+    right, categories, groups = [], [], []
     for i, prompt in enumerate(prompts):
         if prompt.record.get("answer") is not None:
-            right = match[i].item() > 0
-            category = prompt.record.get("category", "closed")
-            key = category, prompt.record.get("group", i)
-            outcomes.append((category, right))
-            groups[key] = groups.get(key, True) and right
-    single = accuracy(outcomes)
-    joined = accuracy((category, right) for (category, _), right in groups.items())
+            right.append(match[i].item() > 0)
+            categories.append(prompt.record.get("category", "closed"))
+            groups.append(f"{categories[-1]} {prompt.record.get('group', f'item {i}')}")
+    right, categories, groups = np.array(right), np.array(categories), np.array(groups)
+    single, joined = {}, {}
+    for category in np.unique(categories).tolist():
+        mask = categories == category
+        single[category] = float(right[mask].mean())
+        joined[category] = float(evaluation.acc_plus(right[mask], groups[mask])["accuracy"])
     if name == "circular":
-        overall = float(np.mean(list(groups.values())))
-        return {"circular": overall, **joined}
+        return {"circular": float(evaluation.acc_plus(right, groups)["accuracy"]), **joined}
     if name == "mme":
         points = {category: single[category] + joined[category] for category in single}
         total = sum(points.values())

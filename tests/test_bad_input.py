@@ -513,6 +513,17 @@ def test_a_published_set_reads_pictures_of_its_own_folder_and_no_others(tmp_path
     assert data.Comparisons(str(tmp_path / "out/set"))[0].images == [picture()]
 
 
+def test_a_pattern_reads_pictures_beside_the_files_that_match_it(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / "sets" / folder).mkdir(parents=True)
+        (tmp_path / "sets" / folder / "a.png").write_bytes(picture())
+        record = {**PAIR, "prompt": SEE, "images": ["a.png"]}
+        write_jsonl(tmp_path / "sets" / folder / "pairs.jsonl", [record])
+    pattern = str(tmp_path / "sets/*/pairs.jsonl")
+    prepare_here(source=[pattern], out=str(tmp_path / "out"), name="set")
+    assert len(data.Comparisons(str(tmp_path / "out/set"))) == 2
+
+
 FILES = {  # name: content
     "cut.jsonl.gz": gzip.compress(json.dumps(PAIR).encode() * 100)[:-20],
     "no.jsonl.gz": b"no gzip",
@@ -681,7 +692,8 @@ def remote_code(folder):
 
 def head_of(**about):
     settings = {"hidden": 128, "layers": 2, "activation": "silu", "width": 128} | about
-    return {"reward_head": json.dumps({"head": settings, "trained_with": {}})}
+    description = {"kind": "naive", "head": settings, "trained_with": {}}
+    return {"reward_head": json.dumps(description)}
 
 
 HEAD, LAST, NORM = "reward_head.safetensors", "mlp.2.weight", "language_model.norm.weight"

@@ -110,6 +110,15 @@ def test_no_prompt_is_both_in_training_and_in_its_holdout(world):
     assert train and held_out and not train & held_out
 
 
+def test_what_an_earlier_preparation_held_out_does_not_stay_beside_the_set(tmp_path):
+    lines = lines_of_pairs(["AB"], "Is it red?") + lines_of_pairs(["AB"], "Is it blue?")
+    source = [str(write_jsonl(tmp_path / "pairs.jsonl", lines))]
+    for holdout in (0.999, 0):
+        prepare_here(source=source, out=str(tmp_path), holdout=holdout)
+        assert (tmp_path / "pairs_holdout/dataset.json").exists() == (holdout > 0)
+    assert len(data.Comparisons(str(tmp_path / "pairs"))) == 2
+
+
 def test_an_image_that_several_comparisons_share_is_stored_once(tmp_path, processors):
     image = picture(280, 280)
     comparisons = []
@@ -297,9 +306,9 @@ def test_the_gradient_of_a_joined_comparison_is_that_of_its_pairs(reward, tmp_pa
         order = [list(range(len(comparisons)))]
         sizes = *comparisons.sizes(), 8192, 0, 1, comparisons.weights()
         (micro,) = stages.train.plan(order, *sizes)
-        batch, row = stages.train.pack_micro_batch(micro, comparisons, reward.processors)
+        _, row, of_row = stages.train.pack_micro_batch(micro, comparisons, reward.processors)
         reward.zero_grad()
-        loss = stages.train.ranking_loss(reward(row), stages.train.pairs_of(batch))
+        loss = stages.train.ranking_loss(reward(row), of_row)
         (loss / micro.step_size).backward()
         gradients.append([p.grad.clone() for p in reward.parameters() if p.grad is not None])
     for one, other in zip(*gradients, strict=True):

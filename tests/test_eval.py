@@ -368,5 +368,5 @@ def test_one_line_tells_what_a_benchmark_shares_with_the_training_data(tmp_path,
         comparisons = data.Comparisons(str(tmp_path / name))
         evaluation.print_overlap(name, folders, comparisons)
     shared, same = capsys.readouterr().out.splitlines()
-    assert "benchmark: of 5 comparisons 1 share their text and 2 a picture with" in shared
+    assert "benchmark: the text of 1 prompts and 2 pictures are in" in shared
     assert same == "train: this is training data"

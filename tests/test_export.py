@@ -211,6 +211,15 @@ def test_a_file_size_that_is_none_ends_in_one_line(reward, tmp_path):
         reward.save_pretrained(str(tmp_path), file_size="many")
 
 
+def test_a_model_that_is_trained_again_names_all_its_training_data(reward, tmp_path):
+    trained = copy.deepcopy(reward)
+    for folder in ("one", "two", "one"):
+        settings = stages.train.Settings(data=[folder], out=str(tmp_path))
+        stages.train.export(trained, settings, steps=3, line={})
+        trained = model.RewardModel.from_pretrained(str(tmp_path))
+    assert trained.trained_with["data"] == ["one", "two"] and trained.trained_with["steps"] == 9
+
+
 def test_02_says_that_it_leaves_a_trained_head_behind(reward, tmp_path):
     reward.save_pretrained(str(tmp_path / "trained"))
     told = {"--backbone": tmp_path / "trained", "--out": tmp_path / "new", "--data": ""}

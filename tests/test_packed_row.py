@@ -13,7 +13,6 @@ from conftest import PROMPTS, RESPONSES, TINY, picture, stages, user
 from transformers import AutoConfig, AutoModel
 
 data, model = stages.data, stages.model
-VARLEN = "torch.nn.attention.varlen.varlen_attn"
 
 
 def close(ours, expected, atol=1e-5):
@@ -154,9 +153,22 @@ def test_special_tokens_in_a_users_text_stay_text(processors):
 # ---- the attention that a GPU takes, and an attention that was lost
 
 
-def varlen(q, k, v, starts, key_starts, longest, longest_keys, scale, window_size, enable_gqa):
+def varlen(
+    q,
+    k,
+    v,
+    starts,
+    key_starts,
+    longest,
+    longest_keys,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    num_splits=None,
+):
     """Compute what varlen_attn computes on a GPU, one segment after the other."""
     assert longest == starts.diff().max() and longest_keys == key_starts.diff().max()
+    assert num_splits == 1
     outputs = []
     for i in range(len(starts) - 1):
         q_i = q[starts[i] : starts[i + 1]].transpose(0, 1)[None]  # [1, heads, length, d]
@@ -171,31 +183,19 @@ def varlen(q, k, v, starts, key_starts, longest, longest_keys, scale, window_siz
     return torch.cat(outputs)
 
 
-def varlen_2_11(q, k, v, *ends, scale=None, window_size=(-1, -1)):
-    return varlen(q, k, v, *ends, scale, window_size, enable_gqa=False)
-
-
-def varlen_2_13(
-    q, k, v, *ends, scale=None, window_size=(-1, -1), enable_gqa=False, num_splits=None
-):
-    assert num_splits == 1
-    return varlen(q, k, v, *ends, scale, window_size, enable_gqa)
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("version", [varlen_2_11, varlen_2_13])
 def test_the_layout_for_variable_length_attention_gives_the_same_scores(
-    version, reward, comparisons, processors, monkeypatch
+    reward, comparisons, processors, monkeypatch
 ):
     expected = reward(model.pack(comparisons, processors))
     monkeypatch.setattr(model, "has_varlen", lambda query: True)
-    monkeypatch.setattr(VARLEN, version)
+    monkeypatch.setattr(model, "varlen_attn", varlen)
     close(reward(model.pack(comparisons, processors)), expected)
 
 
 def test_pytorchs_own_function_takes_the_options_that_we_pass():
-    known = inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters
-    assert {"scale", "window_size"} <= known.keys()
+    known = inspect.signature(model.varlen_attn).parameters
+    assert {"scale", "window_size", "enable_gqa", "num_splits"} <= known.keys()
     order = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert list(known)[:7] == order
 

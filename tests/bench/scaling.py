@@ -76,7 +76,7 @@ def measure(folder: str, repetitions: int = 5) -> None:
     steps = {}
     for name, comparisons in settings_of(model.processors).items():
         tokens = np.array([c.length for c in comparisons])
-        patches = np.array([int(c.grids.prod(1).sum()) for c in comparisons])
+        patches = np.array([c.patches for c in comparisons])
         plan = common.training.plan(
             [list(range(len(comparisons)))], tokens, patches, 8192, rank, world
         )
