@@ -18,9 +18,8 @@ import pytest
 from forks import ROOT, STAGES
 from PIL import Image
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported; two would mostly wait for each other here
+# Before torch is imported. Two threads would mostly wait for each other here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(ROOT))
 stages = SimpleNamespace(**{name[3:]: importlib.import_module(name) for name in STAGES})
 
@@ -29,9 +28,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 TINY = str(ROOT / "tests" / "tiny" / "qwen2_5_vl")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of ranks
-CAN_FORK = (
-    sys.platform == "linux" and not torch.cuda.is_available()
-)  # a GPU that was looked for is lost in a fork
+# A GPU that was looked for is lost in a fork.
+CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()
 
 
 def torchrun(
@@ -45,57 +43,40 @@ def torchrun(
 ) -> subprocess.CompletedProcess:
     """Run a script on ranks of one thread each; return what they printed.
 
-    `fresh`, or with `more` in the environment, by torchrun, as a user would; else by forks.py, the
-    same for much less work."""
-    command, environment = (
-        [str(script), *map(str, arguments)],
-        {**os.environ, **ENVIRONMENT, **more},
-    )
+    `fresh`, or with `more` in the environment, use torchrun, as a user would; else forks.py, which
+    does the same with much less work."""
+    command = [str(script), *map(str, arguments)]
     if fresh or more or not CAN_FORK:
-        start = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-        ]
-        run = {"cwd": cwd, "env": environment, "capture_output": True, "text": True, "timeout": 600}
-        done = subprocess.run([*start, *command], **run)
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        start.append(f"--nproc_per_node={ranks}")
+        run = {"cwd": cwd, "env": {**os.environ, **ENVIRONMENT, **more}, "timeout": 600}
+        done = subprocess.run([*start, *command], capture_output=True, text=True, **run)
     else:
         with tempfile.TemporaryDirectory() as folder:
             stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-            told = {
-                "command": command,
-                "ranks": ranks,
-                "cwd": cwd,
-                "stdout": stdout,
-                "stderr": stderr,
-            }
-            print(json.dumps(told, default=str), file=forks().stdin, flush=True)
+            request = {"command": command, "ranks": ranks, "cwd": cwd}
+            request |= {"stdout": stdout, "stderr": stderr}
+            print(json.dumps(request, default=str), file=forks().stdin, flush=True)
             status = forks().stdout.readline()
             assert status, "tests/forks.py has ended"
-            done = subprocess.CompletedProcess(
-                command, int(status), stdout.read_text(), stderr.read_text()
-            )
+            printed = stdout.read_text(), stderr.read_text()
+            done = subprocess.CompletedProcess(command, int(status), *printed)
     if check and done.returncode:
-        own = done.stderr.split("torch.distributed.elastic")[
-            0
-        ]  # without torchrun's own report behind it
+        own = done.stderr.split("torch.distributed.elastic")[0]  # without torchrun's report
         pytest.fail(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{own[-4000:]}")
     return done
 
 
 @cache
 def forks() -> subprocess.Popen:
-    """The process that ranks are forked from. It ends with this one, as its input does."""
+    """Start the process that ranks are forked from. It ends with this one, as its input does."""
+    command = [sys.executable, ROOT / "tests/forks.py"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [sys.executable, ROOT / "tests/forks.py"], env={**os.environ, **ENVIRONMENT}, **pipes
-    )
+    return subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, **pipes)
 
 
 def prepare_here(**settings) -> None:
-    """01 in this process."""
+    """Run 01 in this process."""
     stages.data.start_distributed()
     try:
         stages.data.main(stages.data.Settings(**{"holdout": 0, **settings}))
@@ -104,7 +85,7 @@ def prepare_here(**settings) -> None:
 
 
 def picture(width: int = 56, height: int = 56, seed: int = 0) -> bytes:
-    """A PNG of coloured noise in large blocks."""
+    """Draw coloured noise in large blocks, as a PNG."""
     rng = random.Random(seed)
     small = Image.new("RGB", (4, 4))
     small.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(16)])
@@ -114,13 +95,9 @@ def picture(width: int = 56, height: int = 56, seed: int = 0) -> bytes:
 
 
 def user(text: str, *images) -> dict:
-    return {
-        "role": "user",
-        "content": [
-            *({"type": "image", "image": image} for image in images),
-            {"type": "text", "text": text},
-        ],
-    }
+    content = [{"type": "image", "image": image} for image in images]
+    content.append({"type": "text", "text": text})
+    return {"role": "user", "content": content}
 
 
 def assistant(text: str) -> dict:
@@ -162,23 +139,16 @@ def processors():
 @pytest.fixture(scope="session")
 def comparisons(processors):
     """One comparison of three responses for each kind of prompt."""
-    made = []
+    responses = [stages.data.encode_response(text, processors) for text in RESPONSES]
+    comparisons = []
     for prompt in PROMPTS.values():
         ids, files, grids = stages.data.encode_prompt(prompt, [], processors)
-        made.append(
-            stages.data.Comparison(
-                ids,
-                [stages.data.encode_response(text, processors) for text in RESPONSES],
-                [1, 2, 3],
-                files,
-                grids,
-            )
-        )
-    return made
+        comparisons.append(stages.data.Comparison(ids, responses, [1, 2, 3], files, grids))
+    return comparisons
 
 
 def reward_on(backbone: str, seed: int = 1):
-    """A reward model on a backbone with a new head whose scores differ visibly."""
+    """Make a reward model on a backbone, with a new head whose scores differ visibly."""
     torch.manual_seed(seed)
     model = stages.model.RewardModel.from_backbone(backbone, stages.model.HeadSettings()).eval()
     torch.nn.init.normal_(model.head.mlp[-1].weight, std=0.5)
@@ -192,20 +162,22 @@ def reward():
 
 @pytest.fixture(scope="session")
 def initial(tmp_path_factory):
-    """A reward model that is not trained; its folder."""
+    """The folder of a reward model that is not trained."""
     folder = str(tmp_path_factory.mktemp("initial"))
     torch.manual_seed(0)
-    stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings()).save_pretrained(
-        folder
-    )
+    reward = stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings())
+    reward.save_pretrained(folder)
     return folder
 
 
 def training_options(world, initial, out, **settings) -> list[str]:
-    """Arguments of 03 for four small steps."""
-    arguments = {"model": initial, "data": world / "data/train", "out": out, "steps": 4}
-    arguments |= {"batch_size": 12, "learning_rate": 3e-4, "checkpoint_every": 0, "warmup": 0.5}
-    return [str(x) for key, value in (arguments | settings).items() for x in (f"--{key}", value)]
+    """List arguments of 03 for four small steps."""
+    options = {"model": initial, "data": world / "data/train", "out": out, "steps": 4}
+    options |= {"batch_size": 12, "learning_rate": 3e-4, "checkpoint_every": 0, "warmup": 0.5}
+    arguments = []
+    for name, value in (options | settings).items():
+        arguments += [f"--{name}", str(value)]
+    return arguments
 
 
 def run_training(world, initial, out, *more, ranks: int, **settings):
@@ -225,7 +197,7 @@ def world(tmp_path_factory):
 
 
 def write_jsonl(path: Path, lines: list) -> Path:
-    path.write_text(
-        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-    )
+    """Write objects as JSON, one a line, and texts as they are."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("".join(f"{text}\n" for text in texts))
     return path
