@@ -244,8 +244,8 @@ def prepare(name: str, lines, processors, settings, holdout: float, within=None)
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     folders = [Path(settings.out, name), Path(settings.out, f"{name}_holdout")]
-    remove_finished(folders)
-    if not holdout:
+    remove_finished(folders)  # also what was held out before
+    if holdout <= 0:
         folders.pop()
     shards = []  # file names
     progress = tqdm(desc=name, unit=" lines", disable=rank > 0, mininterval=1)
@@ -258,7 +258,7 @@ def prepare(name: str, lines, processors, settings, holdout: float, within=None)
         if number % world != rank or all(path.is_file() for path in paths):
             continue
         kept, held_out, notes = encode_chunk(chunk, processors, settings, holdout, within)
-        # It also hashes each prompt, without its image tokens, for 04's overlap check.
+        # For 04's overlap check it also hashes each prompt, without its image tokens.
         write_shard(paths[0], kept, processors.image_token, **notes)
         if holdout > 0:
             write_shard(paths[1], held_out, processors.image_token)
