@@ -504,7 +504,7 @@ INDEX = {  # numbers of each comparison or image, for planning and for overlap c
 
 def flatten(arrays: list, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Concatenate vectors; return them flat, and their offsets [vectors + 1]."""
-    flat = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
+    flat = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
     return flat, np.cumsum([0, *map(len, arrays)], dtype=np.int64)
 
 
@@ -623,11 +623,16 @@ class Comparisons(torch.utils.data.Dataset):
 
 
 def remove_finished(folders: list[Path]) -> None:
-    """Delete a finished set, since its pictures may have been mended after it was made."""
+    """Delete a finished set, since its pictures may have been mended after it was made.
+
+    What it held out has shards of the same names; another data set of that name stays.
+    """
     if dist.get_rank() == 0 and (folders[0] / "dataset.json").is_file():
+        shards = {file.name for file in folders[0].glob("shard-*")}
         for folder in folders:
-            for old in [folder / "dataset.json", *folder.glob("shard-*")]:
-                old.unlink(missing_ok=True)
+            if shards == {file.name for file in folder.glob("shard-*")}:
+                for name in ["dataset.json", *shards]:
+                    (folder / name).unlink(missing_ok=True)
     dist.barrier()
 
 
@@ -1441,6 +1446,8 @@ def read_world(source: str, split: str, count: int, seed: str) -> Iterator[Line]
 
 def world_sets(settings: Settings) -> Iterator[tuple[str, Iterator[Line], float]]:
     """Yield name, lines and holdout of each data set of the embedded world."""
+    if settings.judge_request:
+        raise UserError("--judge_request: give the pairs by --source")
     for name, (parts, holdout) in embedded_world().SETS.items():
         lines = []
         for source, split, count in parts:
@@ -2061,9 +2068,12 @@ def locate(name: str, path: str) -> str:
         raise UserError(f"{problem}. {download_command(hub, 'DIR') if hub else hint}")
     from huggingface_hub import snapshot_download  # comes with transformers
 
-    command = f"{download_command(repo, repo)}, then --source {name}:{repo}"
-    with explaining(f"{problem}; download failed", Exception, hint=f"fetch it: {command}"):
+    try:
         return snapshot_download(repo, repo_type="dataset")
+    except Exception as error:  # the hub's client raises many kinds, whose names say enough
+        reason = f"download failed ({type(error).__name__})"
+        command = f"{download_command(repo, repo)}, then --source {name}:{repo}"
+        raise UserError(f"{problem}; {reason}. Fetch it: {command}") from None
 
 
 def download_command(repo: str, folder: str) -> str:

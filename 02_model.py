@@ -875,28 +875,17 @@ def response_tokens(row: PackedRow) -> tuple[Tensor, Tensor]:
 LOGITS_AT_ONCE = 2**27  # 0.5 GB in float32; 883 tokens of Qwen's vocabulary
 
 
-def log_p_and_entropy(logits_of: Callable, hidden: Tensor, tokens: Tensor, vocabulary: int):
-    """Return log-probability and entropy [n] of tokens [n] from the hidden states [n, hidden] that
-    predict them. In memory are a few tensors of LOGITS_AT_ONCE numbers at a time, since backward
-    computes each part again."""
-
-    def part_of(hidden, tokens):
-        log_p = logits_of(hidden).log_softmax(-1)  # [tokens, vocabulary]
-        with torch.no_grad():
-            finite = log_p.clamp(min=-1e9)  # 0 * -inf would be nan
-            entropy = -(log_p.exp() * finite).sum(-1)
-        # A squeezed view would trip FSDP's backward hooks, a sum does not.
-        return log_p.gather(-1, tokens[:, None]).sum(-1), entropy
-
+def in_parts(function: Callable, hidden: Tensor, tokens: Tensor, vocabulary: int) -> tuple:
+    """Apply `function` to tokens [n] and the hidden states [n, hidden] that predict them, a part at
+    a time. In memory are a few tensors of LOGITS_AT_ONCE numbers, since backward computes each part
+    again. It returns some tensors [n]."""
     size = max(1, LOGITS_AT_ONCE // vocabulary)
     if len(tokens) <= size:
-        return part_of(hidden, tokens)
-    log_p, entropy = [], []
+        return function(hidden, tokens)
+    outputs = []
     for part in zip(hidden.split(size), tokens.split(size)):
-        part_log_p, part_entropy = checkpoint(part_of, *part, use_reentrant=False)
-        log_p.append(part_log_p)
-        entropy.append(part_entropy)
-    return torch.cat(log_p), torch.cat(entropy)
+        outputs.append(checkpoint(function, *part, use_reentrant=False))
+    return tuple(map(torch.cat, zip(*outputs)))
 
 
 class Writer(nn.Module):
@@ -923,7 +912,15 @@ class Writer(nn.Module):
     def log_p_and_entropy(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probability and entropy [n] of tokens [n] from the hidden states [n, hidden]
         that predict them."""
-        return log_p_and_entropy(self.logits, hidden, tokens, self.lm.lm_head.out_features)
+
+        def of_part(hidden, tokens):
+            log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary]
+            with torch.no_grad():
+                finite = log_p.clamp(min=-1e9)  # 0 * -inf would be nan
+                entropy = -(log_p.exp() * finite).sum(-1)
+            return log_p.gather(-1, tokens[:, None]).sum(-1), entropy  # a squeeze would be a view
+
+        return in_parts(of_part, hidden, tokens, self.lm.lm_head.out_features)
 
 
 @dataclass
@@ -1036,7 +1033,7 @@ def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None):
 def token_ids_of(tokens: Tensor, processors: Processors) -> list[list[int]]:
     """List the token ids of samples [samples, max_new_tokens] without end-of-turn tokens."""
     samples = []
-    for sample in tokens:
+    for sample in tokens.cpu():
         is_text = (sample >= 0) & (sample != processors.end_token)
         samples.append(sample[is_text].tolist())
     return samples
@@ -1083,12 +1080,13 @@ class Written:
     def log_probabilities(self, lm, hidden: Tensor) -> Tensor:
         """Return the tokens' log-probabilities, from the row's hidden states [T, hidden]."""
 
-        def logits_of(hidden):
-            return lm.lm_head(hidden).float()
+        def of_part(hidden, tokens):
+            log_p = lm.lm_head(hidden).float().log_softmax(-1)  # [tokens, vocabulary]
+            # A squeezed view would trip FSDP's backward hooks.
+            return (log_p.gather(-1, tokens[:, None]).sum(-1),)
 
         hidden = hidden[self.predictors]
-        vocabulary = lm.lm_head.out_features
-        log_p, _ = log_p_and_entropy(logits_of, hidden, self.tokens, vocabulary)
+        (log_p,) = in_parts(of_part, hidden, self.tokens, lm.lm_head.out_features)
         return log_p
 
 

@@ -987,6 +987,8 @@ def assumed_comparison(lengths: list[int], processors):
     prompt = np.zeros(text, np.int32)
     answers = [np.zeros(length, np.int32) for length in responses]
     comparison = data.Comparison(prompt, answers, [1] * len(answers))
+    if image and processors.image is None:
+        raise UserError("--plan_lengths: has an image, and the model is text-only")
     if image:
         height = 2 ** int(math.log2(image) / 2)  # in tokens; the picture is not quite square
         blank = model_stage.blank_comparison(processors, height, round(image / height))

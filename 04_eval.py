@@ -75,7 +75,7 @@ def score_comparisons(
     starts = np.cumsum([0, *comparisons.response_counts()])  # [n + 1]
     flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)  # [all responses]
     work = sum(sum(batch.loads) for batch in micro_batches)  # tokens and patches / 4, all ranks
-    with tqdm(total=work, desc=comparisons.info["name"], unit_scale=True, disable=rank > 0) as bar:
+    with tqdm(total=work, desc=comparisons.info["name"], unit=" tokens", disable=rank > 0) as bar:
         for batch in micro_batches:
             if batch.indices:  # a rank's bin may be empty
                 chosen = [comparisons[i] for i in batch.indices]
@@ -558,12 +558,14 @@ def read_results(settings: Settings) -> dict[str, dict[str, Scores]]:
         raise UserError(f"{file}: {reason}; its rejected lines need no scores")
     scores = []
     for number, (line, count) in enumerate(zip(lines, counts), 1):
-        place = f"{file}, line {number}: not a JSON list of {count} finite numbers"
-        with data.explaining(place, (ValueError, RecursionError)):
+        try:
             values = json.loads(line)
-            data.check(values, [(int, float)], "value")
-            fits = len(values) == count and all(abs(value) < 3e38 for value in values)
-            data.require(fits, repr(line[:60]))
+            data.check(values, [(int, float)])
+            finite = np.abs(np.array(values, float)) < 3e38
+            data.require(len(values) == count and finite.all(), "")
+        except (ValueError, RecursionError):
+            reason = f"not a JSON list of {count} finite numbers: {line[:60]!r}"
+            raise UserError(f"{file}, line {number}: {reason}") from None
         scores.append(np.array(values, float))
     return {file.stem: {settings.benchmark[0]: scores}}
 
@@ -627,13 +629,13 @@ def print_overlap(system: str, trained_on: list[str], comparisons: Comparisons) 
             prompts.update(index["prompt_hashes"].tolist())
             pictures.update(index["image_hashes"].tolist())
     index = comparisons.index
-    without_pictures = index["prompt_hashes"][index["patches"] == 0].tolist()
-    text = prompts.intersection(without_pictures)
-    picture = pictures.intersection(index["image_hashes"].tolist())
+    own_prompts = set(index["prompt_hashes"][index["patches"] == 0].tolist())
+    own_pictures = set(index["image_hashes"].tolist())
+    text, picture = len(own_prompts & prompts), len(own_pictures & pictures)
     if text or picture:
-        counts = f"the text of {len(text)} prompts and {len(picture)} pictures"
-        shared = f"{counts} are in {', '.join(folders)}"
-        print(f"{system}: {shared}, too")
+        shared = f"{text} of {len(own_prompts)} prompts without pictures"
+        shared += f" and {picture} of {len(own_pictures)} pictures"
+        print(f"{system}: {shared} are also in {', '.join(folders)}")
 
 
 # ---- A file instead of benchmarks: --score

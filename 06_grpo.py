@@ -214,8 +214,8 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
 def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advantage, settings):
     """Take one optimizer step on samples [B, G, max_new_tokens] and advantages [B, G].
 
-    Returns the gradient's norm and means over tokens. `log_ratio`, the mean difference between the
-    policy's log-probability and the sampler's, must be near 0, or the two do not compute the same.
+    Returns the gradient's norm and means over tokens. `log_ratio`, how far the policy's and the
+    sampler's log-probability are apart, must be near 0, or the two do not compute the same.
     """
     rank, world, device = data.start_distributed()
     advantage = advantage.to(device)
@@ -664,8 +664,8 @@ def judge_line(metric, judged, text, model, tokenizer):
 def write_results(settings, questions, before, after, tokenizer):
     """Write evaluation.json, samples.jsonl and, for a benchmark with a judge, answers_*.jsonl."""
     out = Path(settings.out)
-    evaluation = {"reward": settings.reward, "before": before[0], "after": after[0]}
-    data.write_file(out / "evaluation.json", json.dumps(evaluation, indent=1))
+    summary = {"reward": settings.reward, "before": before[0], "after": after[0]}
+    data.write_file(out / "evaluation.json", json.dumps(summary, indent=1))
     files = {"samples": [], "answers_before": [], "answers_after": []}
     metric = questions.info["metric"] if questions else ""
     for i in range(len(before[1])):

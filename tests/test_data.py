@@ -117,6 +117,9 @@ def test_what_an_earlier_preparation_held_out_does_not_stay_beside_the_set(tmp_p
         prepare_here(source=source, out=str(tmp_path), holdout=holdout)
         assert (tmp_path / "pairs_holdout/dataset.json").exists() == (holdout > 0)
     assert len(data.Comparisons(str(tmp_path / "pairs"))) == 2
+    prepare_here(source=source, out=str(tmp_path), name="pairs_holdout")  # a set of one's own
+    prepare_here(source=source, out=str(tmp_path))
+    assert len(data.Comparisons(str(tmp_path / "pairs_holdout"))) == 2
 
 
 def test_an_image_that_several_comparisons_share_is_stored_once(tmp_path, processors):

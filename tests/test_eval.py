@@ -368,5 +368,5 @@ def test_one_line_tells_what_a_benchmark_shares_with_the_training_data(tmp_path,
         comparisons = data.Comparisons(str(tmp_path / name))
         evaluation.print_overlap(name, folders, comparisons)
     shared, same = capsys.readouterr().out.splitlines()
-    assert "benchmark: the text of 1 prompts and 2 pictures are in" in shared
+    assert "benchmark: 1 of 2 prompts without pictures and 2 of 4 pictures are also in" in shared
     assert same == "train: this is training data"

@@ -140,10 +140,13 @@ def test_a_critic_is_scored_on_the_critique_it_writes_never_on_the_datas(
     torch.testing.assert_close(together[1], scores, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("tokens_at_once", [1000, 3])
 def test_the_critiques_loss_is_transformers_own_over_all_their_tokens(
-    kinds, plain, comparisons, processors
+    tokens_at_once, kinds, plain, comparisons, processors, monkeypatch
 ):
     critic = kinds["critic"]
+    vocabulary = critic.backbone.lm_head.out_features
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", tokens_at_once * vocabulary)
     for comparison in comparisons:
         critiques, losses = critiques_of(comparison, processors), []
         asked = [model.with_critiques(comparison, critiques, critic.request)]

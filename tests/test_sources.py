@@ -538,8 +538,6 @@ def test_a_missing_set_is_downloaded_or_ends_in_the_command_that_does_it(
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr(data.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(data.dist, "barrier", lambda: None)
     assert len(read("rlaif-v@2", processors)[0]) == 1
     assert len(read("jsonl:owner/name", processors)[0]) == 0
     assert downloads == [(repo, "dataset"), ("owner/name", "dataset")]

@@ -406,12 +406,15 @@ def test_the_plan_gives_every_comparison_to_one_rank_within_the_budget(world_siz
         assert all(batch.loads == work for batch in together)
 
 
-def test_a_large_set_is_planned_as_one_step():
+def test_a_large_set_is_planned_as_one_step(monkeypatch):
     """As 04 scores it. Two of these comparisons rarely fit one forward."""
     tokens = np.random.default_rng(0).integers(3000, 6000, 20_000)
+    deal, calls = train.deal, []
+    monkeypatch.setattr(train, "deal", lambda *arguments: calls.append(1) or deal(*arguments))
     plan = train.plan([list(range(len(tokens)))], tokens, 0 * tokens, 8192, rank=0, world=1)
     assert sorted(i for batch in plan for i in batch.indices) == list(range(len(tokens)))
     assert max(batch.loads[0] for batch in plan) <= 8192
+    assert len(calls) < 100  # each goes through all comparisons
 
 
 def test_ranks_get_equal_work_and_what_they_do_not_is_reported(world):

@@ -66,8 +66,8 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
     head = model_stage.RewardHead(text["hidden_size"])
-    about = json.dumps({"reward_head": json.dumps({"head": head.settings, "trained_with": {}})})
-    save_file(head.state_dict(), folder / "reward_head.safetensors", metadata=json.loads(about))
+    about = json.dumps({"kind": "naive", "head": head.settings, "trained_with": {}})
+    save_file(head.state_dict(), folder / "reward_head.safetensors", {"reward_head": about})
 
 
 def anonymous_memory() -> float:
