@@ -650,7 +650,7 @@ def chunk_key(chunk: list[Line], processors, settings, holdout: float) -> str:
 def finish(folders: list[Path], shards: list[str], processors, settings) -> None:
     """Write rejected.jsonl, index.safetensors and dataset.json; print a summary."""
     sizes = {folder: [] for folder in folders}  # (shard, number of comparisons)
-    columns = {folder: defaultdict(list) for folder in folders}  # of the index
+    columns = defaultdict(partial(defaultdict, list))  # {folder: {column of the index: arrays}}
     counts, rejected, unused, joined = Counter(), 0, Counter(), Counter()
     with in_place_of(folders[0] / "rejected.jsonl") as temporary, open(temporary, "w") as file:
         for folder, shard in itertools.product(folders, shards):
@@ -681,7 +681,9 @@ def finish(folders: list[Path], shards: list[str], processors, settings) -> None
         strays = {*folder.glob("shard-*"), *folder.glob(".*")}  # of runs with other settings
         for stray in strays - {folder / shard for shard in shards}:
             stray.unlink()
-        index = {name: flatten(columns[folder][name], dtype)[0] for name, dtype in INDEX.items()}
+        index = {}
+        for column, dtype in INDEX.items():
+            index[column], _ = flatten(columns[folder][column], dtype)
         write_file(folder / "index.safetensors", save(index))  # to open a set opens no shard
         info |= {"name": folder.name, "shards": sizes[folder]}
         write_file(folder / "dataset.json", json.dumps(info, indent=1))

@@ -93,7 +93,8 @@ def dense_mask(lengths: Lengths) -> Tensor:
             segment_ids += [s] * length
     comparison, segment = torch.tensor(comparison_ids), torch.tensor(segment_ids)  # [T] each
 
-    causal = torch.ones(len(segment), len(segment), dtype=torch.bool).tril()
+    T = len(segment)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
     same_comparison = comparison[:, None] == comparison
     same_segment = segment[:, None] == segment
     key_in_prompt = segment == 0
@@ -192,7 +193,8 @@ class Segments:
                 start += size
         key_sizes = list(map(len, keys))
         indices = torch.from_numpy(np.concatenate(keys))
-        return cls(sizes, prompt_of, bounds(sizes), indices, bounds(key_sizes), max(key_sizes))
+        longest = max(key_sizes)
+        return cls(sizes, prompt_of, bounds(sizes), indices, bounds(key_sizes), longest)
 
     def attend(self, query, key, value, scale: float) -> Tensor:
         """Attend as `dense_mask` says.
@@ -953,7 +955,8 @@ class DecodeRow:
             packed = torch.cat(keys_values).transpose(1, 2)  # [2, T, k, d]
             parts = [packed[:, indices].transpose(0, 1) for indices in texts]  # [l, 2, k, d]
             padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)  # [p, l, 2, k, d]
-            self.texts[layer] = padded.permute(2, 0, 3, 1, 4).contiguous()  # [2, p, k, l, d]
+            padded = padded.permute(2, 0, 3, 1, 4)  # [2, p, k, l, d]
+            self.texts[layer] = padded.contiguous()
             _, _, K, D = packed.shape
             shape = (2, len(texts), group, K, max_new_tokens, D)
             self.samples[layer] = packed.new_empty(shape)
@@ -972,7 +975,8 @@ class DecodeRow:
         new_value = value.transpose(1, 2).view(P, G, K, D)
         own_k[..., self.t, :] = new_key
         own_v[..., self.t, :] = new_value
-        q = query.transpose(1, 2).reshape(P, G, K, -1, D) * scale  # pgksd
+        q = query.transpose(1, 2).reshape(P, G, K, -1, D)  # pgksd
+        q = q * scale
         to_text = einsum("pgksd,pkld->pgksl", q, text_k)
         to_text = to_text.masked_fill(self.padding, -math.inf)
         to_own = einsum("pgksd,pgktd->pgkst", q, own_k)
@@ -1086,7 +1090,8 @@ class Written:
             return (log_p.gather(-1, tokens[:, None]).sum(-1),)
 
         hidden = hidden[self.predictors]
-        (log_p,) = in_parts(of_part, hidden, self.tokens, lm.lm_head.out_features)
+        vocabulary = lm.lm_head.out_features
+        (log_p,) = in_parts(of_part, hidden, self.tokens, vocabulary)
         return log_p
 
 
