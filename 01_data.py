@@ -443,7 +443,10 @@ def start_distributed() -> tuple[int, int, torch.device]:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= gpus:
+            sys.exit(f"one rank per GPU, and here are {gpus}: --nproc_per_node={gpus}")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
         # transformers would wait for the GPU in every forward to compare counts of image tokens.
         os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")

@@ -814,7 +814,7 @@ def place(model: nn.Module, device, dtype=None) -> nn.Module:
     """
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
     exact = set()
     for module in model.modules():
         if isinstance(module, RewardHead):
@@ -822,7 +822,7 @@ def place(model: nn.Module, device, dtype=None) -> nn.Module:
     for parameter in model.parameters():
         if parameter not in exact:
             parameter.data = parameter.to(dtype)
-    return model
+    return model.to(device)
 
 
 def split_into_rows(comparisons: list, micro_tokens: int) -> Iterator[list]:
@@ -1503,6 +1503,7 @@ def main(settings: Settings) -> None:
     print("\nNext: torchrun --standalone --nproc_per_node=2 03_train.py")
 
 
+@torch.no_grad()
 def show_comparison(model: RewardModel, folder: str) -> None:
     """Print the shapes of a prepared data set's first comparison on its way to scores."""
     comparisons = data.Comparisons(folder, model.fingerprint)

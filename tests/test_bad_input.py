@@ -780,3 +780,12 @@ def test_a_benchmark_is_no_training_data(good_set, good_model, tmp_path):
         data.UserError, match="the benchmark vl-rewardbench, which is to score models"
     ):
         stages.train.open_data(stages.train.Settings(data=[str(folder)]), processors)
+
+
+def test_more_ranks_than_gpus_end_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match="--nproc_per_node=1"):
+        data.start_distributed()

@@ -125,7 +125,7 @@ def claims(study: Study, results: dict) -> str:
 
 def headlines(results: dict) -> str:
     """Format the first claim of each study, for the main README."""
-    lines = [["study", "the paper finds", "difference here", "so it"]]
+    lines = [["study", "the paper finds", "difference here", "verdict"]]
     for name, study in STUDIES.items():
         if study.claims:
             claim = study.claims[0]
