@@ -68,7 +68,7 @@ def test_a_cell_is_the_mean_and_its_standard_error_in_percent():
     assert tables.cell("GFLOP a comparison", [0.13, 0.14]) == "0.135"
 
 
-def test_a_claim_agrees_or_differs_beyond_two_standard_errors_of_the_paired_differences():
+def test_a_claim_agrees_or_differs_beyond_the_error_of_the_paired_differences():
     assert tables.verdict([0.03, 0.02, 0.04]) == "agrees"
     assert tables.verdict([-0.03, -0.02, -0.04]) == "differs"
     assert tables.verdict([0.03, -0.02, 0.01]) == "too close to tell"

@@ -490,6 +490,12 @@ STUDIES = {
             ),
             Claim("the reward model better than the rule", "reward model", "rule", "average"),
             Claim("the reward model better than a judge", "reward model", "judge", "average"),
+            Claim(
+                "(not in the paper) standardised scores better than raw",
+                "hybrid of standardised scores",
+                "hybrid",
+                "average",
+            ),
         ],
         compared="average",
     ),
