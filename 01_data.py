@@ -690,7 +690,7 @@ def finish(folders: list[Path], shards: list[str], processors, settings) -> None
         write_file(folder / "index.safetensors", save(index))  # to open a set opens no shard
         info |= {"name": folder.name, "shards": sizes[folder]}
         write_file(folder / "dataset.json", json.dumps(info, indent=1))
-        with_images += np.count_nonzero(Comparisons(folder).sizes()[1])
+        with_images += np.count_nonzero(index["patches"])
 
     summary = f"read {kept + rejected} = kept {kept} + rejected {rejected}"
     held_out = f"{counts.total() - counts[folders[0]]} held out"

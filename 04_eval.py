@@ -563,7 +563,7 @@ def read_results(settings: Settings) -> dict[str, dict[str, Scores]]:
             data.check(values, [(int, float)])
             finite = np.abs(np.array(values, float)) < 3e38
             data.require(len(values) == count and finite.all(), "")
-        except (ValueError, RecursionError):
+        except (ValueError, OverflowError, RecursionError):
             reason = f"not a JSON list of {count} finite numbers: {line[:60]!r}"
             raise UserError(f"{file}, line {number}: {reason}") from None
         scores.append(np.array(values, float))

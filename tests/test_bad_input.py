@@ -760,6 +760,7 @@ def test_a_damaged_or_hostile_model_is_refused_with_its_reason_and_runs_no_code(
         "[1, NaN]",
         "[1, 1e999]",
         "[" * 100_000,
+        f"[1, 1{'0' * 400}]",  # no float is as large
     ],
 )
 def test_scores_from_elsewhere_that_do_not_fit_are_refused_with_their_line(
