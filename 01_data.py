@@ -1,6 +1,6 @@
 """Stage 1: turn preference data into shards of token ids and image bytes
 
-Preference data has one JSON object a line. This is one (broken here to fit):
+Preference data has one JSON object a line. This is one (wrapped here):
 
     {"prompt": [{"role": "user", "content": "What is it?"}], "images": ["pictures/0.png"],
      "chosen": "A red circle.", "rejected": "A blue square."}
@@ -92,7 +92,7 @@ class Comparison:
 
     @property
     def weight(self) -> int:
-        """Weight in the loss: the number of pairs that 01 joined into it (appendix), else 1."""
+        """Weight in the loss: how many lines became this ranking (`join_pairs`, appendix), or 1."""
         return self.record.get("joined", 1)
 
     @property
@@ -130,7 +130,7 @@ def ordered_pairs(ranks: list[int]) -> list[tuple[int, int]]:
 #
 # `processors` (appendix) come with the backbone's checkpoint:
 #     tokenizer; image_token, end_token     ids of <|image_pad|> and <|im_end|>
-#     image                                 the image processor, None if the backbone is text-only
+#     image_processor                       None if the backbone is text-only
 #     vision.patch, vision.merge            14 pixels, 2
 #     family                                how this family of models differs from Qwen2.5-VL
 # `require(condition, reason)` raises Unusable, and the line goes to rejected.jsonl. Functions that
@@ -142,8 +142,8 @@ def encode_record(
 ) -> Comparison:
     """Make one record a Comparison; raise Unusable with the reason if that is impossible.
 
-    Image paths are relative to `folder` and have to lie in one of the folders `within`, if given: a
-    file from the internet must not make a picture of anything else on this machine.
+    Image paths are relative to `folder`. They have to lie in one of the folders `within`, if given,
+    so that a downloaded data file cannot make us read other files of this machine.
     """
     check(record, RECORD)  # the schema
     texts, ranks = responses_of(record)
@@ -162,7 +162,7 @@ def encode_prompt(messages, images, processors, folder=Path(), within=None):
     """
     messages = check_messages(messages)  # also for callers that skip `encode_record`
     images = images_in_order(messages, images)
-    require(not images or processors.image, "images: the backbone is text-only")
+    require(not images or processors.image_processor, "images: the backbone is text-only")
     files = [read_image(image, folder, within) for image in images]
     grids = [patch_grid(open_image(file).size, processors) for file in files]
     grids = np.array(grids, np.int32).reshape(-1, 3)
@@ -176,8 +176,8 @@ def tokenize_chat(messages: list[dict], tokenizer) -> np.ndarray:
     """Render messages with the backbone's chat template and tokenize them, [P].
 
     A special token of the template, like <|im_start|>, becomes one id. The same characters in a
-    user's text must stay text, or a user could end his own turn: marks take their place while the
-    template is rendered, and they are tokenized as ordinary characters.
+    user's text must stay text, or a user could end his own turn. So they are cut out before the
+    template is rendered, which leaves marks, and come back as ordinary characters afterwards.
     """
     marked, cut = mark_special(messages, tokenizer)
     # The rendering ends with <|im_start|>assistant, where a response begins.
@@ -204,10 +204,11 @@ def patch_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int,
     if processors.family.tiles:  # InternVL cuts an image into tiles (appendix)
         return tile_grid(size, processors)
     width, height = size
-    patch, limits = processors.vision.patch, processors.image.size
+    patch = processors.vision.patch
     unit = patch * processors.vision.merge
-    # transformers calls the limits edges, but they are areas, in pixels. Where the aspect ratio is
-    # absurd, it raises ValueError, which becomes Unusable with our text.
+    # transformers calls the two limits edges, but they are areas, in pixels. Where the aspect ratio
+    # is absurd, it raises ValueError, which becomes Unusable with our text.
+    limits = processors.image_processor.size
     with explaining(f"unusable image of {width} x {height} pixels", ValueError, Unusable):
         height, width = smart_resize(
             height, width, unit, limits["shortest_edge"], limits["longest_edge"]
@@ -237,10 +238,10 @@ def expand_image_tokens(ids: np.ndarray, grids: np.ndarray, processors: Processo
 def prepare(name: str, lines, processors, settings, holdout: float, within=None) -> None:
     """Prepare one data set; all ranks call it with the same lines.
 
-    A chunk of `shard_size` lines becomes one file, whose name has a hash of lines and settings: an
-    interrupted run finds its files and continues. A finished set (it has a dataset.json) is made
-    anew, since pictures may have changed. The result does not depend on the number of ranks. Memory
-    does not grow with the number of lines, except for the index: 24 bytes a comparison, 8 an image.
+    A chunk of `shard_size` lines becomes a file in each folder. Its name has a hash of lines and
+    settings, so an interrupted run finds its files and continues. A finished set (it has a
+    dataset.json) is made anew, since pictures may have changed. The result does not depend on the
+    number of ranks. Memory grows with the index only: 24 bytes a comparison, 8 an image.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     folders = [Path(settings.out, name), Path(settings.out, f"{name}_holdout")]
@@ -258,7 +259,7 @@ def prepare(name: str, lines, processors, settings, holdout: float, within=None)
         if number % world != rank or all(path.is_file() for path in paths):
             continue
         kept, held_out, notes = encode_chunk(chunk, processors, settings, holdout, within)
-        # For 04's overlap check it also hashes each prompt, without its image tokens.
+        # For 04's overlap check, `write_shard` also hashes prompts, without their image tokens.
         write_shard(paths[0], kept, processors.image_token, **notes)
         if holdout > 0:
             write_shard(paths[1], held_out, processors.image_token)
@@ -603,7 +604,7 @@ class Comparisons(torch.utils.data.Dataset):
         return self.index["response_counts"][self.numbers]
 
     def weights(self) -> np.ndarray:
-        """Pairs that every comparison was joined of, or 1, [len(self)]."""
+        """Read `Comparison.weight` of each, [len(self)]."""
         return self.index["weights"][self.numbers]
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -1058,7 +1059,7 @@ class Processors:
     """A backbone's tokenizer and image processor, and what the stages need to know of it."""
 
     tokenizer: object
-    image: object | None  # the image processor; None: the backbone is text-only
+    image_processor: object | None  # None: the backbone is text-only
     family: Family
     image_token: int | None  # id of <|image_pad|>
     end_token: int  # id of <|im_end|>, the token that ends the assistant's turn
@@ -1067,22 +1068,24 @@ class Processors:
 
     def save(self, folder: str) -> None:
         self.tokenizer.save_pretrained(folder)
-        if self.image:
-            self.image.save_pretrained(folder)
+        if self.image_processor:
+            self.image_processor.save_pretrained(folder)
 
     @property
     def pixels(self) -> dict | None:
         """The image processor's limits, on which the number of an image's tokens depends."""
-        if self.image is None:
+        if self.image_processor is None:
             return None
-        return {"tiles": self.image.max_patches} if self.family.tiles else dict(self.image.size)
+        if self.family.tiles:
+            return {"tiles": self.image_processor.max_patches}
+        return dict(self.image_processor.size)
 
     @pixels.setter
     def pixels(self, limits: dict) -> None:
         if self.family.tiles:
-            self.image.max_patches = limits["tiles"]
+            self.image_processor.max_patches = limits["tiles"]
         else:
-            self.image.size = dict(limits)
+            self.image_processor.size = dict(limits)
 
 
 def load_processors(path: str, max_pixels: int = 0) -> Processors:
@@ -1121,7 +1124,7 @@ def use_pixel_limits(processors: Processors, sets: list[Comparisons]) -> None:
     limits = [data_set.info["pixels"] for data_set in sets if data_set.info["pixels"]]
     if any(other != limits[0] for other in limits):
         raise UserError("the data sets have different --max_pixels; prepare them with the same")
-    if limits and processors.image:
+    if limits and processors.image_processor:
         processors.pixels = limits[0]
 
 
@@ -1215,8 +1218,8 @@ def set_up_tiles(image, config, max_pixels: int) -> VisionShape:
 
 def tile_grid(size: tuple[int, int], processors: Processors) -> tuple[int, int, int]:
     """(tiles, height and width of a tile in patches) of an image of (width, height) pixels."""
-    side = processors.image.size["height"] // processors.vision.patch
-    return processors.image.get_number_of_image_patches(size[1], size[0]), side, side
+    side = processors.image_processor.size["height"] // processors.vision.patch
+    return processors.image_processor.get_number_of_image_patches(size[1], size[0]), side, side
 
 
 def surround_image_tokens(ids: np.ndarray, processors: Processors) -> np.ndarray:

@@ -97,7 +97,7 @@ def dense_mask(lengths: Lengths) -> Tensor:
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     same_comparison = comparison[:, None] == comparison
     same_segment = segment[:, None] == segment
-    key_in_prompt = segment == 0
+    key_in_prompt = segment == 0  # [T], the same for every query
     return same_comparison & causal & (key_in_prompt | same_segment)
 
 
@@ -125,12 +125,13 @@ class PackedRow:
 # --------------------------------------------------------------------------------------------------
 # The same attention without building the mask, most of whose T x T cells are empty.
 #
-# transformers looks up the attention of every layer by a name, `attn_implementation`, which
-# `load_backbone` (appendix) sets for the language model.
-# - Arguments of `model(...)` that it does not know travel down to that function: so `row` arrives.
-# - It builds a causal mask only for names that also have a mask function. Ours has none, hence
-#   `attention_mask` is None, no T x T mask is ever made, and the row alone decides.
-# - The vision tower has another name (appendix), under which pictures attend to themselves.
+# Each layer looks up its attention function by a name, `attn_implementation`. `load_backbone`
+# (appendix) sets ours for the language model, and another one for the vision tower.
+# - transformers hands arguments of `model(...)` that it does not know down to that function: so
+#   `row` arrives.
+# - It builds a T x T causal mask only for names that also have a mask function. Ours has none, so
+#   `attention_mask` is None and the row alone decides.
+# The calls: shared_prefix_attention -> row.attend -> Segments.attend -> one_by_one or varlen.
 # `compiler.disable`: in a compiled graph, every new row's lengths would trigger a recompilation.
 
 
@@ -170,7 +171,7 @@ class Segments:
         2 response   0           4                   0 1 4         6
     """
 
-    lengths: list[int]  # tokens of each segment
+    sizes: list[int]  # tokens of each segment
     prompt_of: list[int | None]  # the segment of a response's prompt
     starts: Tensor  # [segments + 1] int32; the last one is the end, 5 above
     key_indices: Tensor  # [K] what all segments attend to, [prompt | own] of each
@@ -206,11 +207,11 @@ class Segments:
         return self.one_by_one(query, key, value, scale)
 
     def one_by_one(self, query, key, value, scale):
-        """The CPU way, also a GPU's in float32: attend once per segment, to [prompt | own] keys."""
+        """On a CPU, or a GPU in float32: one call per segment, with keys [prompt | own]."""
         # `split`, not slices: each slice's backward would make zeros of the size of the whole row.
-        queries = query.split(self.lengths, dim=2)
-        keys = key.split(self.lengths, dim=2)
-        values = value.split(self.lengths, dim=2)
+        queries = query.split(self.sizes, dim=2)
+        keys = key.split(self.sizes, dim=2)
+        values = value.split(self.sizes, dim=2)
         options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
         attention = partial(F.scaled_dot_product_attention, **options)
         outputs = []
@@ -219,7 +220,7 @@ class Segments:
                 outputs.append(attention(queries[s], keys[s], values[s], is_causal=True))
                 continue
             if s not in self.masks:  # built in the first layer, for all layers
-                P, R = self.lengths[prompt], self.lengths[s]
+                P, R = self.sizes[prompt], self.sizes[s]
                 ones = torch.ones(R, P + R, dtype=torch.bool, device=query.device)
                 # Query i of the response sees keys 0 to P + i. For P = 2, R = 2:  1 1 1 0
                 #                                                                  1 1 1 1
@@ -230,7 +231,7 @@ class Segments:
         return torch.cat(outputs, dim=2)
 
     def varlen(self, query, key, value, scale):
-        """The GPU way: one call of flash attention over segments of different lengths.
+        """On a GPU: one call of flash attention over segments of different lengths.
 
         Each response's keys are a copy of its prompt's, then its own; queries are never copied. The
         window (-1, 0) allows any key to the left and none to the right. Where there are more keys
@@ -319,9 +320,9 @@ def pack_tokens(prompts: list, responses: list, positions: list = ()) -> PackedR
 def pack(comparisons: list, processors: Processors, dummy_image: bool = False) -> PackedRow:
     """Pack comparisons into one row and decode their images.
 
-    `dummy_image` appends a blank image without responses. It is in the row, so backward runs
-    through the vision tower, and no score depends on it, so all it adds is zeros. Training needs
-    that: all ranks must enter a sharded tower together (03, `plan`).
+    `dummy_image` appends a blank image without responses, for training: all ranks must enter a
+    sharded vision tower together, forward and backward (03, `plan`). No score depends on the image,
+    so the gradients that flow back through it are zero.
     """
     if dummy_image:
         comparisons = [*comparisons, blank_comparison(processors)]
@@ -335,7 +336,7 @@ def pack(comparisons: list, processors: Processors, dummy_image: bool = False) -
             grids = comparison.grids // patches_per_token
             positions.append(prompt_positions(comparison.prompt, grids, processors.image_token))
     row = pack_tokens(prompts, responses, positions)
-    # Patches of 3 channels x 2 frames (a picture is both) x 14 x 14, and their layout: appendix
+    # A patch: 3 channels x 2 frames (a still fills both) x 14 x 14 pixels. Layout: appendix
     row.images = pack_images_of(comparisons, processors)
     return row
 
@@ -346,7 +347,7 @@ def pack(comparisons: list, processors: Processors, dummy_image: bool = False) -
 
 def run_backbone(backbone: nn.Module, row: PackedRow) -> Tensor:
     """Run a transformers model, with or without LM head: last hidden states [T, hidden]."""
-    check_attention(backbone)  # another attention would ignore `row` without a word
+    check_attention(backbone)  # another attention would ignore `row` silently
     inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
     if not data.FAMILIES[backbone.config.model_type].mrope:
         inputs["position_ids"] = row.position_ids[0]
@@ -397,7 +398,7 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
-    # For 03's loader. A critic or a judge (appendix) rewrites comparisons, then packs its own way.
+    # 03's loader reads these; critics and judges (appendix) have others.
     kind = "naive"
     keeps_lm_head = False
     pack = staticmethod(pack)
@@ -509,7 +510,7 @@ def call_varlen(segments: Segments, q, k, v, **options) -> Tensor:
     options["enable_gqa"] = q.shape[1] != k.shape[1]
     options["num_splits"] = 1  # a segment's bits then do not depend on the rest of the row
     ends = segments.starts, segments.key_starts
-    longest = max(segments.lengths), segments.longest_keys
+    longest = max(segments.sizes), segments.longest_keys
     out = varlen_attn(q, k, v, *ends, *longest, **options)
     return out.transpose(0, 1)[None]  # [1, heads, T, d]
 
@@ -529,7 +530,7 @@ class ImageSegments(Segments):
 
     def one_by_one(self, query, key, value, scale):
         """On a CPU, neighbours of equal length are one batch."""
-        runs = [list(run) for _, run in itertools.groupby(self.lengths)]
+        runs = [list(run) for _, run in itertools.groupby(self.sizes)]
         sizes = list(map(sum, runs))
         queries = query[0].split(sizes, dim=1)
         keys = key[0].split(sizes, dim=1)
@@ -566,7 +567,7 @@ class Images:
         if self.whole is not None:
             # The tower believes that all patches are one segment and makes one call, in which
             # `image_attention` finds the segments; on its own it would wait for the GPU at each.
-            patches = sum(self.whole.lengths)
+            patches = sum(self.whole.sizes)
             everything = torch.tensor([0, patches], dtype=torch.int32)
             arguments |= {"image_cu_seqlens": everything, "image_cu_window_seqlens": everything}
             arguments |= {"image_grid_thw": torch.from_numpy(self.grids), "images": self}
@@ -587,7 +588,7 @@ def pack_images_of(comparisons: list, processors: Processors) -> Images | None:
             "the images' patch grids differ from the prepared ones: this model has other pixel "
             "limits; run 01_data.py again with it as --backbone"
         )
-    pixels = processors.image(images, return_tensors="pt")["pixel_values"]
+    pixels = processors.image_processor(images, return_tensors="pt")["pixel_values"]
     if processors.family.tiles:
         return Images(pixels, grids)
     return pack_images(pixels, grids, processors.vision)
@@ -655,7 +656,7 @@ def prepare_vision(backbone: nn.Module) -> None:
 def blank_comparison(processors: Processors, height: int = 1, width: int = 1) -> Comparison:
     """Return a prompt of a black image, its sides in image tokens; for a text-only backbone, of one
     token."""
-    if processors.image is None:
+    if processors.image_processor is None:
         prompt = np.array([processors.end_token], np.int32)
         return Comparison(prompt, [], [])
     shape = processors.vision
@@ -1345,7 +1346,7 @@ class RewardRouter(nn.Module):
 
     def __init__(self, multimodal: RewardModel, text: RewardModel):
         super().__init__()
-        if multimodal.processors.image is None:
+        if multimodal.processors.image_processor is None:
             raise UserError("the multimodal reward model of the two is text-only")
         self.multimodal = multimodal
         self.text = text

@@ -13,8 +13,8 @@ N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 
 
 Keep one idea in mind: the gradient of a step does not depend on the number of ranks. The seed
 decides which comparisons make up a step, bin packing deals them to ranks, no score depends on the
-row that a comparison is packed into (02), and every loss is divided by the weight of the whole step
-(1 a comparison; its pairs, if 01 joined it). So a run may continue on another number of ranks.
+row that a comparison is packed into (02), and every loss is divided by the weight of the whole
+step, the sum of `Comparison.weight`. So a run may continue on another number of ranks.
 
 The paper trains with learning rate 3e-6 and batches of 128 on 64 GPUs. It does not state optimizer,
 schedule, epochs, or whether the vision tower is frozen: settings marked "authors" are those of the
@@ -80,22 +80,22 @@ def order_of_training(count: int, settings: "Settings") -> list[list[int]]:
 def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
     """Greedy bin packing: the most expensive comparison first, each into the emptiest bin."""
     dealt = [[] for _ in range(bins)]
-    loads = [(0, k) for k in range(bins)]  # a heap: the emptiest bin comes first
+    filled = [(0, k) for k in range(bins)]  # a heap of (cost, bin): the emptiest comes first
     for i in sorted(indices, key=lambda i: (-cost[i], i)):
-        load, k = loads[0]
+        cost_of_bin, k = filled[0]
         dealt[k].append(i)
-        heapq.heapreplace(loads, (load + cost[i], k))
+        heapq.heapreplace(filled, (cost_of_bin + cost[i], k))
     return dealt
 
 
 @dataclass
 class MicroBatch:
     step: int
-    indices: list[int]  # of one rank's comparisons; if none, `load` packs what nobody scores
-    last: bool  # of its step
-    step_size: int  # weight of the whole step's comparisons, over all ranks and micro-batches
+    indices: list[int]  # this rank's comparisons; if none, the loader packs one unscored token
+    last: bool  # the step's last micro-batch: the optimizer steps after it
+    step_weight: int  # sum of Comparison.weight over the whole step, all ranks
     dummy_image: bool  # another rank has an image here and this one has none
-    loads: list[int]  # cost of each rank in this micro-batch
+    costs: list[int]  # of each rank's part of this micro-batch
 
 
 def plan(steps, tokens, patches, micro_tokens, rank, world, weights=None) -> list[MicroBatch]:
@@ -119,7 +119,7 @@ def plan(steps, tokens, patches, micro_tokens, rank, world, weights=None) -> lis
     for step, indices in enumerate(steps):
         rounds = max(1, math.ceil(work(indices) / (micro_tokens * world)))
         bins = deal(indices, cost, rounds * world)
-        size = len(indices) if weights is None else int(weights[indices].sum())
+        weight = len(indices) if weights is None else int(weights[indices].sum())
         budget = max([micro_tokens, *cost[indices]])  # one long comparison may exceed micro_tokens
         while max(map(work, bins)) > budget:  # ends at the latest with one comparison per bin
             rounds = math.ceil(1.01 * rounds)
@@ -129,9 +129,9 @@ def plan(steps, tokens, patches, micro_tokens, rank, world, weights=None) -> lis
             together = bins[k * world : (k + 1) * world]  # one bin per rank
             has_image = [bool(patches[part].any()) for part in together]
             dummy = any(has_image) and not has_image[rank]
-            loads = list(map(work, together))
+            costs = list(map(work, together))
             last = k == rounds - 1
-            micro_batches.append(MicroBatch(step, together[rank], last, size, dummy, loads))
+            micro_batches.append(MicroBatch(step, together[rank], last, weight, dummy, costs))
     return micro_batches
 
 
@@ -145,7 +145,7 @@ class Pairs:
 
     better: Tensor  # [pairs]
     worse: Tensor  # [pairs]
-    weight: Tensor  # [pairs] the comparison's weight (1 if not joined), divided by its pairs
+    weight: Tensor  # [pairs] Comparison.weight / number of its pairs
     lengths: Tensor  # [N] tokens of each response
 
     def to(self, device: torch.device) -> "Pairs":
@@ -316,13 +316,12 @@ def train(settings: "Settings") -> dict:
     model.train()
     # Worker processes pack rows while the model trains on earlier ones.
     for micro, row, pairs in log.timing(load(comparisons, rest, model, device, settings.workers)):
-        # Forward and backward of a micro-batch; gradients add up until the step's last one. Let g_k
-        # be the gradient of rank k's losses, which are sums over comparisons. FSDP averages:
-        # (g_0 + g_1 + ...) / world. Each loss is scaled by world / step_size, so the result is
-        # (g_0 + g_1 + ...) / step_size: that of one rank that reads the whole step in one row, but
-        # for rounding.
+        # Gradients add up until the step's last micro-batch. Let g_k be the gradient of rank k's
+        # loss, a sum over comparisons. FSDP leaves the mean over ranks; the factor
+        # world / step_weight makes it (g_0 + g_1 + ...) / step_weight: what a single rank would
+        # compute from the whole step, but for rounding.
         loss, scores = LOSSES[model.kind](model, row, pairs, settings)  # naive: `loss_and_scores`
-        (loss * world / micro.step_size).backward()
+        (loss * world / micro.step_weight).backward()
         margins = (scores[pairs.better] - scores[pairs.worse]).detach()  # [pairs]
         right = (pairs.weight * (margins > 0)).sum()
         sums[:3] += torch.stack([loss.detach(), right, (pairs.weight * margins).sum()])
@@ -334,7 +333,7 @@ def train(settings: "Settings") -> dict:
         sums[3] = len(sigterm)
         dist.all_reduce(sums)
         stopping = sums[3].item() > 0  # one rank's signal stops all
-        loss, accuracy, margin = (sums[:3] / micro.step_size).tolist()
+        loss, accuracy, margin = (sums[:3] / micro.step_weight).tolist()
         norm = norm.item()
         step = micro.step + 1
         if not math.isfinite(loss + norm):
@@ -485,7 +484,7 @@ def open_data(settings: Settings, processors, rewrite=None) -> tuple:
             raise UserError(f"{part.folder}: the benchmark {metric}, which is to score models")
         if not np.all(part.response_counts()):
             raise UserError(f"{part.folder}: has prompts without responses, for 06 and not for 03")
-        if processors.image is None and part.sizes()[1].any():
+        if processors.image_processor is None and part.sizes()[1].any():
             raise UserError(f"{part.folder}: has images, and {settings.model} is text-only")
     validation = settings.validation
     if validation == "auto":
@@ -683,8 +682,8 @@ def one_error():
 
 def imbalance(micro_batches: list[MicroBatch]) -> float:
     """Fraction of time lost to load imbalance: 0 is perfect."""
-    slowest = sum(max(micro.loads) for micro in micro_batches)
-    mean = sum(sum(micro.loads) / len(micro.loads) for micro in micro_batches)
+    slowest = sum(max(micro.costs) for micro in micro_batches)
+    mean = sum(sum(micro.costs) / len(micro.costs) for micro in micro_batches)
     return slowest / max(1, mean) - 1
 
 
@@ -987,7 +986,7 @@ def assumed_comparison(lengths: list[int], processors):
     prompt = np.zeros(text, np.int32)
     answers = [np.zeros(length, np.int32) for length in responses]
     comparison = data.Comparison(prompt, answers, [1] * len(answers))
-    if image and processors.image is None:
+    if image and processors.image_processor is None:
         raise UserError("--plan_lengths: has an image, and the model is text-only")
     if image:
         height = 2 ** int(math.log2(image) / 2)  # in tokens; the picture is not quite square
@@ -1018,7 +1017,7 @@ def print_plan(settings: Settings) -> None:
     beginning = dataclasses.replace(settings, steps=min(steps, 20))
     order = order_of_training(len(comparisons), beginning)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, 0, gpus)
-    largest = max(micro_batches, key=lambda micro: micro.loads[0])
+    largest = max(micro_batches, key=lambda micro: micro.costs[0])
     _, row, _ = pack_micro_batch(largest, comparisons, model.processors)
     row = row.to(torch.device("meta"))
     whole = measure(model, row)

@@ -8,7 +8,7 @@
 In    Reward models (03) and prepared benchmarks (01); by default artifacts/reward and the held-out
       sets of the embedded world. --scores_from FILE: another system's scores, instead of a model.
       --score FILE: no benchmarks; write the lines of a JSONL file again, with scores.
-Out   A table per benchmark. In artifacts/scores/<model>/ raw scores, <benchmark>.safetensors,
+Out   A table per benchmark. In artifacts/scores/<model>/: <benchmark>.safetensors (raw scores),
       summary.json, cost.json (GFLOP and seconds of a comparison), report.html (the worst errors).
 
 A reward model learns differences between responses to one prompt, and a benchmark asks for their
@@ -63,18 +63,17 @@ def score_comparisons(
     Raises UserError if a text-only model meets images.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    model_stage.place(model, device)
     data.use_pixel_limits(model.processors, [comparisons])
     tokens, patches = comparisons.sizes()  # [n] each
-    if model.processors.image is None and patches.any():
+    if model.processors.image_processor is None and patches.any():
         raise UserError(f"{comparisons.folder}: has images, but the model is text-only")
 
     # Bin packing as in training, so that all ranks have about equal work: one step has everything.
     everything = [list(range(len(comparisons)))]
     micro_batches = training.plan(everything, tokens, patches, micro_tokens, rank, world)
     starts = np.cumsum([0, *comparisons.response_counts()])  # [n + 1]
-    flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)  # [all responses]
-    work = sum(sum(batch.loads) for batch in micro_batches)  # tokens and patches / 4, all ranks
+    flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)  # 05 averages these
+    work = sum(sum(batch.costs) for batch in micro_batches)  # tokens and patches / 4, all ranks
     with tqdm(total=work, desc=comparisons.info["name"], unit=" tokens", disable=rank > 0) as bar:
         for batch in micro_batches:
             if batch.indices:  # a rank's bin may be empty
@@ -83,14 +82,14 @@ def score_comparisons(
                 counts = [len(comparison.responses) for comparison in chosen]
                 for i, part in zip(batch.indices, scores.split(counts)):
                     flat[starts[i] : starts[i + 1]] = part
-            bar.update(sum(batch.loads))
+            bar.update(sum(batch.costs))
     dist.all_reduce(flat)  # a sum: each score is zero on all ranks but one
     return np.split(flat.cpu().numpy(), starts[1:-1])
 
 
 # ---- A metric: scores and items in, rows out
-# Every metric weighs its items. Weights are ones, [items], and can be skipped on a first reading;
-# the bootstrap below draws items again and passes the counts of all draws at once, [draws, items].
+# `weights` say how often each item counts. Measuring plainly they are ones, [items]; skip them on a
+# first reading. The bootstrap below passes [draws, items], and each accuracy then is [draws].
 
 
 @dataclass
@@ -103,7 +102,7 @@ class Items:
     characters: list[list[int]] = field(default_factory=list)  # length of each response
     subsets: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # not always unique
-    weights: Array | None = None  # [..., items] how often each counts; None: once
+    weights: Array | None = None  # [..., items]; None: ones
 
     def __post_init__(self):
         if self.weights is None:
@@ -147,7 +146,7 @@ def right_pairs(scores: Scores, items: Items) -> tuple[Array, ...]:
 
 
 def accuracy(right: Array, weights: Array) -> dict:
-    """Give the share of right pairs, nan of none; right [pairs], weights [..., pairs]."""
+    """Give the share of what is right, nan if empty: right [n], weights [..., n] -> [...]."""
     with np.errstate(invalid="ignore"):
         share = (weights @ right) / weights.sum(-1)
     return {"accuracy": share, "items": len(right)}
@@ -278,6 +277,7 @@ def main(settings: "Settings") -> None:
     print("Next: torchrun --standalone --nproc_per_node=2 05_ensemble.py")
 
 
+# --------------------------------------------------------------------------------------------------
 # Appendix: settings.
 
 
@@ -293,6 +293,7 @@ class Settings:
     max_length: int = option(4096, "--score: longest prompt + response, in tokens")
 
 
+# --------------------------------------------------------------------------------------------------
 # Appendix: official metrics of published benchmarks. Means leave out sections without items.
 
 

@@ -78,7 +78,7 @@ def score_sets(members: list[str], folders: list[str], device, text_only=False) 
     """Score sets with every member, one after the other: {folder: members x [responses]}."""
     results = {folder: [] for folder in folders}
     for member in members:
-        model = model_stage.RewardModel.from_pretrained(member)
+        model = model_stage.place(model_stage.RewardModel.from_pretrained(member), device)
         for folder in folders:
             comparisons = data.Comparisons(folder, model.fingerprint, text_only)
             scores = evaluation.score_comparisons(model, comparisons, device)
@@ -109,7 +109,7 @@ def main(settings: Settings) -> None:
         fitted = ", ".join(f"by {key} {values[i]:.3f}" for key, values in weights.items())
         print(f"{name}: spread of held-out scores {heldout_scores[i].std():.2f}; weight {fitted}")
 
-    tables = {}  # {benchmark: {system: metrics}}
+    tables = {}  # {benchmark: {system: rows}}
     for folder in folders:
         comparisons = data.Comparisons(folder)
         counts = comparisons.response_counts()
@@ -118,10 +118,10 @@ def main(settings: Settings) -> None:
         systems |= combine(np.array(scores[folder]), weights, text_scores[folder], has_image)
         items = evaluation.Items.of(comparisons)
         measure = evaluation.METRICS[comparisons.info["metric"]]
-        rows = tables[evaluation.benchmark_title(comparisons)] = {}
+        columns = tables[evaluation.benchmark_title(comparisons)] = {}
         for name, flat in systems.items():
             per_comparison = np.split(flat, np.cumsum(counts)[:-1])
-            rows[name] = evaluation.with_intervals(measure, per_comparison, items)
+            columns[name] = evaluation.with_intervals(measure, per_comparison, items)
     print(f"\n{evaluation.overall_table(tables)}")
 
     summary = {"members": members, "text_member": text_member, "weights": weights}
@@ -143,7 +143,7 @@ def language_half(backbone: str, out: str) -> None:
     config["model_type"] = data.FAMILIES[model.config.model_type].half or config["model_type"]
     half = AutoModel.from_config(AutoConfig.for_model(**config))
     half.load_state_dict(language.state_dict())
-    model_stage.export(half, replace(data.load_processors(backbone), image=None), out)
+    model_stage.export(half, replace(data.load_processors(backbone), image_processor=None), out)
 
 
 def train_members(settings: Settings) -> tuple[list[str], str]:

@@ -36,10 +36,6 @@ Compared with the published algorithm (reasons stand at the functions):
     (PPO, DAPO's clip-higher, GSPO 2507.18071, CISPO 2506.13585) would be inert.
   - Sampling: by the code that trains, with a KV cache, not by an inference server.
   - Kept: the KL divergence to the reference policy, a frozen copy of the first policy.
-
-R1-Reward is trained by reinforcement, too: 01 --judge_request turns pairs into questions, 06
---reward rule trains a judge of 03 on them, and 02 --kind generative wraps the result as a judge.
-Give 02 --rationale if the first judge had it, and as --request the text of --judge_request.
 """
 
 import importlib
@@ -73,8 +69,8 @@ option, UserError = data.option, data.UserError
 class Policy(model_stage.Writer):
     """A language model `lm` with its LM head.
 
-    `Writer` (appendix of 02) adds logits: the LM head over the temperature, in float32, with -inf
-    for special tokens other than end-of-turn, since a sampled <|image_pad|> would have no picture.
+    `Writer` (appendix of 02) adds logits, in float32: the LM head's divided by the temperature, and
+    -inf for special tokens but end-of-turn, since a sampled <|image_pad|> would have no picture.
     `empty` leaves the weights on the meta device, for `shard`.
     """
 
@@ -94,18 +90,19 @@ class Policy(model_stage.Writer):
         return self.log_p_and_entropy(hidden, row.input_ids[0, places])
 
 
-def rollout(policy, prompts, group, max_new_tokens, noise=None):
-    """Sample token ids [prompts, group, max_new_tokens], -1 after the end-of-turn token.
+def rollout(actor, prompts, G, max_new_tokens, noise=None):
+    """Sample token ids [prompts, G, max_new_tokens], -1 after the end-of-turn token.
 
-    Returns them and their log-probabilities, of the same shape. One forward reads each prompt; its
-    keys and values, the KV cache, serve all G samples. Then each forward adds a token to every
-    sample: the first whose cumulative probability exceeds its number in `noise` (as many as token
-    ids, uniform in [0, 1)). So a sample does not depend on its batch. None is greedy decoding.
+    Returns them and their log-probabilities, same shape. One forward reads all prompts; their keys
+    and values, the KV cache, serve all G samples. Each further forward adds a token to every
+    sample: the first one whose cumulative probability exceeds that place's entry of `noise`, which
+    is uniform in [0, 1) and has the same shape. So a sample does not depend on its batch. Without
+    `noise` decoding is greedy.
     """
-    device = next(policy.parameters()).device
+    device = next(actor.parameters()).device
     bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
-    row = model_stage.pack(bare, policy.processors).to(device)
-    return model_stage.write(policy, row, group, max_new_tokens, noise)
+    row = model_stage.pack(bare, actor.processors).to(device)
+    return model_stage.write(actor, row, G, max_new_tokens, noise)
 
 
 def sample(actor, prompts, noise, settings):
@@ -114,7 +111,8 @@ def sample(actor, prompts, noise, settings):
     Each rank takes every world-th prompt, and all ranks get all responses. `noise` is that of
     `rollout`, for all prompts; without it there is one greedy response to each.
     """
-    rank, world, device = data.start_distributed()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = next(actor.parameters()).device
     G = 1 if noise is None else noise.shape[1]
     length = settings.max_new_tokens
     samples = torch.full((len(prompts), G, length), -1, device=device)
@@ -136,14 +134,13 @@ def sample(actor, prompts, noise, settings):
 def score_groups(reward_model, prompts, texts, settings) -> Tensor:
     """Score texts [B][G] with the reward model, [B, G]; each rank takes every world-th group. A
     text that was cut at max_new_tokens is scored as if it had ended there."""
-    rank, world, device = data.start_distributed()
     groups = []
-    own = slice(rank, None, world)
+    own = slice(dist.get_rank(), None, dist.get_world_size())
     for prompt, group in zip(prompts[own], texts[own]):
         # Tokenized anew: a policy can spell a text in tokens that the reward model has never seen.
         responses = [data.encode_response(text, reward_model.processors) for text in group]
         groups.append(replace(prompt, responses=responses, ranks=[]))
-    scores = torch.zeros(len(texts), len(texts[0]), device=device)
+    scores = torch.zeros(len(texts), len(texts[0]), device=next(reward_model.parameters()).device)
     if groups:
         flat = reward_model.score_encoded(groups, settings.micro_tokens)
         scores[own] = flat.view(len(groups), -1)
@@ -176,19 +173,6 @@ def advantage_of(reward, scale) -> Tensor:
     return centred
 
 
-def phantom_share(advantage, match, closed) -> float:
-    """Return the "phantom" share of |advantage| [B, G]: that of closed questions nobody got right.
-
-    If all answers to a closed question are wrong, a rule gives each 0 and teaches nothing. The
-    reward model still prefers some and pushes the policy towards a wrong answer. Undivided, such
-    advantages are as small as the differences of sigmoid(score), and --fallback_scale halves them.
-    """
-    size = advantage.abs().sum(1)  # [B]
-    hopeless = closed[:, 0] & (match.sum(1) == 0)  # the reward model compares wrong answers
-    total = size.sum().clamp(min=1e-9)
-    return (size[hopeless].sum() / total).item()
-
-
 def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
     """Return the loss and the KL divergence in it, both summed over tokens.
 
@@ -197,8 +181,8 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
     DeepSeekMath a mean within each response comes first, so a long wrong response is punished less
     per token.
     """
-    # KL = q/p - 1 - log(q/p), p by the policy and q by the reference: never negative, and over
-    # samples of p the mean of q/p - 1 is 0, that of -log(q/p) the KL divergence.
+    # KL = q/p - 1 - log(q/p), p by the policy and q by the reference: never negative. Averaged over
+    # samples of p, q/p - 1 gives 0, and -log(q/p) gives the KL divergence.
     log_ratio = reference_log_p - log_p
     kl = log_ratio.exp() - log_ratio - 1
     # p / p_old, as published. In the only update of a batch p_old is p: the value is 1, and the
@@ -214,10 +198,12 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
 def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advantage, settings):
     """Take one optimizer step on samples [B, G, max_new_tokens] and advantages [B, G].
 
-    Returns the gradient's norm and means over tokens. `log_ratio`, how far the policy's and the
-    sampler's log-probability are apart, must be near 0, or the two do not compute the same.
+    A sample of -1 only is left out. Returns the gradient's norm and means over tokens. The
+    `sampler_gap`, by how much the log-probabilities of policy and sampler differ, must be near 0,
+    or the two do not compute the same.
     """
-    rank, world, device = data.start_distributed()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = samples.device
     advantage = advantage.to(device)
     lengths = (samples >= 0).sum(-1)  # [B, G]
     total = lengths.sum().clamp(min=1)  # tokens of the step; every rank has all samples
@@ -231,7 +217,7 @@ def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advant
     tokens = np.array([group.length for group in groups])
     patches = np.array([group.patches for group in groups])
     micro_batches = training.plan(steps, tokens, patches, settings.micro_tokens, rank, world)
-    sums = torch.zeros(3, device=device)  # KL divergence, entropy, |log ratio|
+    sums = torch.zeros(3, device=device)  # KL divergence, entropy, sampler gap
     for batch in micro_batches:
         _, row, _ = training.pack_micro_batch(batch, groups, policy.processors)
         row = row.to(device)
@@ -246,16 +232,16 @@ def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advant
         # the whole step it is the gradient that a single rank would have computed.
         (loss * world / total).backward()
         sampler_log_p = sampled_log_p[batch.indices][samples[batch.indices] >= 0]  # [tokens]
-        log_ratio = (log_p.detach() - sampler_log_p).abs().sum()
-        sums += torch.stack([kl, entropy.sum(), log_ratio])
+        sampler_gap = (log_p.detach() - sampler_log_p).abs().sum()
+        sums += torch.stack([kl, entropy.sum(), sampler_gap])
     norm = clip_grad_norm_(policy.parameters(), settings.clip or math.inf).full_tensor().item()
     if not math.isfinite(norm):
         raise UserError(f"gradient norm {norm} at the questions {', '.join(map(str, prompts))}")
     optimizer.step()
     optimizer.zero_grad()
     dist.all_reduce(sums)
-    kl, entropy, log_ratio = (sums / total).tolist()
-    return {"kl": kl, "entropy": entropy, "log_ratio": log_ratio, "grad_norm": norm}
+    kl, entropy, sampler_gap = (sums / total).tolist()
+    return {"kl": kl, "entropy": entropy, "sampler_gap": sampler_gap, "grad_norm": norm}
 
 
 def train(settings):
@@ -277,7 +263,7 @@ def train(settings):
     training.shard(policy, policy.lm, device)
     training.load_weights(policy.lm, settings.backbone, device)
     optimizer = AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    save, start = ready_to_resume(settings, policy, optimizer)  # with --resume; in the appendix
+    save, start = ready_to_resume(settings, policy, optimizer)  # continues with --resume
     before = evaluate(actor, held_out, settings)  # of the first policy, also when resuming
     if start:
         copy_weights(policy, actor)
@@ -312,8 +298,9 @@ def train(settings):
         decay = 1 - step / settings.steps
         optimizer.param_groups[0]["lr"] = settings.learning_rate * warmup * decay
         learned = samples_to_learn_from(samples, reward, processors, settings)  # by default all
-        inputs = prompts, learned, sampled_log_p, advantage
-        updated = update(policy, reference, optimizer, *inputs, settings)
+        updated = update(
+            policy, reference, optimizer, prompts, learned, sampled_log_p, advantage, settings
+        )
 
         # 5. Copy the sharded weights to the actor, so the next rollouts come from the new policy.
         copy_weights(policy, actor)
@@ -323,7 +310,7 @@ def train(settings):
         line = {"step": step + 1, **updated}
         line |= rollout_metrics(samples, processors, closed, match, score, reward, advantage)
         line |= open_grade(prompts, texts)
-        line["seconds_sample"], line["seconds_judge"], line["seconds_update"] = np.diff(times)
+        line["seconds_sample"], line["seconds_reward"], line["seconds_update"] = np.diff(times)
         if rank == 0:
             data.append_line(Path(settings.out, "metrics.jsonl"), line)
         save(step + 1)
@@ -338,6 +325,7 @@ def train(settings):
     return before[0], after[0]
 
 
+# --------------------------------------------------------------------------------------------------
 # Appendix: settings.
 
 
@@ -378,6 +366,7 @@ class Settings:
     seed: int = option(0, "seed of the order of prompts and of sampling, for any number of ranks")
 
 
+# --------------------------------------------------------------------------------------------------
 # Appendix: questions, evaluation, logging, rules for closed questions, benchmarks for policies
 
 
@@ -473,6 +462,19 @@ def is_cut(samples, processors) -> Tensor:
     return (last >= 0) & (last != processors.end_token)
 
 
+def phantom_share(advantage, match, closed) -> float:
+    """Return the "phantom" share of |advantage| [B, G]: that of closed questions nobody got right.
+
+    If all answers to a closed question are wrong, a rule gives each 0 and teaches nothing. The
+    reward model still prefers some and pushes the policy towards a wrong answer. Undivided, such
+    advantages are as small as the differences of sigmoid(score), and --fallback_scale halves them.
+    """
+    size = advantage.abs().sum(1)  # [B]
+    hopeless = closed[:, 0] & (match.sum(1) == 0)  # the reward model compares wrong answers
+    total = size.sum().clamp(min=1e-9)
+    return (size[hopeless].sum() / total).item()
+
+
 def rollout_metrics(samples, processors, closed, match, score, reward, advantage):
     """Describe the rollouts of a step: samples [B, G, tokens], closed [B, 1], all others [B, G]."""
     chances = closed.sum() * match.shape[1]  # responses to closed questions
@@ -565,7 +567,13 @@ def read_letter(text, rule):
 
 
 def read_verdict(text, rule):
-    """Read a judge's letter, alone or behind the words that end its rationale (02)."""
+    """Read a judge's letter, alone or behind the words that end its rationale (02).
+
+    This rule trains a judge by reinforcement, as R1-Reward is: 01 --judge_request turns pairs into
+    questions, 06 --reward rule trains a judge of 03 on them, and 02 --kind generative wraps the
+    result as a judge. Give 02 --rationale if the first judge had it, and as --request the text of
+    --judge_request.
+    """
     return re.findall(rf"(?:^|{model_stage.VERDICT})([AB])\W*$", text)
 
 

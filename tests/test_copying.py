@@ -191,7 +191,7 @@ def test_batch_planner(lift):
         for k, batch in enumerate(plan):
             dealt[batch.step] += batch.indices
             cost[rank, k] = (tokens + patches // 4)[batch.indices].sum()
-            assert batch.loads[rank] == cost[rank, k]
+            assert batch.costs[rank] == cost[rank, k]
     assert [sorted(dealt[i]) for i in dealt] == [sorted(step) for step in steps]
     assert cost.max() <= 1000
     assert copied.imbalance(plans[0]) == pytest.approx(cost.max(0).sum() / cost.mean(0).sum() - 1)

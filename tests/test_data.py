@@ -312,7 +312,7 @@ def test_the_gradient_of_a_joined_comparison_is_that_of_its_pairs(reward, tmp_pa
         _, row, of_row = stages.train.pack_micro_batch(micro, comparisons, reward.processors)
         reward.zero_grad()
         loss = stages.train.ranking_loss(reward(row), of_row)
-        (loss / micro.step_size).backward()
+        (loss / micro.step_weight).backward()
         gradients.append([p.grad.clone() for p in reward.parameters() if p.grad is not None])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)

@@ -315,7 +315,7 @@ def test_an_image_gives_as_many_patches_as_its_processor_makes_of_it(name, max_p
     for size in [(56, 56), (40, 300), (333, 57), (640, 480), (1200, 900), (3000, 200)]:
         time, height, width = data.patch_grid(size, processors)
         image = data.open_image(picture(*size))
-        pixels = processors.image([image], return_tensors="pt")
+        pixels = processors.image_processor([image], return_tensors="pt")
         plain = own([image], return_tensors="pt", **getattr(PROCESSORS[name], "images_kwargs", {}))
         if name == "internvl":
             assert (time, height, width) == (len(pixels["pixel_values"]), 4, 4)
@@ -388,7 +388,7 @@ def test_the_language_half_is_the_same_model_on_text(name, checkpoints, tmp_path
     stages.ensemble.language_half(checkpoints[name], str(tmp_path))
     whole, half = (model.load_backbone(folder) for folder in (checkpoints[name], str(tmp_path)))
     processors = data.load_processors(str(tmp_path))
-    assert processors.image is None
+    assert processors.image_processor is None
     row = model.pack([comparison_of(TEXTS["several turns"], processors)], processors)
     with torch.no_grad():
         expected = model.run_backbone(whole, row)

@@ -44,7 +44,7 @@ def plain_logits(plain, policy, comparison, response=()) -> torch.Tensor:
     inputs = {"input_ids": ids, "mm_token_type_ids": (ids == processors.image_token).int()}
     if comparison.images:
         images = [data.open_image(file) for file in comparison.images]
-        inputs |= processors.image(images, return_tensors="pt")
+        inputs |= processors.image_processor(images, return_tensors="pt")
     logits = plain(**inputs).logits[0, len(comparison.prompt) - 1 :]
     return logits.index_fill(-1, policy.forbidden, -torch.inf)
 
@@ -258,7 +258,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(reward, world, tmp
     resumed = load_file(killed / "model.safetensors")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     for one, two in zip(*(open(out / "metrics.jsonl") for out in (whole, killed)), strict=True):
-        timed = "seconds_sample", "seconds_judge", "seconds_update"
+        timed = "seconds_sample", "seconds_reward", "seconds_update"
         lines = [json.loads(line) for line in (one, two)]
         assert len({str([v for k, v in line.items() if k not in timed]) for line in lines}) == 1
     for name in ("evaluation.json", "samples.jsonl"):
@@ -283,4 +283,4 @@ def test_two_ranks_train_the_policy_that_one_rank_trains(reward, world, tmp_path
     for one, two in zip(*logs, strict=True):
         for key in ("reward", "match", "length", "entropy", "zero_variance", "kl"):
             assert one[key] == pytest.approx(two[key], abs=1e-3), key
-        assert one["log_ratio"] < 1e-4 and two["log_ratio"] < 1e-4, "the sampler is the trainer"
+        assert one["sampler_gap"] < 1e-4 and two["sampler_gap"] < 1e-4, "the sampler is the trainer"

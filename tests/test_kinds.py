@@ -57,7 +57,7 @@ def plain_inputs(parts: list, comparison, processors) -> dict:
     inputs = {"input_ids": ids, "mm_token_type_ids": (ids == processors.image_token).int()}
     if comparison.images:
         inputs |= dict(
-            processors.image(
+            processors.image_processor(
                 [data.open_image(file) for file in comparison.images], return_tensors="pt"
             )
         )

@@ -29,7 +29,7 @@ def plain_hidden(backbone, comparison, response, processors):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if comparison.images:
         images = [data.open_image(file) for file in comparison.images]
-        inputs |= dict(processors.image(images, return_tensors="pt"))
+        inputs |= dict(processors.image_processor(images, return_tensors="pt"))
         inputs["mm_token_type_ids"] = (ids == processors.image_token).int()
     return backbone(**inputs).last_hidden_state[0, -1]
 

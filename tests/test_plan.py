@@ -93,7 +93,7 @@ def test_flops_on_the_meta_device_are_those_of_a_run(image, frozen, recompute):
 def test_every_family_is_planned(name, tmp_path, capsys):
     families.write(name, tmp_path)
     data.start_distributed()
-    vision = data.load_processors(str(tmp_path)).image is not None
+    vision = data.load_processors(str(tmp_path)).image_processor is not None
     lengths = [50, 256 * vision, 20, 30]
     settings = train.Settings(model=str(tmp_path), plan_lengths=lengths, plan_comparisons=1000)
     train.print_plan(settings)

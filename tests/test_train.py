@@ -66,7 +66,7 @@ for case in cases:
     model.train()
     plan = train.plan([batch], tokens, patches, int(micro_tokens), rank, world)
     for micro, row, pairs in train.load(comparisons, plan, model, device, 0):
-        (train.ranking_loss(model(row), pairs) * world / micro.step_size).backward()
+        (train.ranking_loss(model(row), pairs) * world / micro.step_weight).backward()
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     if rank == 0:
         save_file(gradients, f"{out}/{world} {case}")
@@ -395,7 +395,7 @@ def test_the_plan_gives_every_comparison_to_one_rank_within_the_budget(world_siz
     for s, step in enumerate(steps):
         batches = [batch for plan in plans for batch in plan if batch.step == s]
         assert sorted(i for batch in batches for i in batch.indices) == sorted(step)
-        assert {batch.step_size for batch in batches} == {len(step)}
+        assert {batch.step_weight for batch in batches} == {len(step)}
     for together in zip(*plans, strict=True):
         has_image = [patches[batch.indices].any() for batch in together]
         dummies = [any(has_image) and not image for image in has_image]
@@ -403,7 +403,7 @@ def test_the_plan_gives_every_comparison_to_one_rank_within_the_budget(world_siz
         assert len({(batch.step, batch.last) for batch in together}) == 1
         work = [cost[batch.indices].sum() for batch in together]
         assert max(work) <= 2000 and work[0] == max(work), "--plan looks at rank 0 only"
-        assert all(batch.loads == work for batch in together)
+        assert all(batch.costs == work for batch in together)
 
 
 def test_a_large_set_is_planned_as_one_step(monkeypatch):
@@ -413,7 +413,7 @@ def test_a_large_set_is_planned_as_one_step(monkeypatch):
     monkeypatch.setattr(train, "deal", lambda *arguments: calls.append(1) or deal(*arguments))
     plan = train.plan([list(range(len(tokens)))], tokens, 0 * tokens, 8192, rank=0, world=1)
     assert sorted(i for batch in plan for i in batch.indices) == list(range(len(tokens)))
-    assert max(batch.loads[0] for batch in plan) <= 8192
+    assert max(batch.costs[0] for batch in plan) <= 8192
     assert len(calls) < 100  # each goes through all comparisons
 
 

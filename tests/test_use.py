@@ -384,7 +384,7 @@ def test_trl_trains_with_pictures_in_either_of_its_columns(
         rows.append({"prompt": prompt, column: [image] if column == "images" else image})
     policy = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
     tokenizer = copy.deepcopy(processors.tokenizer)  # the trainer sets on which side it pads
-    processing_class = Pictures(processors.image, tokenizer, tokenizer.chat_template)
+    processing_class = Pictures(processors.image_processor, tokenizer, tokenizer.chat_template)
     router = model.RewardRouter(reward, text_reward)
     logs, seen = train_with_trl(policy, processing_class, Dataset.from_list(rows), router, tmp_path)
     steps = [line for line in logs if "reward" in line]

@@ -144,7 +144,7 @@ def padded_rows(comparisons: list[Comparison], processors) -> dict[str, torch.Te
     batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
     images = [data.open_image(file) for c, _ in rows for file in c.images]
     if images:
-        pixels = processors.image(images, return_tensors="pt")
+        pixels = processors.image_processor(images, return_tensors="pt")
         batch |= {
             "pixel_values": pixels["pixel_values"],
             "image_grid_thw": pixels["image_grid_thw"],

@@ -60,7 +60,7 @@ def map_pairs(source: Path, out: Path) -> None:
     from datasets import load_dataset
 
     processors = common.data.load_processors(common.TINY, max_pixels=501760)
-    tokenizer, image = processors.tokenizer, processors.image
+    tokenizer, image = processors.tokenizer, processors.image_processor
 
     def encode(pair: dict) -> dict:
         picture = Image.open(source.parent / pair["images"][0]).convert("RGB")

@@ -89,7 +89,7 @@ def measure(folder: str, repetitions: int = 5) -> None:
                 began = time.perf_counter()
                 for batch, row, pairs in step["batches"]:
                     (
-                        common.training.ranking_loss(model(row), pairs) * world / batch.step_size
+                        common.training.ranking_loss(model(row), pairs) * world / batch.step_weight
                     ).backward()
                 optimizer.step()
                 optimizer.zero_grad()
