@@ -12,7 +12,6 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from forks import ROOT, STAGES
@@ -21,15 +20,36 @@ from PIL import Image
 # Before torch is imported. Two threads would mostly wait for each other here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(ROOT))
-stages = SimpleNamespace(**{name[3:]: importlib.import_module(name) for name in STAGES})
 
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
+class Stages:
+    """The scripts as modules, by name. pytest's own process imports none, its workers all."""
+
+    def __getattr__(self, name: str):
+        (script,) = [script for script in STAGES if script[3:] == name]
+        return importlib.import_module(script)
+
+
+stages = Stages()
 TINY = str(ROOT / "tests" / "tiny" / "qwen2_5_vl")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of ranks
-# A GPU that was looked for is lost in a fork.
-CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()
+
+# Workers get the files in this order (--no-loadscope-reorder): the longest come first, so that the
+# others fill up the end. All that are not named here come last.
+LONGEST = "families plan train end_to_end kinds sources grpo use packed_row data loading".split()
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+@cache
+def can_fork() -> bool:
+    """A GPU that was looked for is lost in a fork."""
+    import torch
+
+    return sys.platform == "linux" and not torch.cuda.is_available()
 
 
 def torchrun(
@@ -43,10 +63,10 @@ def torchrun(
 ) -> subprocess.CompletedProcess:
     """Run a script on ranks of one thread each; return what they printed.
 
-    `fresh`, or with `more` in the environment, use torchrun, as a user would; else forks.py, which
+    `more` is set in their environment. `fresh` uses torchrun, as a user would; else forks.py, which
     does the same with much less work."""
     command = [str(script), *map(str, arguments)]
-    if fresh or more or not CAN_FORK:
+    if fresh or not can_fork():
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         start.append(f"--nproc_per_node={ranks}")
         run = {"cwd": cwd, "env": {**os.environ, **ENVIRONMENT, **more}, "timeout": 600}
@@ -56,8 +76,9 @@ def torchrun(
             stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
             request = {"command": command, "ranks": ranks, "cwd": cwd}
             request |= {"stdout": stdout, "stderr": stderr}
-            print(json.dumps(request, default=str), file=forks().stdin, flush=True)
-            status = forks().stdout.readline()
+            server = forks(**more)
+            print(json.dumps(request, default=str), file=server.stdin, flush=True)
+            status = server.stdout.readline()
             assert status, "tests/forks.py has ended"
             printed = stdout.read_text(), stderr.read_text()
             done = subprocess.CompletedProcess(command, int(status), *printed)
@@ -68,11 +89,11 @@ def torchrun(
 
 
 @cache
-def forks() -> subprocess.Popen:
+def forks(**more: str) -> subprocess.Popen:
     """Start the process that ranks are forked from. It ends with this one, as its input does."""
     command = [sys.executable, ROOT / "tests/forks.py"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, **pipes)
+    return subprocess.Popen(command, env={**os.environ, **ENVIRONMENT, **more}, **pipes)
 
 
 def prepare_here(**settings) -> None:
@@ -123,6 +144,8 @@ RESPONSES = ["A red circle.", "I see a blue square at the top left, and much els
 @pytest.fixture(scope="module", autouse=True)
 def _clean():
     """After each file, leave a process group that its tests have joined, and give memory back."""
+    import torch
+
     yield
     gc.collect()
     if torch.distributed.is_initialized():
@@ -149,6 +172,8 @@ def comparisons(processors):
 
 def reward_on(backbone: str, seed: int = 1):
     """Make a reward model on a backbone, with a new head whose scores differ visibly."""
+    import torch
+
     torch.manual_seed(seed)
     model = stages.model.RewardModel.from_backbone(backbone, stages.model.HeadSettings()).eval()
     torch.nn.init.normal_(model.head.mlp[-1].weight, std=0.5)
@@ -163,6 +188,8 @@ def reward():
 @pytest.fixture(scope="session")
 def initial(tmp_path_factory):
     """The folder of a reward model that is not trained."""
+    import torch
+
     folder = str(tmp_path_factory.mktemp("initial"))
     torch.manual_seed(0)
     reward = stages.model.RewardModel.from_backbone(TINY, stages.model.HeadSettings())
@@ -182,6 +209,8 @@ def training_options(world, initial, out, **settings) -> list[str]:
 
 def run_training(world, initial, out, *more, ranks: int, **settings):
     """Train; return the exported weights and the lines of metrics.jsonl."""
+    from safetensors.torch import load_file
+
     arguments = training_options(world, initial, out, **settings)
     torchrun("03_train.py", *arguments, *more, ranks=ranks)
     weights = load_file(out / "model.safetensors") | load_file(out / "reward_head.safetensors")

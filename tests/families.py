@@ -206,13 +206,18 @@ LLAMA_TEMPLATE = """{{- bos_token }}
 """
 
 
-def write_tokenizer(name: str, folder: Path) -> None:
-    """Write the byte-level BPE of tests/tiny, filled up with unused tokens to the published number,
-    151,643 or 128,000, so that special tokens have their published ids."""
+def write_tokenizer(name: str, folder: Path, published: bool = False) -> int:
+    """Write the byte-level BPE of tests/tiny with the special tokens of a family.
+
+    `published`: filled up with unused tokens to the published number, 151,643 or 128,000, so that
+    special tokens have their published ids; that takes seconds to read. Else their ids are lower by
+    the number that this function returns.
+    """
     kind = name if name in ("internvl", "llama") else "qwen"
     tiny = json.loads(Path(TINY, "tokenizer.json").read_text())
-    size = 128000 if kind == "llama" else 151643
     vocab = tiny["model"]["vocab"]
+    whole = 128000 if kind == "llama" else 151643
+    size = whole if published else len(vocab)
     vocab |= {f"unused {i}": i for i in range(len(vocab), size)}
     names = [
         f"<|reserved_{i}|>" if token == "_" else token
@@ -267,6 +272,7 @@ def write_tokenizer(name: str, folder: Path) -> None:
         )
     (folder / "tokenizer.json").write_text(json.dumps(tiny))
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return whole - size
 
 
 def random_(name: str, shape: torch.Size) -> torch.Tensor:
@@ -278,10 +284,20 @@ def random_(name: str, shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape) / 10 + ("bias" not in name)
 
 
+def write_processors(name: str, folder: Path, published: bool = False) -> None:
+    """Write config.json, whose token ids are those of the tokenizer, and what 01 reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shift = write_tokenizer(name, folder, published)
+    config = json.dumps({"model_type": name, **CONFIGS[name]}, indent=1)
+    config = re.sub(r"\b(151|128)\d{3}\b", lambda token: str(int(token[0]) - shift), config)
+    (folder / "config.json").write_text(config)
+    if name in IMAGES:
+        (folder / "preprocessor_config.json").write_text(json.dumps(IMAGES[name]))
+
+
 def write(name: str, folder: Path) -> Path:
     """Writes the checkpoint of a family; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": name, **CONFIGS[name]}, indent=1))
+    write_processors(name, folder)
     config = AutoConfig.from_pretrained(folder)
     auto = AutoModelForImageTextToText if name in IMAGES else AutoModelForCausalLM
     with torch.device("meta"):
@@ -307,7 +323,4 @@ def write(name: str, folder: Path) -> Path:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for file, keys in files.items():
         save_file({key: weights[key] for key in keys}, folder / file, metadata={"format": "pt"})
-    write_tokenizer(name, folder)
-    if name in IMAGES:
-        (folder / "preprocessor_config.json").write_text(json.dumps(IMAGES[name]))
     return folder

@@ -25,7 +25,7 @@ import forks  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 PREPARE = ["01_data.py", "--world_size", 0.05, "--shard_size", 32]
-STEPS = 12
+STEPS = 8
 TRAIN = ["03_train.py", "--steps", STEPS, "--checkpoint_every", 2, "--batch_size", 12, "--resume"]
 TRAIN += ["--warmup", 0.5, "--learning_rate", 1e-3, "--validate_every", 3, "--validation_size", 32]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
@@ -240,6 +240,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--moments", nargs="+", default=[], help="of stage 3, by name; none: all")
     parser.add_argument("--fork", action="store_true", help="fork ranks from here, no torchrun")
+    parser.add_argument("--data", type=Path, help="prepared by 01; none: prepare it")
+    parser.add_argument("--model", help="made by 02; none: make it")
     arguments = parser.parse_args()
     if arguments.fork:
         global FORK
@@ -248,11 +250,13 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        run_to_the_end(PREPARE, folder / "data")
-        model = ["--model", folder / "model"]
-        run_to_the_end(["02_model.py", "--data", folder / "data/train"], folder / "model")
-        train = [*TRAIN, *model, "--data", folder / "data/train"]
-        score = ["04_eval.py", *model, "--benchmark", folder / "data/new_scenes"]
+        data, model = arguments.data, arguments.model
+        if not data:
+            run_to_the_end(PREPARE, data := folder / "data")
+        if not model:
+            run_to_the_end(["02_model.py", "--data", data / "train"], model := folder / "model")
+        train = [*TRAIN, "--model", model, "--data", data / "train"]
+        score = ["04_eval.py", "--model", model, "--benchmark", data / "new_scenes"]
         few = arguments.kills // 8
         stages = [("03", train, arguments.kills - 2 * few), ("01", PREPARE, few)]
         for stage, command, kills in [*stages, ("04", score, few)]:

@@ -114,7 +114,7 @@ def test_the_readmes_example_of_the_attention_runs_as_printed(lift):
     assert all(parameter.grad.any() for parameter in names["head"].parameters())
 
 
-def test_shared_prefix_attention_in_several_comparisons_of_a_row(lift):
+def test_copied_attention_gives_the_hidden_states_of_plain_forwards(lift):
     """Hidden states of prompts and responses; some prompts have one response or none."""
     copied = lift("shared-prefix attention")
     AttentionInterface.register("copied", copied.shared_prefix_attention)
@@ -146,7 +146,7 @@ def test_shared_prefix_attention_in_several_comparisons_of_a_row(lift):
         packed(**inputs, row=row, use_cache=False)
 
 
-def test_packed_position_ids_of_a_prompt_with_two_images(lift):
+def test_copied_positions_are_transformers_own(lift):
     backbone = AutoModel.from_pretrained(TINY)
     token, grids = backbone.config.image_token_id, np.array([[1, 4, 6], [1, 8, 2]])
     pieces = [[5, 6], [token] * 6, [7], [token] * 4, [8, 9, 10]]  # 2 x 2 patches are one token
@@ -160,7 +160,7 @@ def test_packed_position_ids_of_a_prompt_with_two_images(lift):
         copied.prompt_positions(ids, grids, token)
 
 
-def test_reward_head(lift):
+def test_a_copied_head_is_linear_layers_with_silu_between_in_float32(lift):
     copied = lift("reward head")
     torch.manual_seed(0)
     head, hidden = copied.RewardHead(12, layers=3, activation="silu", width=20), torch.randn(5, 12)
@@ -178,7 +178,7 @@ def test_reward_head(lift):
 # ---- 03
 
 
-def test_batch_planner(lift):
+def test_a_copied_planner_deals_every_comparison_once_within_the_budget(lift):
     """All ranks' micro-batches together are the steps, keep the budget and weigh about the same."""
     copied, rng = lift("batch planner"), np.random.default_rng(0)
     tokens, patches = rng.integers(20, 200, 90), rng.integers(0, 2, 90) * 64
@@ -198,7 +198,7 @@ def test_batch_planner(lift):
     assert copied.imbalance(plans[0]) < 0.05
 
 
-def test_ranking_loss(lift):
+def test_a_copied_loss_is_bradley_terrys_likelihood(lift):
     """The negative log-likelihood of Bradley and Terry; a pair and a ranking each count once."""
     copied = lift("ranking loss")
     scores = torch.tensor([0.3, -1.0, 0.5, 2.0, -0.1, 1.0], requires_grad=True)
@@ -256,7 +256,7 @@ dist.destroy_process_group()
 """
 
 
-def test_resumable_checkpoint(tmp_path):
+def test_a_copied_checkpoint_continues_on_other_ranks_to_the_same_weights(tmp_path):
     """Five steps equal three, and from the checkpoint of the second three more on other ranks."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     run_on_ranks("resumable checkpoint", TRAIN, tmp_path, whole, 5, ranks=2)
@@ -273,7 +273,7 @@ def test_resumable_checkpoint(tmp_path):
 # ---- 04, 06
 
 
-def test_benchmark_metrics(lift):
+def test_copied_metrics_are_those_by_counting(lift):
     """Accuracy over pairs, its mean over categories, and Acc+, by counting."""
     copied, rng = lift("benchmark metrics"), np.random.default_rng(0)
     ranks = [rng.permutation(rng.integers(2, 5)).tolist() for _ in range(60)]
@@ -301,7 +301,7 @@ def test_benchmark_metrics(lift):
         copied.metrics([np.zeros(3)], copied.Items([[1, 2]], ["all"], ["one"]))
 
 
-def test_advantages_of_the_hybrid_reward(lift):
+def test_copied_rewards_and_advantages_are_those_by_hand(lift):
     copied = lift("rewards, advantages, GRPO loss")
     match = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]])
     closed = torch.tensor([[True], [True], [False]])
@@ -321,7 +321,7 @@ def test_advantages_of_the_hybrid_reward(lift):
     assert share == pytest.approx(np.abs(centred[1]).sum() / np.abs(centred).sum(), abs=1e-5)
 
 
-def test_grpo_loss(lift):
+def test_the_gradient_of_a_copied_grpo_loss_is_reinforces_and_the_kls(lift):
     """Its gradient is that of REINFORCE with these advantages, and of the KL divergence."""
     loss_of = lift("rewards, advantages, GRPO loss").grpo_loss
     p, q = torch.tensor([0.2, 0.5, 0.9], requires_grad=True), torch.tensor([0.3, 0.5, 0.6])
@@ -335,7 +335,7 @@ def test_grpo_loss(lift):
     torch.testing.assert_close(gradient, *torch.autograd.grad(reinforce, p))
 
 
-def test_rules(lift):
+def test_copied_rules_read_answers_as_policies_word_them(lift):
     """Answers as policies word them, under each rule that a closed question can carry."""
     is_match = lift("rules for closed questions").is_match
     letter = {"kind": "letter", "options": ["rubber", "cotton"]}

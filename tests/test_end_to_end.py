@@ -64,7 +64,7 @@ def test_the_six_stages_run_in_order_each_on_what_the_one_before_it_wrote(tmp_pa
     assert scores.shape == torch.Size([2])
 
 
-def test_a_users_own_pairs_go_through_01_03_and_04(tmp_path):
+def test_a_users_own_pairs_are_prepared_learned_and_ranked_right(tmp_path):
     (tmp_path / "pictures").mkdir()
     lines = []
     for i in range(0, 24, 2):
@@ -143,7 +143,7 @@ def test_an_error_of_one_rank_leaves_no_traceback_of_another(tmp_path):
 def test_the_first_screen_says_what_goes_in_what_comes_out_and_what_the_paper_says(script):
     screen = "\n".join((ROOT / script).read_text().splitlines()[:30])
     assert re.search(r"^In:? ", screen, re.M) and re.search(r"^Out:? ", screen, re.M)
-    assert "paper" in screen
+    assert re.search(r"[Tt]he\s+paper", screen)
     assert f"torchrun --standalone --nproc_per_node=2 {script}" in screen
 
 
@@ -160,14 +160,9 @@ assert set(os.listdir(".")) - before <= {{"__pycache__"}}
     assert done.stdout == done.stderr == ""
 
 
-def test_the_readme_opens_with_the_two_commands_and_ci_runs_the_second():
-    commands = re.findall(r"^    (pip install .*)$", (ROOT / "README.md").read_text(), re.M)
-    assert commands[:2] == [
-        "pip install -r requirements.txt && "
-        'for stage in 0*.py; do torchrun --standalone --nproc_per_node=2 "$stage" || break; done',
-        "pip install -r tests/requirements.txt && pytest",
-    ]
-    assert "pip install -q -r tests/requirements.txt && pytest" in (ROOT / ".ci/run").read_text()
+def test_continuous_integration_runs_the_readmes_second_command():
+    commands = re.findall(r"^    pip install (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert f"pip install -q {commands[1]}\n" in (ROOT / ".ci/run").read_text()
 
 
 def imports_of(script: Path) -> set[str]:

@@ -10,7 +10,7 @@ from conftest import RESPONSES, TINY, stages, torchrun, user
 data, model, ensemble = stages.data, stages.model, stages.ensemble
 
 
-def test_combinations_by_hand():
+def test_means_weights_and_routing_are_those_by_hand():
     scores = np.array([[1.0, 2.0, 3.0], [3.0, 0.0, 9.0]])
     weights = {"accuracy": np.array([3.0, 1.0])}
     has_image = np.array([True, False, False])

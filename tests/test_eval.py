@@ -67,7 +67,7 @@ def test_overall_is_the_count_weighted_mean_of_the_categories():
 # ---- intervals
 
 
-def test_weights_are_the_same_as_repeated_items():
+def test_an_item_of_weight_2_counts_like_the_item_twice_in_every_metric():
     """The bootstrap's shortcut: an item that weighs 2 counts like the item twice, in any metric."""
     rng = np.random.default_rng(0)
     weights = rng.integers(0, 3, 60)

@@ -33,33 +33,27 @@ def checkpoints(tmp_path_factory, processors):
     return policies, rewards
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_sharded_loading_gives_every_parameter_and_buffer_of_a_plain_load(ranks, checkpoints):
+def test_sharded_loading_gives_every_parameter_and_buffer_of_a_plain_load(checkpoints):
     policies, rewards = checkpoints
+    ranks = 3  # shares of unequal sizes
     done = torchrun("tests/sharded_load.py", *policies, *rewards, ranks=ranks)
     loads = 3 * len(policies) + len(rewards)
     assert done.stdout.count("same as a plain load") == ranks * loads
 
 
 UP = "language_model.layers.2.mlp.up_proj.weight"
-DOWN = "visual.blocks.0.mlp.down_proj.weight"
 
 
-@pytest.mark.parametrize("damage", ["a tensor is missing", "a tensor is transposed", "cut off"])
-def test_a_broken_checkpoint_ends_in_one_line_that_names_it(damage, world, tmp_path):
+def test_a_checkpoint_without_a_tensor_ends_in_one_line_that_names_both(world, tmp_path):
+    """On two ranks; test_bad_input.py damages checkpoints in more ways."""
     model.RewardModel.from_backbone(TINY, model.HeadSettings()).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     weights = load_file(path)
-    if damage == "a tensor is missing":
-        del weights[UP]
-    if damage == "a tensor is transposed":
-        weights[DOWN] = weights[DOWN].T.contiguous()
+    del weights[UP]
     save_file(weights, path, metadata={"format": "pt"})
-    if damage == "cut off":
-        path.write_bytes(path.read_bytes()[:-1])
     arguments = ["--model", tmp_path, "--data", world / "data/train", "--out", tmp_path / "out"]
     done = torchrun("03_train.py", *arguments, "--steps", 1, check=False)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("03_train.py: ")]
     assert done.returncode and str(tmp_path) in line
-    assert damage != "a tensor is missing" or f"{UP} is missing" in line
+    assert f"{UP} is missing" in line
     assert "Traceback" not in done.stderr

@@ -81,7 +81,7 @@ def bytes_of(tensors) -> int:
 def measure(folder: str, comparisons: int, **settings) -> dict[str, dict[str, float]]:
     """Return {part: {"estimated": bytes, "measured": bytes}} on this rank."""
     rank, ranks, device = data.start_distributed()
-    if rank == 0:
+    if rank == 0 and not Path(folder, "config.json").is_file():
         write_model(Path(folder))
     dist.barrier()
     planned = meta_model(folder, **settings)

@@ -167,7 +167,7 @@ def main() -> None:
                 json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("JSON")
             ]
             lines[ranks] = {line["name"]: line for line in found}
-        head = ["seconds, {}", "µs a token, {}", "peak MB of a rank, {}"]
+        head = ["seconds, {}", "µs a token, {}", "peak MiB of a rank, {}"]
         table = [
             [
                 "a step of",
