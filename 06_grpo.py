@@ -44,7 +44,7 @@ import math
 import re
 import string
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -103,29 +103,6 @@ def rollout(actor, prompts, G, max_new_tokens, noise=None):
     bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
     row = model_stage.pack(bare, actor.processors).to(device)
     return model_stage.write(actor, row, G, max_new_tokens, noise)
-
-
-def sample(actor, prompts, noise, settings):
-    """Sample G responses to B prompts: tokens and log-probabilities as `rollout`, texts [B][G].
-
-    Each rank takes every world-th prompt, and all ranks get all responses. `noise` is that of
-    `rollout`, for all prompts; without it there is one greedy response to each.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    device = next(actor.parameters()).device
-    G = 1 if noise is None else noise.shape[1]
-    length = settings.max_new_tokens
-    samples = torch.full((len(prompts), G, length), -1, device=device)
-    log_p = torch.zeros(samples.shape, device=device)
-    stride = world * settings.rollout_batch
-    for start in range(rank, len(prompts), stride):
-        batch = slice(start, start + stride, world)  # start, start + world, ...
-        own = None if noise is None else noise[batch].copy()  # torch wants it contiguous
-        samples[batch], log_p[batch] = rollout(actor, prompts[batch], G, length, own)
-    dist.all_reduce(samples, dist.ReduceOp.MAX)  # still -1 where another rank sampled
-    dist.all_reduce(log_p)
-    texts = [model_stage.texts_of(group, actor.processors) for group in samples]
-    return samples, log_p, texts
 
 
 # ---- Reward, advantage, loss ---------------------------------------------------------------------
@@ -244,6 +221,35 @@ def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advant
     return {"kl": kl, "entropy": entropy, "sampler_gap": sampler_gap, "grad_norm": norm}
 
 
+@dataclass
+class Recipe:
+    """The settings that decide the trained weights: an interrupted run resumes with the same."""
+
+    backbone: str = option("tests/tiny/policy", "policy to start from (paper: Qwen2.5-VL-3B)")
+    model: str = option("artifacts/reward", "reward model")
+    text_model: str = option("", "text-only reward model for prompts without images; '' for none")
+    data: str = option("artifacts/data/questions", "prepared questions to train on")
+    reward: Literal["rule", "model", "hybrid"] = option("hybrid", "reward (paper's best: hybrid)")
+    steps: int = option(60, "optimizer steps, each from fresh rollouts")
+    batch_size: int = option(32, "prompts a step, over all ranks (paper: 256)")
+    group_size: int = option(8, "rollouts a prompt (paper: 8)")
+    max_new_tokens: int = option(96, "longest response, in tokens")
+    temperature: float = option(1.0, "of sampling, and of the probabilities in the loss")
+    learning_rate: float = option(4e-4, "AdamW's; 5 steps of warm-up, linear decay (3B: 1e-6)")
+    advantage: Literal["centred", "batch", "group"] = option(
+        "centred", "reward - group mean, divided by nothing or by the deviation in batch or group"
+    )
+    fallback_scale: float = option(0.5, "hybrid: factor on sigmoid for closed questions (paper: 1)")
+    standardise: bool = option(
+        False, "hybrid: sigmoid of (score - mean) / deviation, as 03 measured them (paper: raw)"
+    )
+    filter_equal: bool = option(False, "leave out groups of equal rewards (DAPO also refills them)")
+    mask_cut: bool = option(False, "leave out responses cut at --max_new_tokens (as DAPO)")
+    kl_coefficient: float = option(0.1, "weight of the KL divergence to the reference policy")
+    clip: float = option(1.0, "largest gradient norm; 0: any")
+    seed: int = option(0, "seed of the order of prompts and of sampling, for any number of ranks")
+
+
 def train(settings):
     """Train the policy and export it; return its metrics before and after."""
     rank, world, device = data.start_distributed()
@@ -271,7 +277,8 @@ def train(settings):
     order = training.order_of_training(len(questions), settings)  # [steps][B]
     progress = tqdm(range(start, len(order)), desc="grpo", unit=" step", disable=rank > 0)
     for step in progress:
-        # 1. Rollout. Each prompt has a seed: samples do not depend on the number of ranks.
+        # 1. Rollout, each rank for its share of the prompts (`sample`, appendix). Each prompt has a
+        # seed: samples do not depend on the number of ranks.
         times = [time.perf_counter()]
         prompts, noise = [], []
         for i in order[step]:
@@ -330,40 +337,19 @@ def train(settings):
 
 
 @dataclass
-class Settings:
-    backbone: str = option("tests/tiny/policy", "policy to start from (paper: Qwen2.5-VL-3B)")
-    model: str = option("artifacts/reward", "reward model")
-    text_model: str = option("", "text-only reward model for prompts without images; '' for none")
-    data: str = option("artifacts/data/questions", "prepared questions to train on")
+class Settings(Recipe):
+    """All settings of this stage."""
+
     benchmark: str = option("artifacts/data/new_questions", "held-out questions; '' for none")
+    evaluate_size: int = option(400, "held-out questions to evaluate on; 0: all, as published")
     out: str = option("artifacts/policy", "folder for the trained policy, metrics and responses")
-    reward: Literal["rule", "model", "hybrid"] = option("hybrid", "reward (paper's best: hybrid)")
-    steps: int = option(60, "optimizer steps, each from fresh rollouts")
-    batch_size: int = option(32, "prompts a step, over all ranks (paper: 256)")
-    group_size: int = option(8, "rollouts a prompt (paper: 8)")
-    max_new_tokens: int = option(96, "longest response, in tokens")
     rollout_batch: int = option(64, "prompts a rank samples from at a time; bounds the KV cache")
-    temperature: float = option(1.0, "of sampling, and of the probabilities in the loss")
-    learning_rate: float = option(4e-4, "AdamW's; 5 steps of warm-up, linear decay (3B: 1e-6)")
-    advantage: Literal["centred", "batch", "group"] = option(
-        "centred", "reward - group mean, divided by nothing or by the deviation in batch or group"
-    )
-    fallback_scale: float = option(0.5, "hybrid: factor on sigmoid for closed questions (paper: 1)")
-    standardise: bool = option(
-        False, "hybrid: sigmoid of (score - mean) / deviation, as 03 measured them (paper: raw)"
-    )
-    filter_equal: bool = option(False, "leave out groups of equal rewards (DAPO also refills them)")
-    mask_cut: bool = option(False, "leave out responses cut at --max_new_tokens (as DAPO)")
-    kl_coefficient: float = option(0.1, "weight of the KL divergence to the reference policy")
-    clip: float = option(1.0, "largest gradient norm; 0: any")
     micro_tokens: int = option(8192, "tokens of one forward on one rank; less needs less memory")
     checkpoint_every: int = option(50, "steps between checkpoints (two stay); 0: none")
     resume: bool = option(False, "continue from the newest checkpoint in --out, if there is one")
-    resume_changed: bool = option(False, "with --resume: even if settings or data have changed")
-    evaluate_size: int = option(400, "held-out questions to evaluate on; 0: all, as published")
+    resume_changed: bool = option(False, "with --resume: even if recipe or data have changed")
     export_dtype: Literal["fp32", "bf16"] = option("fp32", "dtype of the exported policy")
     export_file_size: str = option("5GB", "largest file of the export")
-    seed: int = option(0, "seed of the order of prompts and of sampling, for any number of ranks")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -389,9 +375,27 @@ def copy_weights(policy, actor):
         target.copy_(source.full_tensor())
 
 
-# A run follows from its settings but for these, its data, and the models, which count by path.
-UNRELATED = ("out", "checkpoint_every", "resume", "resume_changed", "benchmark", "evaluate_size")
-UNRELATED += ("micro_tokens", "rollout_batch", "export_dtype", "export_file_size")
+def sample(actor, prompts, noise, settings):
+    """Sample G responses to B prompts: tokens and log-probabilities as `rollout`, texts [B][G].
+
+    Each rank takes every world-th prompt, and all ranks get all responses. `noise` is that of
+    `rollout`, for all prompts; without it there is one greedy response to each.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = next(actor.parameters()).device
+    G = 1 if noise is None else noise.shape[1]
+    length = settings.max_new_tokens
+    samples = torch.full((len(prompts), G, length), -1, device=device)
+    log_p = torch.zeros(samples.shape, device=device)
+    stride = world * settings.rollout_batch
+    for start in range(rank, len(prompts), stride):
+        batch = slice(start, start + stride, world)  # start, start + world, ...
+        own = None if noise is None else noise[batch].copy()  # torch wants it contiguous
+        samples[batch], log_p[batch] = rollout(actor, prompts[batch], G, length, own)
+    dist.all_reduce(samples, dist.ReduceOp.MAX)  # still -1 where another rank sampled
+    dist.all_reduce(log_p)
+    texts = [model_stage.texts_of(group, actor.processors) for group in samples]
+    return samples, log_p, texts
 
 
 def ready_to_resume(settings, policy, optimizer):
@@ -401,9 +405,7 @@ def ready_to_resume(settings, policy, optimizer):
     """
     training.allocate_moments(optimizer, policy.parameters())
     state = training.training_state(policy, optimizer)
-    run = dict(vars(settings))
-    for name in UNRELATED:
-        del run[name]
+    run = {field.name: getattr(settings, field.name) for field in fields(Recipe)}  # models by path
     run["content of the data"] = training.hash_of_data([settings.data])
     start = training.begin(settings, state, run, last_file="evaluation.json")
 
