@@ -176,8 +176,8 @@ def tokenize_chat(messages: list[dict], tokenizer) -> np.ndarray:
     """Render messages with the backbone's chat template and tokenize them, [P].
 
     A special token of the template, like <|im_start|>, becomes one id. The same characters in a
-    user's text must stay text, or a user could end his own turn. So they are cut out before the
-    template is rendered, which leaves marks, and come back as ordinary characters afterwards.
+    user's text must stay text, or a user could end his own turn. So marks take their place while
+    the template is rendered, and they come back as ordinary characters when it is tokenized.
     """
     marked, cut = mark_special(messages, tokenizer)
     # The rendering ends with <|im_start|>assistant, where a response begins.
@@ -227,7 +227,8 @@ def expand_image_tokens(ids: np.ndarray, grids: np.ndarray, processors: Processo
 
 # --------------------------------------------------------------------------------------------------
 # 2. Comparisons are kept in shards: safetensors files of flat arrays, with the offsets at which
-# each comparison begins. Later stages map them into memory and read one without the others:
+# each comparison begins. Later stages map them into memory and read one without the others. If you
+# are here for the method, this is all that you need of the rest of this lesson:
 #     comparisons = Comparisons("artifacts/data/train")  # a torch Dataset, in the appendix
 #     comparisons[7]                                     # a Comparison
 #     comparisons.sizes()                                # tokens and patches of all, [n] each
@@ -238,10 +239,11 @@ def expand_image_tokens(ids: np.ndarray, grids: np.ndarray, processors: Processo
 def prepare(name: str, lines, processors, settings, holdout: float, within=None) -> None:
     """Prepare one data set; all ranks call it with the same lines.
 
-    A chunk of `shard_size` lines becomes a file in each folder. Its name has a hash of lines and
-    settings, so an interrupted run finds its files and continues. A finished set (it has a
-    dataset.json) is made anew, since pictures may have changed. The result does not depend on the
-    number of ranks. Memory grows with the index only: 24 bytes a comparison, 8 an image.
+    A chunk of `shard_size` lines becomes a file in each folder. Its name hashes line numbers,
+    settings, size and time of the data's files, so an interrupted run finds its shards and goes on.
+    A changed picture escapes the hash: a finished set (it has a dataset.json) is made anew. The
+    result does not depend on the number of ranks. Memory holds the index: 24 bytes a comparison, 8
+    an image.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     folders = [Path(settings.out, name), Path(settings.out, f"{name}_holdout")]
@@ -299,7 +301,7 @@ def main(settings: Settings) -> None:
         prepare(name, lines, processors, settings, holdout, within)
     else:
         name = "train"  # the embedded world's training set
-        settings.join = False
+        settings.join = False  # it has rankings where it wants them
         for part, lines, holdout in world_sets(settings):
             prepare(part, lines, processors, settings, holdout)
     if dist.get_rank() == 0:

@@ -1,7 +1,7 @@
 """Stage 2: the reward model, a vision-language backbone with a 2-layer SiLU head.
 
     torchrun --standalone --nproc_per_node=2 02_model.py
-    torchrun --standalone --nproc_per_node=8 02_model.py --backbone Qwen/Qwen2.5-VL-7B-Instruct
+    python 02_model.py --backbone Qwen/Qwen2.5-VL-7B-Instruct --data ''   # '': shows no example
 
 In    a backbone in the Hugging Face layout: Qwen2-VL, Qwen2.5-VL, Qwen3-VL or InternVL3, or for
       text alone Qwen2, Qwen2.5, Qwen3 or Llama (FAMILIES in 01_data.py)
@@ -165,16 +165,16 @@ class Segments:
 
     A prompt of 2 tokens with responses of 2 and 1:
 
-        segment      prompt_of   starts in the row   attends to    these start in key_indices
-        0 prompt     None        0                   0 1           0
-        1 response   0           2                   0 1 2 3       2
-        2 response   0           4                   0 1 4         6
+        segment      prompt_of   starts   attends to   key_starts
+        0 prompt     None        0        0 1          0
+        1 response   0           2        0 1 2 3      2
+        2 response   0           4        0 1 4        6
     """
 
     sizes: list[int]  # tokens of each segment
     prompt_of: list[int | None]  # the segment of a response's prompt
     starts: Tensor  # [segments + 1] int32; the last one is the end, 5 above
-    key_indices: Tensor  # [K] what all segments attend to, [prompt | own] of each
+    key_indices: Tensor  # [K] the column "attends to", row after row: 0 1 0 1 2 3 0 1 4
     key_starts: Tensor  # [segments + 1] int32; the end is K, 9 above
     longest_keys: int
     masks: dict[int, Tensor] = field(default_factory=dict)  # of responses, for `one_by_one`
@@ -185,7 +185,7 @@ class Segments:
         sizes, prompt_of, keys = [], [], []
         start = 0
         for P, Rs in lengths:
-            prompt = len(sizes)  # its segment
+            prompt = len(sizes)  # number of its segment
             for s, size in enumerate([P, *Rs]):
                 own = np.arange(start, start + size)
                 keys.append(np.concatenate([keys[prompt], own]) if s else own)
@@ -398,7 +398,7 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
-    # 03's loader reads these; critics and judges (appendix) have others.
+    # Critics and judges (appendix) override these, so that 03 can train all three kinds.
     kind = "naive"
     keeps_lm_head = False
     pack = staticmethod(pack)
@@ -1278,7 +1278,7 @@ class Judge(RequestModel):
     R1-Reward into a reward (Table 11).
 
     With --rationale it first writes, and the log-odds are those behind what it wrote. It is then an
-    R1-Reward if 06 trained it: see the end of 06's docstring.
+    R1-Reward if 06 trained it: see `read_verdict` in 06.
     """
 
     kind = "generative"
@@ -1488,6 +1488,7 @@ def main(settings: Settings) -> None:
         raise UserError(f"--data {settings.data}: no prepared data set there; run 01_data.py first")
     torch.manual_seed(settings.seed)
     model = RewardModel.from_backbone(settings.backbone, settings)
+    comparisons = data.Comparisons(settings.data, model.fingerprint) if prepared else []
     model.save_pretrained(settings.out)
     print(f"{settings.out}: a new reward model ({model.kind}) on {settings.backbone}")
     if Path(settings.backbone, HEAD_FILE).is_file():
@@ -1499,15 +1500,17 @@ def main(settings: Settings) -> None:
     for name, module in modules.items():
         if module is not None:
             print(f"  {name:<15}{sum(p.numel() for p in module.parameters()):>14,} parameters")
+    if len(comparisons):
+        show_comparison(model, comparisons)
+    command = f"03_train.py --model {settings.out}"
     if prepared:
-        show_comparison(model, settings.data)
-    print("\nNext: torchrun --standalone --nproc_per_node=2 03_train.py")
+        command += f" --data {settings.data}"
+    print(f"\nNext: torchrun --standalone --nproc_per_node=2 {command}")
 
 
 @torch.no_grad()
-def show_comparison(model: RewardModel, folder: str) -> None:
+def show_comparison(model: RewardModel, comparisons) -> None:
     """Print the shapes of a prepared data set's first comparison on its way to scores."""
-    comparisons = data.Comparisons(folder, model.fingerprint)
     data.use_pixel_limits(model.processors, [comparisons])
     comparison = comparisons[0]
     if model.rewrite:
@@ -1518,7 +1521,7 @@ def show_comparison(model: RewardModel, folder: str) -> None:
     if row.images is not None:
         shapes["pixel_values"] = row.images.pixel_values
     shapes |= {"hidden states": hidden, "last tokens": hidden[row.last], "scores": model(row)}
-    print(f"\none comparison of {folder}: (P, [R, ...]) = {row.lengths[0]}")
+    print(f"\n{comparison.origin}: (P, [R, ...]) = {row.lengths[0]}")
     for name, tensor in shapes.items():
         print(f"  {name:<15}{list(tensor.shape)}")
 

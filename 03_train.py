@@ -9,7 +9,8 @@ Out   artifacts/reward: the trained model, metrics.jsonl with a line per step, c
 
 The loss is -log sigmoid(r_w - r_l), with r_w the score of the better response and r_l of the worse:
 Bradley-Terry's negative log-likelihood, if w wins with probability sigmoid(r_w - r_l). A ranking of
-N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155).
+N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155), or the
+sum if 01 joined it of pairs.
 
 Keep one idea in mind: the gradient of a step does not depend on the number of ranks. The seed
 decides which comparisons make up a step, bin packing deals them to ranks, no score depends on the
@@ -106,8 +107,8 @@ def plan(steps, tokens, patches, micro_tokens, rank, world, weights=None) -> lis
     while the others wait in the tower's all-gather forever: it reads a blank one (`dummy_image`),
     whose gradient is zero. `steps` are lists of indices; `tokens`, `patches`, `weights` are [n].
 
-    Example: 2 ranks, a budget of 6, costs 5, 4, 3, 2, 2. Two bins would hold 12 of these 16, so
-    there are two rounds, four bins: [5], [4], [3], [2, 2]. By cost, the ranks read [5] and [4] in
+    Example: 2 ranks, a budget of 6 a bin, costs 5, 4, 3, 2, 2: 16 in all. Two bins hold 12, so it
+    takes two rounds, four bins: [5], [4], [3], [2, 2]. Dearest first, the ranks read [5] and [4] in
     the first micro-batch, [2, 2] and [3] in the second.
     """
     cost = tokens + patches // 4  # a guess: in the smaller tower a patch costs a quarter token
@@ -122,7 +123,7 @@ def plan(steps, tokens, patches, micro_tokens, rank, world, weights=None) -> lis
         weight = len(indices) if weights is None else int(weights[indices].sum())
         budget = max([micro_tokens, *cost[indices]])  # one long comparison may exceed micro_tokens
         while max(map(work, bins)) > budget:  # ends at the latest with one comparison per bin
-            rounds = math.ceil(1.01 * rounds)
+            rounds = math.ceil(1.01 * rounds)  # one more, or 1% where there are many
             bins = deal(indices, cost, rounds * world)
         bins.sort(key=work, reverse=True)  # bins that run at the same time cost about the same
         for k in range(rounds):
@@ -302,7 +303,7 @@ def train(settings: "Settings") -> dict:
     recompute = settings.activation_checkpointing
     options = {"shard_size": settings.shard_size, "compile": settings.compile}
     shard(model, model.backbone, device, recompute, in_float32=heads, **options)  # c
-    load_weights(model.backbone, settings.model, device)  # d, like b in the appendix
+    load_weights(model.backbone, settings.model, device)  # d (b and d: appendix)
     optimizer = make_optimizer(model, settings)  # e
 
     state = training_state(model, optimizer)
@@ -379,7 +380,7 @@ def train(settings: "Settings") -> dict:
 # --------------------------------------------------------------------------------------------------
 # 5. A checkpoint holds
 #   - what is trained and AdamW's state as safetensors, of which each rank writes its share;
-#   - run.json: the step, the recipe, and hashes of the data and of the first model's head.
+#   - run.json: the step, the recipe, hashes of the data and of the head that training began with.
 # Nothing else is needed: order and learning rate follow from seed and step, there is no dropout.
 # Each file says which slice of a parameter it holds, and any number of ranks reads the slices it
 # needs; on as many as before, the run ends in the same weights, bit for bit. `begin` (appendix)

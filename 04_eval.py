@@ -51,7 +51,7 @@ DEFAULT_BENCHMARKS = [f"artifacts/data/{name}" for name in HELD_OUT]
 
 Array = np.ndarray
 Scores = list[Array]  # one array [N] per comparison, in the benchmark's order
-Rows = dict[str, dict]  # {row of a table: {"accuracy", "items", and perhaps "low", "high"}}
+Rows = dict[str, dict]  # {table row: {"accuracy", "items" (pairs, groups or rows), "low", "high"}}
 
 
 @torch.inference_mode()
@@ -129,9 +129,9 @@ class Items:
 
 
 def right_pairs(scores: Scores, items: Items) -> tuple[Array, ...]:
-    """Judge each pair of responses of which one is ranked better.
+    """Judge every (better, worse) pair of responses.
 
-    Returns right [pairs], whether that one scores strictly higher; and each pair's category
+    Returns right [pairs], whether the better one scores strictly higher; and each pair's category
     [pairs], group [pairs] and weight [..., pairs]. Raises ValueError if a score is missing.
     """
     right, places = [], []
@@ -203,7 +203,7 @@ def with_intervals(measure: Callable, scores: Scores, items: Items, draws: int =
     """
     rows = measure(scores, items)
     _, group = np.unique(items.groups, return_inverse=True)  # [items]
-    count = group.max() + 1
+    count = group.max() + 1  # groups; `drawn` [draws, groups]: how often a draw has each
     draws = min(draws, 5 * 10**7 // len(group))  # [draws, items] of at most 0.4 GB
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
     drawn_rows = measure(scores, replace(items, weights=drawn[:, group].astype(float)))

@@ -94,10 +94,10 @@ def rollout(actor, prompts, G, max_new_tokens, noise=None):
     """Sample token ids [prompts, G, max_new_tokens], -1 after the end-of-turn token.
 
     Returns them and their log-probabilities, same shape. One forward reads all prompts; their keys
-    and values, the KV cache, serve all G samples. Each further forward adds a token to every
-    sample: the first one whose cumulative probability exceeds that place's entry of `noise`, which
-    is uniform in [0, 1) and has the same shape. So a sample does not depend on its batch. Without
-    `noise` decoding is greedy.
+    and values, the KV cache, serve all G samples. Each further forward adds a token to every sample
+    (the loop is `write`, appendix of 02): the first token at which the cumulative probability
+    exceeds its number in `noise`, uniform in [0, 1), same shape. So a sample does not depend on its
+    batch. Without `noise` decoding is greedy.
     """
     device = next(actor.parameters()).device
     bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
@@ -175,7 +175,7 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
 def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advantage, settings):
     """Take one optimizer step on samples [B, G, max_new_tokens] and advantages [B, G].
 
-    A sample of -1 only is left out. Returns the gradient's norm and means over tokens. The
+    A sample that is all -1 is left out. Returns the gradient's norm and means over tokens. The
     `sampler_gap`, by how much the log-probabilities of policy and sampler differ, must be near 0,
     or the two do not compute the same.
     """
