@@ -92,7 +92,7 @@ def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
 @dataclass
 class MicroBatch:
     step: int
-    indices: list[int]  # this rank's comparisons; if none, the loader packs one unscored token
+    indices: list[int]  # this rank's comparisons; if none, the loader packs what has no score
     last: bool  # the step's last micro-batch: the optimizer steps after it
     step_weight: int  # sum of Comparison.weight over the whole step, all ranks
     dummy_image: bool  # another rank has an image here and this one has none

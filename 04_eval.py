@@ -72,7 +72,7 @@ def score_comparisons(
     everything = [list(range(len(comparisons)))]
     micro_batches = training.plan(everything, tokens, patches, micro_tokens, rank, world)
     starts = np.cumsum([0, *comparisons.response_counts()])  # [n + 1]
-    flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)  # 05 averages these
+    flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)  # float64 to average
     work = sum(sum(batch.costs) for batch in micro_batches)  # tokens and patches / 4, all ranks
     with tqdm(total=work, desc=comparisons.info["name"], unit=" tokens", disable=rank > 0) as bar:
         for batch in micro_batches:
@@ -88,8 +88,8 @@ def score_comparisons(
 
 
 # ---- A metric: scores and items in, rows out
-# `weights` say how often each item counts. Measuring plainly they are ones, [items]; skip them on a
-# first reading. The bootstrap below passes [draws, items], and each accuracy then is [draws].
+# `weights` say how often each item counts. In a plain measurement they are ones, [items]; skip them
+# on a first reading. The bootstrap below passes [draws, items]: each accuracy then is [draws].
 
 
 @dataclass

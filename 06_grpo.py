@@ -571,10 +571,10 @@ def read_letter(text, rule):
 def read_verdict(text, rule):
     """Read a judge's letter, alone or behind the words that end its rationale (02).
 
-    This rule trains a judge by reinforcement, as R1-Reward is: 01 --judge_request turns pairs into
-    questions, 06 --reward rule trains a judge of 03 on them, and 02 --kind generative wraps the
-    result as a judge. Give 02 --rationale if the first judge had it, and as --request the text of
-    --judge_request.
+    With this rule a judge is trained by reinforcement, as R1-Reward was: 01 --judge_request turns
+    pairs into questions, 06 --reward rule trains a judge of 03 on them, and 02 --kind generative
+    wraps the result as a judge. Give 02 --rationale if the first judge had it, and as --request the
+    text of --judge_request.
     """
     return re.findall(rf"(?:^|{model_stage.VERDICT})([AB])\W*$", text)
 

@@ -23,11 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 
 class Stages:
-    """The scripts as modules, by name. pytest's own process imports none, its workers all."""
+    """The scripts as modules, imported when first used: by pytest's workers, not by itself."""
 
     def __getattr__(self, name: str):
-        (script,) = [script for script in STAGES if script[3:] == name]
-        return importlib.import_module(script)
+        for script in STAGES:
+            if script[3:] == name:
+                return importlib.import_module(script)
+        raise AttributeError(name)
 
 
 stages = Stages()
@@ -46,7 +48,7 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 @cache
 def can_fork() -> bool:
-    """A GPU that was looked for is lost in a fork."""
+    """Return whether ranks can be forked: a GPU that was looked for is lost in a fork."""
     import torch
 
     return sys.platform == "linux" and not torch.cuda.is_available()
@@ -90,7 +92,10 @@ def torchrun(
 
 @cache
 def forks(**more: str) -> subprocess.Popen:
-    """Start the process that ranks are forked from. It ends with this one, as its input does."""
+    """Start a process that ranks are forked from, one for each environment.
+
+    It ends with this one, as its input does.
+    """
     command = [sys.executable, ROOT / "tests/forks.py"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env={**os.environ, **ENVIRONMENT, **more}, **pipes)

@@ -160,8 +160,10 @@ assert set(os.listdir(".")) - before <= {{"__pycache__"}}
     assert done.stdout == done.stderr == ""
 
 
-def test_continuous_integration_runs_the_readmes_second_command():
+def test_the_readmes_first_command_runs_all_stages_and_continuous_integration_the_second():
     commands = re.findall(r"^    pip install (.*)$", (ROOT / "README.md").read_text(), re.M)
+    loop = 'for stage in 0*.py; do torchrun --standalone --nproc_per_node=2 "$stage" || break; done'
+    assert commands[0] == f"-r requirements.txt && {loop}"
     assert f"pip install -q {commands[1]}\n" in (ROOT / ".ci/run").read_text()
 
 

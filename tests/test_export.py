@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from unittest import mock
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,27 +153,40 @@ def test_of_an_export_that_broke_off_neither_the_old_nor_the_new_model_is_there(
     assert not (folder / ".writing").exists() and model.RewardModel.from_pretrained(str(folder))
 
 
-def save_in_part(reward, folder: str, files: int) -> bool:
-    """Save a model, but fail once so many files are in their places; return whether all are."""
-    moved = []
-    replace = os.replace
+def save_until_killed(reward, folder: str, changes: int) -> bool:
+    """Save a model in a process that ends after so many files were moved or deleted.
 
-    def replace_a_few(source, target):
-        if len(moved) == files:
-            raise OSError("broken off")
-        moved.append(target)
-        replace(source, target)
+    Return whether it came to the end."""
+    left = iter(range(changes))
 
-    with mock.patch("os.replace", replace_a_few):
-        try:
-            reward.save_pretrained(folder, file_size="300KB")  # several files
-        except (OSError, data.UserError):
-            return False
-    return True
+    def counted(function):
+        def call(*arguments, **options):
+            if next(left, None) is None:
+                os._exit(9)
+            function(*arguments, **options)
+
+        return call
+
+    pid = os.fork()
+    if pid == 0:
+        os.replace = counted(os.replace)
+        Path.unlink = counted(Path.unlink)
+        reward.save_pretrained(folder, file_size="300KB")  # several files
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_an_export_broken_off_at_any_file_leaves_one_whole_model_or_none(reward, tmp_path):
+def whose(weights: dict, old: dict) -> str:
+    """Say whether all weights are the old ones, or the new ones, which are larger by 1."""
+    added = [(weights[name] - old[name]).flatten() for name in weights]
+    (difference,) = torch.cat(added).round().unique().tolist()
+    return {0: "old", 1: "new"}[difference]
+
+
+def test_an_export_killed_at_any_file_leaves_one_whole_model_or_none(reward, tmp_path):
+    """The backbone alone, as `transformers` reads it, is never a mixture either."""
     folder = str(tmp_path)
+    old = reward.state_dict()
     new = copy.deepcopy(reward)
     with torch.no_grad():
         for parameter in new.parameters():
@@ -182,16 +195,17 @@ def test_an_export_broken_off_at_any_file_leaves_one_whole_model_or_none(reward,
     whole = False
     while not whole:
         reward.save_pretrained(folder, file_size="300KB")
-        whole = save_in_part(new, folder, files=len(found))
+        whole = save_until_killed(new, folder, changes=len(found))
         try:
-            weights = model.RewardModel.from_pretrained(folder).state_dict()
+            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+            whose({f"backbone.{name}": tensor for name, tensor in backbone.items()}, old)
+        except OSError as error:
+            assert "no file named" in str(error)
+        try:
+            found.append(whose(model.RewardModel.from_pretrained(folder).state_dict(), old))
         except data.UserError as error:
             assert "no reward model there" in str(error)
             found.append("none")
-            continue
-        added = [(weights[name] - old).flatten() for name, old in reward.state_dict().items()]
-        (difference,) = torch.cat(added).round().unique().tolist()
-        found.append({0: "old", 1: "new"}[difference])
     assert len(found) > 10 and set(found[:-1]) == {"old", "none"} and found[-1] == "new"
 
 

@@ -350,7 +350,7 @@ def test_tiles_keep_within_the_limit_of_pixels_and_shards_remember_it(checkpoint
         assert data.patch_grid((1000, 1000), other)[0] == count
 
 
-def test_an_unsupported_backbone_is_refused_by_name_with_those_that_are(checkpoints, tmp_path):
+def test_an_unsupported_backbone_is_refused_by_name_with_those_that_are(tmp_path):
     def refused(says: str, **config):
         (tmp_path / "config.json").write_text(json.dumps(config))
         for load in (data.load_processors, model.load_backbone):

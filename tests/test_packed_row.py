@@ -130,6 +130,7 @@ def test_a_reward_model_saved_and_loaded_scores_the_same(layers, activation, tmp
     messages = [user("What do you see?", picture())]
     assert torch.equal(before.score(messages, RESPONSES), loaded.score(messages, RESPONSES))
     assert sum(isinstance(part, torch.nn.Linear) for part in loaded.head.mlp) == layers
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.head.parameters())
 
 
 def test_transformers_alone_loads_what_was_saved(reward, tmp_path):

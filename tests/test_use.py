@@ -178,6 +178,7 @@ def test_04_scores_a_benchmark_with_each_model_where_it_belongs(
 def test_the_router_rewards_a_group_in_06_as_the_model_that_it_belongs_to(
     reward, text_reward, comparisons
 ):
+    data.start_distributed()
     router = model.RewardRouter(reward, text_reward)
     settings = grpo.Settings(micro_tokens=300)
     texts = [RESPONSES] * len(comparisons)

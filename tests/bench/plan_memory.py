@@ -78,10 +78,12 @@ def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def measure(folder: str, comparisons: int, **settings) -> dict[str, dict[str, float]]:
+def measure(
+    folder: str, comparisons: int, written: bool, **settings
+) -> dict[str, dict[str, float]]:
     """Return {part: {"estimated": bytes, "measured": bytes}} on this rank."""
     rank, ranks, device = data.start_distributed()
-    if rank == 0 and not Path(folder, "config.json").is_file():
+    if rank == 0 and not written:
         write_model(Path(folder))
     dist.barrier()
     planned = meta_model(folder, **settings)
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--comparisons", type=int, default=3, help="of a micro-batch")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--freeze_vision", action="store_true")
+    parser.add_argument("--written", action="store_true", help="the folder has the model")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = vars(parser.parse_args())
     as_json = arguments.pop("json")

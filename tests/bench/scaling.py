@@ -43,7 +43,7 @@ def settings_of(processors) -> dict[str, list]:
 
 
 class Peak:
-    """Anonymous memory in MB: `before` and the largest since."""
+    """Anonymous memory in MiB: `before` and the largest since."""
 
     def __enter__(self):
         ctypes.CDLL(None).malloc_trim(0)  # gives back to the system what earlier steps have freed
