@@ -1,6 +1,6 @@
 """Write tiny checkpoints of every family with random weights and the layout of the published ones:
 fields of config.json, names of tensors, bfloat16 in several files with an index, special tokens,
-image processors. The layout is taken from transformers' code and conversion scripts; sizes are smaller.
+image processors. The layout is that of transformers' code and conversion scripts; sizes smaller.
 
     write("qwen3_vl", Path("somewhere"))
 """
