@@ -2020,9 +2020,9 @@ SOURCES = {
     "thinklite-vl": Source(thinklite_vl, "russwang/ThinkLite-VL-hard-11k", PARQUET),
 
     # --- Questions to judge a policy by ---
-    # VLMEvalKit's MMBench_DEV_EN.tsv
+    # VLMEvalKit's MMBench_DEV_EN.tsv; the paper has version 1.1
     "mmbench": Source(read=read_mmbench, metric="circular"),
-    # Two questions on each picture, one answered Yes and one No
+    # Two questions on each picture, one answered Yes and one No; the paper has MME-RealWorld-Lite
     "mme": Source(
         partial(question, rule="yes_no", answer="answer", group="question_id"),
         "lmms-lab/MME", PARQUET, "mme"),
@@ -2049,8 +2049,10 @@ SOURCES = {
         "WildVision/wildvision-bench", "**/vision_bench_0617/*.parquet", "wildvision"),
 }
 
-# The paper's training data: seven sets, each whole, 2.85 M pairs by its count. We infer which sets
-# it calls R1-Reward (200 k) and Others (63 k: 5 k chat, 41 k UltraFeedback, 17 k WildChat).
+# The paper's training data, reconstructed: seven sets, each whole, 2.8 M pairs. Its "R1-Reward" is
+# that model's SFT set, 200 k pairs of MM-RLHF, VL-Feedback and RLHF-V, of which we know no release:
+# MM-RLHF and R1-Reward's RL set, 97 k, stand in. Its "Others" (63 k) names WildChat and swe-arena;
+# with 41 k of UltraFeedback the sizes add up.
 MIXES = {
     "basereward": [
         "rlaif-v", "mmpr", "tulu-3-if", "olmo-2",  # 83 k, 2 M, 65 k, 378 k

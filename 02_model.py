@@ -1055,7 +1055,8 @@ def texts_of(tokens: Tensor, processors: Processors) -> list[str]:
 #   [prompt | response 1, request, critique 1 | response 2, request, critique 2 | ...]
 # - A judge (kind "generative") reads two responses and answers A or B. Ordered pairs take the place
 #   of responses: [prompt | A: 1, B: 2, request, letter | A: 2, B: 1, request, letter | ...]
-#   One token is the cheapest such judge. With --rationale it first writes a critique of each.
+#   One token is the cheapest such judge. With --rationale it first writes a critique of each, and
+#   behind the letter it ends its turn: 06 can sample such answers and train it further.
 
 REQUESTS = {"critic": "Is it right? Explain.", "generative": "Which is better, A or B?"}
 VERDICT = "\nAnswer:\n"  # between a judge's rationale and its letter
@@ -1153,7 +1154,8 @@ def in_ordered_pairs(
 ) -> Rewrite:
     """Show a judge all ordered pairs of responses, each with the letter of the better one.
 
-    A rationale for each pair, if given, stands before the letter and bears half of the loss.
+    A rationale for each pair, if given, stands before the letter, and the end of the turn behind
+    it; these share half of the loss.
     """
     encode = partial(data.tokenize_text, tokenizer=processors.tokenizer)
     ranks = comparison.ranks or [1] * len(comparison.responses)
@@ -1164,17 +1166,15 @@ def in_ordered_pairs(
     for k, (i, j) in enumerate(pairs):
         first = comparison.responses[i][:-1]  # no end-of-turn token: the turn goes on
         second = comparison.responses[j]
-        letter = "A" if ranks[i] < ranks[j] else "B"
-        reason = encode(rationales[k] + VERDICT) if rationales else encode("")
-        question = [encode("A:\n"), first, encode(" B:\n"), second, request]
-        answer = [reason, encode(letter)]
-        responses.append(np.concatenate(question + answer).astype(np.int32))
-        weight = np.zeros(len(responses[-1]))
-        weight[-1] = 1.0
+        question = np.concatenate([encode("A:\n"), first, encode(" B:\n"), second, request])
+        answer, weight = encode("A" if ranks[i] < ranks[j] else "B"), [1.0]
         if rationales:
-            weight[-1] = 0.5
-            weight[-1 - len(reason) : -1] = 0.5 / len(reason)
-        learned.append(weight)
+            reason = encode(rationales[k] + VERDICT)
+            answer = [*reason, *answer, processors.end_token]
+            others = 0.5 / (len(reason) + 1)
+            weight = [*[others] * len(reason), 0.5, others]
+        responses.append(np.concatenate([question, answer]).astype(np.int32))
+        learned.append(np.concatenate([np.zeros(len(question)), weight]))
         if ranks[i] < ranks[j]:
             judged.append((k, pairs.index((j, i))))
     share = comparison.weight / max(1, 2 * len(judged))
@@ -1291,8 +1291,9 @@ class Judge(RequestModel):
         """Return the log-odds of A over B, [ordered pairs], in float32 like a head's scores."""
         letters = data.tokenize_text("AB", self.processors.tokenizer)
         a, b = self.backbone.lm_head.weight[letters].float()  # [hidden]
-        at_request = hidden[row.last - 1].float()  # the last token is the letter
-        return at_request @ (a - b)
+        # The last token is the letter, or behind a rationale the end of the turn after it.
+        before_letter = row.last - (2 if self.asks["rationale"] else 1)
+        return hidden[before_letter].float() @ (a - b)
 
     def score_encoded(self, comparisons, micro_tokens=8192):
         """As in RewardModel. A policy repeats itself, so equal responses are read once."""

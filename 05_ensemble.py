@@ -8,9 +8,9 @@ In    Reward models (03). Without --member: artifacts/reward, a second one on an
 Out   A table of members and combinations; artifacts/ensemble/summary.json and the new members.
 
 Models on different backbones should err on different items, so their mean errs less. The paper
-finds the plain mean of raw scores better than means weighted by accuracy or confidence (mean
-|margin|), fitted on 1,000 held-out training pairs; and it routes inputs without images to a reward
-model on a text-only LLM. It gives no formula for the weights: here they are proportional.
+finds the plain mean of raw scores better than means weighted by accuracy or by confidence (mean
+margin) on 1,000 training pairs; on text it adds a text-only LLM to the mean, and for reinforcement
+learning it recommends to let that one score inputs without images alone ("routed").
 Scores have no common scale, and the widest are the loudest in a plain mean: see the printed spread.
 """
 
@@ -52,16 +52,18 @@ def combine(scores: Array, weights: dict, text: list[Array], has_image: Array) -
     systems = {"mean": scores.mean(0)}  # the paper's choice
     for name, values in weights.items():
         systems[f"by {name}"] = np.average(scores, axis=0, weights=values)
-    if text:  # its scores have a scale of their own, but pairs lie within one comparison
-        systems["mean, text routed"] = systems["mean"].copy()
-        systems["mean, text routed"][~has_image] = text[0]
+    # On responses without images the text-only model is one member more, or scores alone.
+    voters = {"text voted": [*scores[:, ~has_image], *text], "text routed": text}
+    for name, members in voters.items() if text else ():
+        systems[f"mean, {name}"] = systems["mean"].copy()
+        systems[f"mean, {name}"][~has_image] = np.mean(members, axis=0)
     if text and not has_image.any():
         systems["text-only"] = text[0]
     return systems
 
 
 def fit_weights(scores: Array, ranks: list[list[int]]) -> dict[str, Array]:
-    """Fit weights [members] to scores [members, responses] and each comparison's ranks."""
+    """Measure members on held-out scores [members, responses]; their weights are proportional."""
     better, worse, start = [], [], 0
     for ranks_of_comparison in ranks:
         for i, j in data.ordered_pairs(ranks_of_comparison):
@@ -69,9 +71,7 @@ def fit_weights(scores: Array, ranks: list[list[int]]) -> dict[str, Array]:
             worse.append(start + j)
         start += len(ranks_of_comparison)
     margins = scores[:, better] - scores[:, worse]  # [members, pairs]
-    accuracy = (margins > 0).mean(1)
-    confidence = np.abs(margins).mean(1)
-    return {"accuracy": accuracy / accuracy.sum(), "confidence": confidence / confidence.sum()}
+    return {"accuracy": (margins > 0).mean(1), "confidence": np.abs(margins).mean(1)}
 
 
 def score_sets(members: list[str], folders: list[str], device, text_only=False) -> dict:
@@ -106,8 +106,8 @@ def main(settings: Settings) -> None:
     heldout_scores = np.array(scores[settings.heldout])  # [members, responses]
     weights = fit_weights(heldout_scores, [comparison.ranks for comparison in heldout])
     for i, name in enumerate(names):
-        fitted = ", ".join(f"by {key} {values[i]:.3f}" for key, values in weights.items())
-        print(f"{name}: spread of held-out scores {heldout_scores[i].std():.2f}; weight {fitted}")
+        fitted = ", ".join(f"{key} {values[i]:.3f}" for key, values in weights.items())
+        print(f"{name}: spread of held-out scores {heldout_scores[i].std():.2f}, {fitted}")
 
     tables = {}  # {benchmark: {system: rows}}
     for folder in folders:

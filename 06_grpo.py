@@ -15,7 +15,7 @@ value network. A group is a Comparison with G responses, so the packed row of 02
 The paper compares four rewards (Table 11): `rule`, 1 for an exact match; `model`, the raw score of
 a reward model; R1-Reward, a generative judge (here --reward model with a judge of 02); and the
 best, `hybrid`: 1 for a match, else sigmoid(score). It trains Qwen2.5-VL-3B with 8 rollouts a prompt
-and 256 prompts a step. KL coefficient, learning rate, clipping and temperature are not stated.
+and batches of 256. KL coefficient, learning rate, clipping and temperature are not stated.
 
 Why is sigmoid(score) a reward? It is a plausible one, not a calibrated one.
   - In Bradley-Terry, sigmoid(r_a - r_b) is the probability that a beats b, so sigmoid(r) is that of

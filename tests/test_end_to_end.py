@@ -52,6 +52,7 @@ def test_the_six_stages_run_in_order_each_on_what_the_one_before_it_wrote(tmp_pa
 
     ensemble = json.loads((artifacts / "ensemble/summary.json").read_text())
     systems = {"reward", "second", "text-only", "mean", "mean, text routed"}
+    systems |= {"mean, text voted"}
     systems |= {"by accuracy", "by confidence"}
     assert len(ensemble["members"]) == 2
     assert set(ensemble["benchmarks"]["new_text"]) == systems

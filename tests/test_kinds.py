@@ -305,17 +305,18 @@ def test_a_judge_with_a_rationale_decides_behind_what_transformers_generates(
     assert reasoner.cost["written"] > 0
 
 
-def test_a_rationale_bears_half_of_a_judges_loss_and_comes_from_the_datas_critiques(
+def test_a_judge_learns_a_rationale_of_the_datas_critiques_half_a_letter_and_to_end_its_turn(
     reasoner, comparisons, processors
 ):
     texts = ["Right: a.", "Wrong: b.", "Wrong: c."]
     fields = vars(comparisons[1]) | {"ranks": [1, 2, 2], "record": {"critiques": texts}}
     rewritten = reasoner.rewrite(data.Comparison(**fields))
-    letters = sum(learned[-1] for learned in rewritten.learned)
+    letters = sum(learned[-2] for learned in rewritten.learned)
     assert letters == pytest.approx(0.5) and sum(map(sum, rewritten.learned)) == pytest.approx(1)
     learned = rewritten.responses[0][rewritten.learned[0] > 0]
     expected = "A: Right: a.\nB: Wrong: b.\nAnswer:\nA"
-    assert processors.tokenizer.decode(learned) == expected
+    assert processors.tokenizer.decode(learned) == expected + "<|im_end|>"
+    assert stages.grpo.is_match(expected, "A", "verdict"), "so 06 can go on with its answers"
     assert len(rewritten.responses) == 4, "the tie of two wrongs teaches nothing"
     assert not reasoner.rewrite(comparisons[1]).responses  # without critiques
 
