@@ -161,7 +161,7 @@ def encode_prompt(messages, images, processors, folder=Path(), within=None):
     Returns token ids [P], the images' encoded bytes, and their grids [images, 3]. Raises Unusable.
     """
     messages = check_messages(messages)  # also for callers that skip `encode_record`
-    images = images_in_order(messages, images)
+    images = images_in_order(messages, images)  # and adds missing image parts to `messages`
     require(not images or processors.image_processor, "images: the backbone is text-only")
     files = [read_image(image, folder, within) for image in images]
     grids = [patch_grid(open_image(file).size, processors) for file in files]
@@ -176,8 +176,8 @@ def tokenize_chat(messages: list[dict], tokenizer) -> np.ndarray:
     """Render messages with the backbone's chat template and tokenize them, [P].
 
     A special token of the template, like <|im_start|>, becomes one id. The same characters in a
-    user's text must stay text, or a user could end his own turn. So marks take their place while
-    the template is rendered, and they come back as ordinary characters when it is tokenized.
+    user's text must stay text, or a user could end his own turn. So `mark_special` swaps them for
+    marks before rendering, and `tokenize_marked` tokenizes them as ordinary characters.
     """
     marked, cut = mark_special(messages, tokenizer)
     # The rendering ends with <|im_start|>assistant, where a response begins.
@@ -241,7 +241,7 @@ def prepare(name: str, lines, processors, settings, holdout: float, within=None)
 
     A chunk of `shard_size` lines becomes a file in each folder. Its name hashes line numbers,
     settings, size and time of the data's files, so an interrupted run finds its shards and goes on.
-    A changed picture escapes the hash: a finished set (it has a dataset.json) is made anew. The
+    The hash misses a changed picture, so a finished set (it has a dataset.json) is made anew. The
     result does not depend on the number of ranks. Memory holds the index: 24 bytes a comparison, 8
     an image.
     """

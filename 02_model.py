@@ -176,7 +176,7 @@ class Segments:
     starts: Tensor  # [segments + 1] int32; the last one is the end, 5 above
     key_indices: Tensor  # [K] the column "attends to", row after row: 0 1 0 1 2 3 0 1 4
     key_starts: Tensor  # [segments + 1] int32; the end is K, 9 above
-    longest_keys: int
+    longest_keys: int  # most keys of one segment, 4 above
     masks: dict[int, Tensor] = field(default_factory=dict)  # of responses, for `one_by_one`
 
     @classmethod
@@ -276,7 +276,7 @@ def prompt_positions(prompt, token_grids, image_token) -> np.ndarray:
     if sizes and sum(sizes) != np.sum(prompt == image_token):
         raise ValueError("grids: not the prompt's image tokens; count in tokens, not in patches")
     parts = []
-    start, position = 0, 0  # in the prompt; the next free one
+    start, position = 0, 0  # next index into the prompt; next free position
     for grid, size in zip(token_grids, sizes):
         text = int(np.argmax(prompt[start:] == image_token))  # tokens before the image
         parts.append(count_up(position, text))
@@ -398,11 +398,11 @@ class RewardModel(nn.Module):
     reward.score(messages, ["A red circle.", "A blue square."])      # -> tensor of 2 scores
     """
 
-    # Critics and judges (appendix) override these, so that 03 can train all three kinds.
+    # For 03, which trains all three kinds; critics and judges (appendix) override these.
     kind = "naive"
     keeps_lm_head = False
-    pack = staticmethod(pack)
-    rewrite = None
+    pack = staticmethod(pack)  # what 03's loader calls
+    rewrite = None  # else a function that changes each comparison before it is packed
 
     def __init__(self, backbone, head, processors: Processors, trained_with: dict | None = None):
         super().__init__()
@@ -1167,7 +1167,8 @@ def in_ordered_pairs(
         first = comparison.responses[i][:-1]  # no end-of-turn token: the turn goes on
         second = comparison.responses[j]
         question = np.concatenate([encode("A:\n"), first, encode(" B:\n"), second, request])
-        answer, weight = encode("A" if ranks[i] < ranks[j] else "B"), [1.0]
+        answer = encode("A" if ranks[i] < ranks[j] else "B")
+        weight = [1.0]
         if rationales:
             reason = encode(rationales[k] + VERDICT)
             answer = [*reason, *answer, processors.end_token]

@@ -9,8 +9,8 @@ Out   artifacts/reward: the trained model, metrics.jsonl with a line per step, c
 
 The loss is -log sigmoid(r_w - r_l), with r_w the score of the better response and r_l of the worse:
 Bradley-Terry's negative log-likelihood, if w wins with probability sigmoid(r_w - r_l). A ranking of
-N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155), or the
-sum if 01 joined it of pairs.
+N > 2 responses contributes the mean over its ordered pairs (InstructGPT, arXiv 2203.02155); one
+that 01 joined from separate pairs contributes their sum.
 
 Keep one idea in mind: the gradient of a step does not depend on the number of ranks. The seed
 decides which comparisons make up a step, bin packing deals them to ranks, no score depends on the
@@ -92,7 +92,7 @@ def deal(indices: list[int], cost: np.ndarray, bins: int) -> list[list[int]]:
 @dataclass
 class MicroBatch:
     step: int
-    indices: list[int]  # this rank's comparisons; if none, the loader packs what has no score
+    indices: list[int]  # this rank's comparisons; if none, the row is a prompt without responses
     last: bool  # the step's last micro-batch: the optimizer steps after it
     step_weight: int  # sum of Comparison.weight over the whole step, all ranks
     dummy_image: bool  # another rank has an image here and this one has none
@@ -107,9 +107,9 @@ def plan(steps, tokens, patches, micro_tokens, rank, world, weights=None) -> lis
     while the others wait in the tower's all-gather forever: it reads a blank one (`dummy_image`),
     whose gradient is zero. `steps` are lists of indices; `tokens`, `patches`, `weights` are [n].
 
-    Example: 2 ranks, a budget of 6 a bin, costs 5, 4, 3, 2, 2: 16 in all. Two bins hold 12, so it
-    takes two rounds, four bins: [5], [4], [3], [2, 2]. Dearest first, the ranks read [5] and [4] in
-    the first micro-batch, [2, 2] and [3] in the second.
+    A bin is what one rank reads in one micro-batch; a round is one bin per rank. Example: 2 ranks,
+    at most 6 a bin, costs 5, 4, 3, 2, 2. Two bins hold 12 of the 16, so it takes two rounds, four
+    bins: [5], [4], [3], [2, 2]. Dearest first, the ranks read [5] and [4], then [2, 2] and [3].
     """
     cost = tokens + patches // 4  # a guess: in the smaller tower a patch costs a quarter token
 
@@ -225,7 +225,7 @@ def shard(
     parts = model_stage.parts_of(backbone)
     if activation_checkpointing:
         backbone.activation_checkpointing_enable()
-        # Else embeddings require gradients, and a frozen tower runs backward for nothing.
+        # It also makes embeddings require gradients: a frozen tower would run backward for nothing.
         backbone.disable_input_require_grads()
     if compile:
         for layer in [*parts.language.layers, *parts.blocks]:
@@ -329,7 +329,7 @@ def train(settings: "Settings") -> dict:
         if not micro.last:
             continue
 
-        # Clip, and agree on the step. Only here does the CPU wait for a GPU.
+        # Clip, and add up the figures of all ranks. Only here does the CPU wait for a GPU.
         norm = clip_grad_norm_(model.parameters(), settings.clip or math.inf).full_tensor()
         sums[3] = len(sigterm)
         dist.all_reduce(sums)

@@ -171,7 +171,7 @@ def by_category(right: Array, categories: Array, weights: Array) -> Rows:
 
 
 def mean_of(rows: Collection[dict], weights: list[float] | None = None) -> dict:
-    """Average rows, by `weights` if given. A row without items does not count."""
+    """Average table rows, by one weight per row if given. A row without items does not count."""
     shares = np.stack([row["accuracy"] for row in rows], -1)  # [..., rows]
     weights = np.ones(shares.shape[-1]) if weights is None else np.array(weights)
     weights = weights * ~np.isnan(shares)

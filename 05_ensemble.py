@@ -8,9 +8,9 @@ In    Reward models (03). Without --member: artifacts/reward, a second one on an
 Out   A table of members and combinations; artifacts/ensemble/summary.json and the new members.
 
 Models on different backbones should err on different items, so their mean errs less. The paper
-finds the plain mean of raw scores better than means weighted by accuracy or by confidence (mean
-margin) on 1,000 training pairs; on text it adds a text-only LLM to the mean, and for reinforcement
-learning it recommends to let that one score inputs without images alone ("routed").
+finds the plain mean of raw scores better than means weighted by each member's accuracy or
+confidence (here mean |margin|) on 1,000 training pairs. On text it adds a text-only LLM to the mean
+("voted"); for reinforcement learning it has that LLM alone score inputs without images ("routed").
 Scores have no common scale, and the widest are the loudest in a plain mean: see the printed spread.
 """
 
@@ -52,18 +52,18 @@ def combine(scores: Array, weights: dict, text: list[Array], has_image: Array) -
     systems = {"mean": scores.mean(0)}  # the paper's choice
     for name, values in weights.items():
         systems[f"by {name}"] = np.average(scores, axis=0, weights=values)
-    # On responses without images the text-only model is one member more, or scores alone.
-    voters = {"text voted": [*scores[:, ~has_image], *text], "text routed": text}
-    for name, members in voters.items() if text else ():
-        systems[f"mean, {name}"] = systems["mean"].copy()
-        systems[f"mean, {name}"][~has_image] = np.mean(members, axis=0)
-    if text and not has_image.any():
-        systems["text-only"] = text[0]
+    if text:  # on responses without images it is one member more, or scores alone
+        voters = {"text voted": [*scores[:, ~has_image], *text], "text routed": text}
+        for name, members in voters.items():
+            systems[f"mean, {name}"] = systems["mean"].copy()
+            systems[f"mean, {name}"][~has_image] = np.mean(members, axis=0)
+        if not has_image.any():
+            systems["text-only"] = text[0]
     return systems
 
 
 def fit_weights(scores: Array, ranks: list[list[int]]) -> dict[str, Array]:
-    """Measure members on held-out scores [members, responses]; their weights are proportional."""
+    """Weigh members by how they do on held-out scores [members, responses]: {name: [members]}."""
     better, worse, start = [], [], 0
     for ranks_of_comparison in ranks:
         for i, j in data.ordered_pairs(ranks_of_comparison):

@@ -95,9 +95,9 @@ def rollout(actor, prompts, G, max_new_tokens, noise=None):
 
     Returns them and their log-probabilities, same shape. One forward reads all prompts; their keys
     and values, the KV cache, serve all G samples. Each further forward adds a token to every sample
-    (the loop is `write`, appendix of 02): the first token at which the cumulative probability
-    exceeds its number in `noise`, uniform in [0, 1), same shape. So a sample does not depend on its
-    batch. Without `noise` decoding is greedy.
+    (the loop is `write`, appendix of 02). `noise`, uniform in [0, 1) and of the same shape, picks
+    them: a token is the first whose cumulative probability exceeds its number, whatever else is in
+    the batch. Without `noise` decoding is greedy.
     """
     device = next(actor.parameters()).device
     bare = [replace(prompt, responses=[], ranks=[]) for prompt in prompts]
@@ -187,7 +187,7 @@ def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advant
     groups = []
     token_ids = samples.cpu().numpy().astype(np.int32)
     for prompt, group in zip(prompts, token_ids):
-        responses = [tokens[tokens >= 0] for tokens in group if tokens[0] >= 0]
+        responses = [ids[ids >= 0] for ids in group if ids[0] >= 0]
         groups.append(replace(prompt, responses=responses, ranks=[]))
     # One step of all groups with responses to learn from, planned and dealt to ranks as in 03.
     steps = [[i for i, group in enumerate(groups) if group.responses]]

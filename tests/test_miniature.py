@@ -37,7 +37,13 @@ def test_the_tables_of_the_studies_are_those_of_the_stored_results():
     assert SHOWN == set(runner.STUDIES) and "<!-- costs -->" in README
 
 
-def test_every_figure_of_a_study_stands_on_five_seeds(tmp_path, monkeypatch):
+def test_every_row_of_every_study_has_five_seeds():
+    results = tables.complete_results()
+    rows = {row.run for study in runner.STUDIES.values() for row in study.rows}
+    assert rows <= {run for run, _ in results}
+
+
+def test_a_run_counts_once_it_has_five_seeds(tmp_path, monkeypatch):
     lines = []
     for run, seeds in (("base", range(4)), ("2 none", range(5))):
         for seed in seeds:
