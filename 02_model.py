@@ -1172,8 +1172,8 @@ def in_ordered_pairs(
         if rationales:
             reason = encode(rationales[k] + VERDICT)
             answer = [*reason, *answer, processors.end_token]
-            others = 0.5 / (len(reason) + 1)
-            weight = [*[others] * len(reason), 0.5, others]
+            weight = [0.5 / (len(answer) - 1)] * len(answer)
+            weight[-2] = 0.5  # the letter's
         responses.append(np.concatenate([question, answer]).astype(np.int32))
         learned.append(np.concatenate([np.zeros(len(question)), weight]))
         if ranks[i] < ranks[j]:
@@ -1490,7 +1490,9 @@ def main(settings: Settings) -> None:
         raise UserError(f"--data {settings.data}: no prepared data set there; run 01_data.py first")
     torch.manual_seed(settings.seed)
     model = RewardModel.from_backbone(settings.backbone, settings)
-    comparisons = data.Comparisons(settings.data, model.fingerprint) if prepared else []
+    comparisons = []
+    if prepared:
+        comparisons = data.Comparisons(settings.data, model.fingerprint)
     model.save_pretrained(settings.out)
     print(f"{settings.out}: a new reward model ({model.kind}) on {settings.backbone}")
     if Path(settings.backbone, HEAD_FILE).is_file():
