@@ -1121,8 +1121,14 @@ def load_processors(path: str, max_pixels: int = 0) -> Processors:
     return Processors(tokenizer, image, family, image_token, end_token, vision, fingerprint)
 
 
-def use_pixel_limits(processors: Processors, sets: list[Comparisons]) -> None:
-    """Give the image processor the limits of prepared data, so that tokens and patches agree."""
+def ready_for_images(processors: Processors, sets: list[Comparisons]) -> None:
+    """Give the image processor the limits of prepared data, so that tokens and patches agree.
+
+    Raises UserError if the data has images and the processors are those of a text-only model.
+    """
+    for data_set in sets:
+        if processors.image_processor is None and data_set.sizes()[1].any():
+            raise UserError(f"{data_set.folder}: has images, but the model is text-only")
     limits = [data_set.info["pixels"] for data_set in sets if data_set.info["pixels"]]
     if any(other != limits[0] for other in limits):
         raise UserError("the data sets have different --max_pixels; prepare them with the same")

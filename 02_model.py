@@ -32,12 +32,12 @@ import math
 import os
 import shutil
 from collections import Counter, namedtuple
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -127,8 +127,8 @@ class PackedRow:
 #
 # Each layer looks up its attention function by a name, `attn_implementation`. `load_backbone`
 # (appendix) sets ours for the language model, and another one for the vision tower.
-# - transformers hands arguments of `model(...)` that it does not know down to that function: so
-#   `row` arrives.
+# - transformers passes arguments of `model(...)` that it does not know on to that function. That is
+#   how `row` gets there.
 # - It builds a T x T causal mask only for names that also have a mask function. Ours has none, so
 #   `attention_mask` is None and the row alone decides.
 # The calls: shared_prefix_attention -> row.attend -> Segments.attend -> one_by_one or varlen.
@@ -208,7 +208,7 @@ class Segments:
 
     def one_by_one(self, query, key, value, scale):
         """On a CPU, or a GPU in float32: one call per segment, with keys [prompt | own]."""
-        # `split`, not slices: each slice's backward would make zeros of the size of the whole row.
+        # `split`, not slices: the backward of a slice allocates zeros as large as the whole row.
         queries = query.split(self.sizes, dim=2)
         keys = key.split(self.sizes, dim=2)
         values = value.split(self.sizes, dim=2)
@@ -267,7 +267,7 @@ def prompt_positions(prompt, token_grids, image_token) -> np.ndarray:
         width   0 1  2 3 4 2 3 4  5
 
     A picture at p uses rows p to p + h - 1 and columns p to p + w - 1. The next text starts at
-    p + max(h, w), the first number that no axis has used: no text looks like a part of the picture,
+    p + max(h, w), the first number that no axis has used: no text token has a place in the picture,
     and 20 x 30 tokens take up 30 positions, not 600.
 
     `token_grids` [images, 3]: time, height and width of each image in tokens, not in patches.
@@ -336,7 +336,7 @@ def pack(comparisons: list, processors: Processors, dummy_image: bool = False) -
             grids = comparison.grids // patches_per_token
             positions.append(prompt_positions(comparison.prompt, grids, processors.image_token))
     row = pack_tokens(prompts, responses, positions)
-    # A patch: 3 channels x 2 frames (a still fills both) x 14 x 14 pixels. Layout: appendix
+    # A patch: 3 channels x 2 frames (a picture is repeated) x 14 x 14 pixels. Layout: appendix
     row.images = pack_images_of(comparisons, processors)
     return row
 
@@ -345,10 +345,11 @@ def pack(comparisons: list, processors: Processors, dummy_image: bool = False) -
 # From a row to scores.
 
 
-def run_backbone(backbone: nn.Module, row: PackedRow) -> Tensor:
+def run_backbone(backbone: nn.Module, row: PackedRow, cache=None) -> Tensor:
     """Run a transformers model, with or without LM head: last hidden states [T, hidden]."""
     check_attention(backbone)  # another attention would ignore `row` silently
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids}
+    inputs |= {"use_cache": cache is not None, "past_key_values": cache}
     if not data.FAMILIES[backbone.config.model_type].mrope:
         inputs["position_ids"] = row.position_ids[0]
     if row.images is not None:
@@ -388,7 +389,7 @@ class RewardHead(nn.Module):
         scores = self.mlp(hidden.to(self.mlp[0].weight.dtype))  # [N, 1]
         if scores.dtype != torch.float32:
             raise UserError("the reward head must stay float32 (use `place`), outside autocast")
-        return scores.sum(-1)  # [N]; FSDP warns of outputs that are views, as `squeeze` gives
+        return scores.sum(-1)  # [N]; not `squeeze`: FSDP warns about outputs that are views
 
 
 class RewardModel(nn.Module):
@@ -565,8 +566,9 @@ class Images:
         """Return the arguments for `forward` of a transformers model."""
         arguments = {"pixel_values": self.pixel_values, **self.layout}
         if self.whole is not None:
-            # The tower believes that all patches are one segment and makes one call, in which
-            # `image_attention` finds the segments; on its own it would wait for the GPU at each.
+            # Tell the tower that all patches are one segment: it then calls attention once a layer,
+            # and `image_attention` looks up the segments. Given their lengths, the tower would read
+            # these back from the GPU in every layer.
             patches = sum(self.whole.sizes)
             everything = torch.tensor([0, patches], dtype=torch.int32)
             arguments |= {"image_cu_seqlens": everything, "image_cu_window_seqlens": everything}
@@ -654,11 +656,7 @@ def prepare_vision(backbone: nn.Module) -> None:
 
 
 def blank_comparison(processors: Processors, height: int = 1, width: int = 1) -> Comparison:
-    """Return a prompt of a black image, its sides in image tokens; for a text-only backbone, of one
-    token."""
-    if processors.image_processor is None:
-        prompt = np.array([processors.end_token], np.int32)
-        return Comparison(prompt, [], [])
+    """Return a prompt of a black image, its sides in image tokens."""
     shape = processors.vision
     side = shape.patch * shape.merge  # pixels of an image token
     image = Image.new("RGB", (side * width, side * height))
@@ -753,7 +751,7 @@ def load_backbone(path: str, lm_head: bool = False, empty: bool = False) -> nn.M
         options |= {"use_safetensors": True, "output_loading_info": True}
         with data.reading(path, "the checkpoint must be complete"):
             backbone, report = auto.from_pretrained(path, **options)
-            if report["missing_keys"]:  # transformers would make them up
+            if report["missing_keys"]:  # transformers would initialise them at random
                 raise data.Unusable(f"{min(report['missing_keys'])} is missing")
     prepare_vision(backbone)  # appendix
     return backbone
@@ -769,7 +767,7 @@ def export(model, processors, folder, dtype=torch.float32, file_size="5GB", head
     """Write a transformers model and its processors as `from_pretrained` reads them.
 
     If the model is sharded, all ranks call this, and rank 0 gathers one full copy in main memory:
-    31 GB for a 7B in float32. Raises UserError if `file_size` is not a size like "5GB".
+    31 GB for a 7B in float32. `file_size` is the most that one file takes.
 
     Files are written into a temporary folder, then moved. Those that mark a model complete are
     deleted first and written last, so a crash cannot leave a mixture of two models.
@@ -784,11 +782,10 @@ def export(model, processors, folder, dtype=torch.float32, file_size="5GB", head
     out = Path(folder)
     temporary = out / ".writing"
     shutil.rmtree(temporary, ignore_errors=True)
-    with data.explaining(f"--export_file_size {file_size}", ValueError):
-        model.save_pretrained(temporary, state_dict=weights, max_shard_size=file_size)
+    model.save_pretrained(temporary, state_dict=weights, max_shard_size=file_size)
     model.config.dtype = dtype
     model.config.save_pretrained(temporary)
-    for file in temporary.glob("*.safetensors"):  # safetensors lets nobody else read them
+    for file in temporary.glob("*.safetensors"):  # safetensors lets only their owner read them
         shutil.copymode(temporary / "config.json", file)
     processors.save(str(temporary))
     if head_file:
@@ -816,13 +813,10 @@ def place(model: nn.Module, device, dtype=None) -> nn.Module:
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.eval().requires_grad_(False)
-    exact = set()
     for module in model.modules():
-        if isinstance(module, RewardHead):
-            exact.update(module.parameters())
-    for parameter in model.parameters():
-        if parameter not in exact:
-            parameter.data = parameter.to(dtype)
+        if isinstance(module, transformers.PreTrainedModel):  # all but a reward head
+            for parameter in module.parameters():
+                parameter.data = parameter.to(dtype)
     return model.to(device)
 
 
@@ -875,19 +869,28 @@ def response_tokens(row: PackedRow) -> tuple[Tensor, Tensor]:
     return targets, predictors
 
 
-LOGITS_AT_ONCE = 2**27  # 0.5 GB in float32; 883 tokens of Qwen's vocabulary
+LOGITS_AT_ONCE = 2**27  # 0.5 GB in float32: those of 883 tokens over Qwen's vocabulary
 
 
-def in_parts(function: Callable, hidden: Tensor, tokens: Tensor, vocabulary: int) -> tuple:
-    """Apply `function` to tokens [n] and the hidden states [n, hidden] that predict them, a part at
-    a time. In memory are a few tensors of LOGITS_AT_ONCE numbers, since backward computes each part
-    again. It returns some tensors [n]."""
+def log_p_and_entropy(logits: Callable, hidden: Tensor, tokens: Tensor, vocabulary: int):
+    """Return log-probability and entropy [n] of tokens [n] from the hidden states [n, hidden] that
+    predict them, and from which `logits` computes [n, vocabulary]. It does so LOGITS_AT_ONCE at a
+    time, and again in backward, which saves memory."""
+
+    def of_part(hidden, tokens):
+        log_p = logits(hidden).log_softmax(-1)  # [tokens, vocabulary]
+        with torch.no_grad():
+            finite = log_p.clamp(min=-1e9)  # 0 * -inf would be nan
+            entropy = -(log_p.exp() * finite).sum(-1)
+        # A squeezed view would trip FSDP's backward hooks.
+        return log_p.gather(-1, tokens[:, None]).sum(-1), entropy
+
     size = max(1, LOGITS_AT_ONCE // vocabulary)
     if len(tokens) <= size:
-        return function(hidden, tokens)
+        return of_part(hidden, tokens)
     outputs = []
     for part in zip(hidden.split(size), tokens.split(size)):
-        outputs.append(checkpoint(function, *part, use_reentrant=False))
+        outputs.append(checkpoint(of_part, *part, use_reentrant=False))
     return tuple(map(torch.cat, zip(*outputs)))
 
 
@@ -903,7 +906,7 @@ class Writer(nn.Module):
         size = lm.config.get_text_config().vocab_size
         special = set(processors.tokenizer.get_added_vocab().values())
         special.update(range(len(processors.tokenizer), size))  # ids without a token
-        special.remove(processors.end_token)
+        special.discard(processors.end_token)
         forbidden = torch.tensor(sorted(token for token in special if token < size))
         self.register_buffer("forbidden", forbidden, persistent=False)
 
@@ -911,30 +914,6 @@ class Writer(nn.Module):
         """[n, hidden] -> float32 [n, vocabulary] at the temperature, forbidden tokens at -inf."""
         logits = self.lm.lm_head(hidden).float() / self.temperature
         return logits.index_fill(-1, self.forbidden, -math.inf)
-
-    def log_p_and_entropy(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probability and entropy [n] of tokens [n] from the hidden states [n, hidden]
-        that predict them."""
-
-        def of_part(hidden, tokens):
-            log_p = self.logits(hidden).log_softmax(-1)  # [tokens, vocabulary]
-            with torch.no_grad():
-                finite = log_p.clamp(min=-1e9)  # 0 * -inf would be nan
-                entropy = -(log_p.exp() * finite).sum(-1)
-            return log_p.gather(-1, tokens[:, None]).sum(-1), entropy  # a squeeze would be a view
-
-        return in_parts(of_part, hidden, tokens, self.lm.lm_head.out_features)
-
-
-@dataclass
-class CachedRow(PackedRow):
-    """A packed row that keeps every layer's keys and values, [1, kv heads, T, d] each."""
-
-    cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def attend(self, layer, query, key, value, scale):
-        self.cache[layer] = (key, value)
-        return super().attend(layer, query, key, value, scale)
 
 
 class DecodeRow:
@@ -946,14 +925,15 @@ class DecodeRow:
 
     images = None
 
-    def __init__(self, row: CachedRow, texts: list, group: int, max_new_tokens: int):
-        """`texts` has the indices in `row` of the tokens that a new token attends to, [l] each."""
+    def __init__(self, cache: transformers.Cache, texts: list, group: int, max_new_tokens: int):
+        """`cache` is that of a packed row. `texts` has, for each text to continue, the indices in
+        the row of the tokens that its new tokens attend to, [l] each."""
         lengths = [len(indices) for indices in texts]
         padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # pl
-        self.padding = padding[:, None, None, None].to(row.input_ids.device)
+        self.padding = padding[:, None, None, None].to(texts[0].device)
         self.texts, self.samples = {}, {}
-        for layer, keys_values in row.cache.items():
-            packed = torch.cat(keys_values).transpose(1, 2)  # [2, T, k, d]
+        for layer, cached in enumerate(cache.layers):
+            packed = torch.cat([cached.keys, cached.values]).transpose(1, 2)  # [2, T, k, d]
             parts = [packed[:, indices].transpose(0, 1) for indices in texts]  # [l, 2, k, d]
             padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)  # [p, l, 2, k, d]
             padded = padded.permute(2, 0, 3, 1, 4)  # [2, p, k, l, d]
@@ -997,17 +977,17 @@ def write(writer: Writer, row: PackedRow, group, max_new_tokens, noise=None):
     token by inverting the cumulative distribution, so a sample does not depend on what else is in
     the batch; None is greedy decoding.
     """
-    row = CachedRow(**vars(row))
-    hidden = run_backbone(writer.lm, row)  # [T, hidden]
+    cache = transformers.DynamicCache()  # each layer's keys and values
+    hidden = run_backbone(writer.lm, row, cache)  # [T, hidden]
     key_sizes = row.segments.key_starts.diff().tolist()
-    texts = []  # the segments that nothing follows, each with all that it attends to
+    texts = []  # what is continued: responses, and prompts without responses
     for i, indices in enumerate(row.segments.key_indices.split(key_sizes)):
         if i not in row.segments.prompt_of:
             texts.append(indices)
     last = torch.stack([indices[-1] for indices in texts])
     last = last.repeat_interleave(group)  # [samples]
     start = row.position_ids[0, 0, last] + 1  # position of the first new token
-    decode = DecodeRow(row, texts, group, max_new_tokens)
+    decode = DecodeRow(cache, texts, group, max_new_tokens)
     hidden = hidden[last]  # [samples, hidden]
     tokens = last.new_full((len(last), max_new_tokens), -1)
     log_p = torch.zeros(tokens.shape, device=tokens.device)
@@ -1076,30 +1056,12 @@ class Rewrite(Comparison):
 
 
 @dataclass
-class Written:
-    """The tokens of a row that the model has to write, [tokens] each."""
-
-    predictors: Tensor  # index of the token that predicts it
-    tokens: Tensor  # token id
-    weight: Tensor  # in the loss
-
-    def log_probabilities(self, lm, hidden: Tensor) -> Tensor:
-        """Return the tokens' log-probabilities, from the row's hidden states [T, hidden]."""
-
-        def of_part(hidden, tokens):
-            log_p = lm.lm_head(hidden).float().log_softmax(-1)  # [tokens, vocabulary]
-            # A squeezed view would trip FSDP's backward hooks.
-            return (log_p.gather(-1, tokens[:, None]).sum(-1),)
-
-        hidden = hidden[self.predictors]
-        vocabulary = lm.lm_head.out_features
-        (log_p,) = in_parts(of_part, hidden, self.tokens, vocabulary)
-        return log_p
-
-
-@dataclass
 class WrittenRow(PackedRow):
-    written: Written | None = None
+    """A row in which the model has to write some tokens, [tokens] each."""
+
+    predictors: Tensor | None = None  # index of the token that predicts it
+    tokens: Tensor | None = None  # token id
+    weight: Tensor | None = None  # in the loss
 
 
 def pack_written(comparisons: list, processors: Processors, dummy_image=False) -> WrittenRow:
@@ -1112,13 +1074,14 @@ def pack_written(comparisons: list, processors: Processors, dummy_image=False) -
     targets, predictors = response_tokens(row)
     learned = weight > 0
     tokens = row.input_ids[0, targets[learned]]
-    written = Written(predictors[learned], tokens, weight[learned])
-    return WrittenRow(**vars(row), written=written)
+    return WrittenRow(
+        **vars(row), predictors=predictors[learned], tokens=tokens, weight=weight[learned]
+    )
 
 
 def turn_after_answer(request: str, processors: Processors):
-    """Return the token ids between an answer's end-of-turn token and the next answer, as the chat
-    template has them if the user's turn in between is `request`."""
+    """Return the token ids between the end of an answer and the next one, as the chat template
+    renders the user's turn `request`."""
     turns = [("user", "?"), ("assistant", "!"), ("user", request)]
     messages = [{"role": role, "content": text} for role, text in turns]
     question = data.tokenize_chat(messages[:1], processors.tokenizer)
@@ -1154,8 +1117,8 @@ def in_ordered_pairs(
 ) -> Rewrite:
     """Show a judge all ordered pairs of responses, each with the letter of the better one.
 
-    A rationale for each pair, if given, stands before the letter, and the end of the turn behind
-    it; these share half of the loss.
+    With `rationales`, one a pair, the model has to write rationale, letter and end of turn. The
+    letter has half of the loss, and the other tokens share the rest.
     """
     encode = partial(data.tokenize_text, tokenizer=processors.tokenizer)
     ranks = comparison.ranks or [1] * len(comparison.responses)
@@ -1223,13 +1186,19 @@ class RequestModel(RewardModel):
     def save_pretrained(self, folder, dtype=torch.float32, file_size="5GB"):
         super().save_pretrained(folder, dtype, file_size, asks=self.asks)
 
-    def forward(self, row: PackedRow, written: Written | None = None):
-        """Return the scores; with `written`, also the log-probabilities of its tokens."""
+    def forward(self, row: PackedRow, written: bool = False):
+        """Return the scores; with `written`, also the log-probabilities of the tokens to write."""
         hidden = self.hidden_states(row)
         scores = self.scores(hidden, row)
-        if written is None:
+        if not written:
             return scores
-        return scores, written.log_probabilities(self.backbone, hidden)
+        vocabulary = self.backbone.lm_head.out_features
+        predicting = hidden[row.predictors]
+        log_p, _ = log_p_and_entropy(self.logits, predicting, row.tokens, vocabulary)
+        return scores, log_p
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.backbone.lm_head(hidden).float()
 
     @torch.inference_mode()
     def continue_responses(self, comparisons, micro_tokens) -> list[list[int]]:
@@ -1278,8 +1247,8 @@ class Judge(RequestModel):
     -S(i, j). A response's score is the sum of S over all others, which is how the paper turns
     R1-Reward into a reward (Table 11).
 
-    With --rationale it first writes, and the log-odds are those behind what it wrote. It is then an
-    R1-Reward if 06 trained it: see `read_verdict` in 06.
+    With --rationale it writes a rationale, and the log-odds are those after it. Trained further by
+    06, it is an R1-Reward: see `read_verdict` there.
     """
 
     kind = "generative"
@@ -1290,7 +1259,8 @@ class Judge(RequestModel):
 
     def scores(self, hidden: Tensor, row: PackedRow) -> Tensor:
         """Return the log-odds of A over B, [ordered pairs], in float32 like a head's scores."""
-        letters = data.tokenize_text("AB", self.processors.tokenizer)
+        # One by one: most tokenizers have a token "AB".
+        letters = [data.tokenize_text(letter, self.processors.tokenizer)[-1] for letter in "AB"]
         a, b = self.backbone.lm_head.weight[letters].float()  # [hidden]
         # The last token is the letter, or behind a rationale the end of the turn after it.
         before_letter = row.last - (2 if self.asks["rationale"] else 1)
@@ -1408,27 +1378,22 @@ def trl_reward(
 ) -> list[float]:
     """Score completions for TRL: GRPOTrainer(..., reward_funcs=partial(trl_reward, reward)).
 
-    TRL repeats a prompt for each of its completions; equal prompts with equal images become one
-    comparison here. `prompts` and `completions` [n] are texts or lists of messages, `images` [n] a
-    list for each prompt, `image` [n] one or None for each. Returns raw scores [n]. ValueError for
-    an unusable prompt, or a completion that is not one text.
+    TRL repeats a prompt for each of its completions; neighbours with equal prompts and images
+    become one comparison here. `prompts` and `completions` [n] are texts or lists of messages,
+    `images` [n] a list for each prompt, `image` [n] one or None for each. Returns raw scores [n].
+    ValueError for an unusable prompt, or a completion that is not one text.
     """
     if not images:
         image = image or [None] * len(prompts)
         images = [[] if picture is None else [picture] for picture in image]
-    groups = {}
-    for i, prompt in enumerate(zip(prompts, images, strict=True)):
-        groups.setdefault(hashable(prompt), []).append(i)
     comparisons = []
-    for indices in groups.values():
-        first = indices[0]
-        texts = [text_of_completion(completions[i]) for i in indices]
-        comparisons.append(reward.encode(prompts[first], texts, images[first] or []))
+    rows = zip(prompts, images, completions, strict=True)
+    for (prompt, pictures), group in itertools.groupby(rows, lambda row: row[:2]):
+        texts = [text_of_completion(completion) for _, _, completion in group]
+        comparisons.append(reward.encode(prompt, texts, pictures or []))
     if log_metric is not None:
-        log_metric("completions_per_prompt", len(prompts) / len(groups))
-    order = itertools.chain.from_iterable(groups.values())
-    scores = dict(zip(order, reward.score_encoded(comparisons).tolist()))
-    return [scores[i] for i in range(len(prompts))]
+        log_metric("completions_per_prompt", len(prompts) / len(comparisons))
+    return reward.score_encoded(comparisons).tolist()
 
 
 def text_of_completion(completion: str | list[dict]) -> str:
@@ -1436,17 +1401,6 @@ def text_of_completion(completion: str | list[dict]) -> str:
         completion = completion[0]["content"]
     data.require(isinstance(completion, str), "completions: not one text or assistant message")
     return completion
-
-
-def hashable(value: Any) -> Hashable:
-    """Return a key that is equal for equal prompts."""
-    if isinstance(value, dict):
-        return hashable(sorted(value.items()))
-    if isinstance(value, list | tuple):
-        return tuple(map(hashable, value))
-    if isinstance(value, Image.Image):
-        return value.mode, value.size, value.tobytes()
-    return value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1515,7 +1469,7 @@ def main(settings: Settings) -> None:
 @torch.no_grad()
 def show_comparison(model: RewardModel, comparisons) -> None:
     """Print the shapes of a prepared data set's first comparison on its way to scores."""
-    data.use_pixel_limits(model.processors, [comparisons])
+    data.ready_for_images(model.processors, [comparisons])
     comparison = comparisons[0]
     if model.rewrite:
         comparison = model.rewrite(comparison)

@@ -109,7 +109,7 @@ def plan(steps, tokens, patches, micro_tokens, rank, world, weights=None) -> lis
 
     A bin is what one rank reads in one micro-batch; a round is one bin per rank. Example: 2 ranks,
     at most 6 a bin, costs 5, 4, 3, 2, 2. Two bins hold 12 of the 16, so it takes two rounds, four
-    bins: [5], [4], [3], [2, 2]. Dearest first, the ranks read [5] and [4], then [2, 2] and [3].
+    bins: [5], [4], [3], [2, 2]. Sorted by cost, the ranks read [5] and [4], then [2, 2] and [3].
     """
     cost = tokens + patches // 4  # a guess: in the smaller tower a patch costs a quarter token
 
@@ -448,7 +448,6 @@ class Settings(Recipe):
     compile: bool = option(False, "torch.compile each layer, for GPUs; takes minutes to start")
     workers: int = option(1, "processes of a rank that read ahead; 0: the step reads")
     export_dtype: Literal["fp32", "bf16"] = option("fp32", "dtype of the exported backbone")
-    export_file_size: str = option("5GB", "largest file of the export")
     plan: bool = option(False, "train nothing: print what a run computes, needs and takes")
     gpus: int = option(0, "--plan: GPUs; 0: as many as there are ranks now (paper: 64)")
     gpu_memory: float = option(80.0, "--plan: memory of a GPU in GB (80: H100)")
@@ -477,22 +476,22 @@ class Mixture(ConcatDataset):
 def open_data(settings: Settings, processors, rewrite=None) -> tuple:
     """Open the comparisons to train on, and those to validate on or None."""
     sets = [data.Comparisons(folder, processors.fingerprint) for folder in settings.data]
-    data.use_pixel_limits(processors, sets)
+    validation = settings.validation
+    if validation == "auto":
+        beside = f"{settings.data[0].rstrip('/')}_holdout"
+        validation = beside if Path(beside, "dataset.json").is_file() else ""
+    held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
     for part in sets:
         if not len(part):
             raise UserError(f"{part.folder}: no comparisons in there; see rejected.jsonl for why")
         if metric := part.info["metric"]:
             raise UserError(f"{part.folder}: the benchmark {metric}, which is to score models")
+    every = [*sets, held_out] if validation else sets
+    data.ready_for_images(processors, every)
+    for part in every:
         if not np.all(part.response_counts()):
             raise UserError(f"{part.folder}: has prompts without responses, for 06 and not for 03")
-        if processors.image_processor is None and part.sizes()[1].any():
-            raise UserError(f"{part.folder}: has images, and {settings.model} is text-only")
-    validation = settings.validation
-    if validation == "auto":
-        beside = f"{settings.data[0].rstrip('/')}_holdout"
-        validation = beside if Path(beside, "dataset.json").is_file() else ""
     comparisons = Mixture(sets)
-    held_out = data.Comparisons(validation, processors.fingerprint) if validation else []
     if rewrite:
         comparisons = Rewritten(comparisons, rewrite)
         held_out = held_out and Rewritten(held_out, rewrite)
@@ -510,8 +509,8 @@ def pack_micro_batch(micro: MicroBatch, comparisons: Dataset, processors, pack=m
 def ignore_sigterm(worker: int) -> None:
     """Keep a worker alive: SIGTERM may reach all processes, and the step needs its data.
 
-    A rank that exits while its loader lives would wait for such a worker forever. So loaders have
-    no name: an error that ends the loop over one also ends the loader.
+    Such a worker would block its rank's exit forever. So keep no reference to a loader: when an
+    error ends the loop over it, the loader and its workers end, too.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -550,7 +549,7 @@ def validate(model, comparisons, settings: Settings, device) -> dict[str, float]
         sums[3:] += torch.stack([scores**0, scores, scores**2]).sum(1)
     dist.all_reduce(sums)
     model.train()
-    model.reshard()  # without a backward the root stays gathered, which no checkpoint can hold
+    model.reshard()  # a forward leaves the root gathered; a checkpoint needs shards
     loss, accuracy = (sums[:2] / sums[2]).tolist()
     mean, square = (sums[4:] / sums[3]).tolist()
     return {
@@ -569,13 +568,13 @@ def describe_run(settings: Settings) -> dict:
     """Say what the weights follow from: the recipe, data and model."""
     run = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Recipe)}
     run["content of the data"] = hash_of_data(settings.data)
-    head = Path(settings.model, model_stage.HEAD_FILE)  # stands for the model, if it is replaced
+    head = Path(settings.model, model_stage.HEAD_FILE)  # a new model in this folder has another
     run["head of the model"] = f"{data.hash_of(head.read_bytes()):016x}"
     return run
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer, trained: Iterable[Tensor]) -> None:
-    """Do what AdamW does in its first step."""
+    """Create AdamW's moments, as its first step would."""
     for p in trained:
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -617,7 +616,7 @@ def load_weights(backbone: nn.Module, path: str, device: torch.device) -> None:
             add_adapters(loaded, adapters[0].rank)
         full = loaded.state_dict()
     backbone.to_empty(device=device)
-    backbone.tie_weights()  # `to_empty` parts an LM head from the embeddings it shares
+    backbone.tie_weights()  # `to_empty` separates an LM head from embeddings it shares
     # `initialize_weights` skips marked parameters: it computes only what no checkpoint holds, the
     # rotary frequencies.
     for parameter in backbone.parameters():
@@ -634,7 +633,7 @@ def freeze(backbone: nn.Module, settings: Settings, device: torch.device) -> Non
         vision.requires_grad_(not settings.freeze_vision)
     if settings.lora_rank:
         backbone.requires_grad_(False)
-        if device.type == "cuda":  # in which it computes; buffers, the rotary frequencies, do not
+        if device.type == "cuda":  # as it computes; the rotary frequencies, buffers, stay float32
             for parameter in backbone.parameters():
                 parameter.data = parameter.to(torch.bfloat16)
         add_adapters(backbone, settings.lora_rank)
@@ -643,7 +642,7 @@ def freeze(backbone: nn.Module, settings: Settings, device: torch.device) -> Non
 def begin(settings: Settings, state: dict, run: dict, last_file=model_stage.HEAD_FILE) -> int:
     """Ready --out, with --resume load its newest checkpoint, and return the steps that are done.
 
-    `last_file` is what a run writes at its end: where it is newer, the run of a checkpoint ended.
+    `last_file` is written when a run ends: if it is newer than a checkpoint, that run has ended.
     """
     folder = Path(settings.out, "checkpoints")
     newest = max(folder.glob("step_*"), default=None)
@@ -748,7 +747,7 @@ def export(model, settings: Settings, steps: int, line: dict) -> None:
         model.trained_with["scores"] = scores
     dtype = model_stage.DTYPES[settings.export_dtype]
     with data.writing(settings.out):
-        model.save_pretrained(settings.out, dtype, settings.export_file_size)
+        model.save_pretrained(settings.out, dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -790,7 +789,7 @@ def merge_adapters(backbone: nn.Module) -> None:
     """Add the adapters, sharded as the weights are, to the weights, and remove them.
 
     The sum is float32: bfloat16 would round most of an update away. FSDP does not know the new
-    parameters: what follows is the export.
+    parameters, so afterwards the model can only be exported.
     """
     for module in list(backbone.modules()):
         if isinstance(module, LoRALinear):
@@ -850,21 +849,21 @@ class Rewritten(Dataset):
 
 
 def critic_loss(model, row, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
-    scores, log_p = model(row, row.written)
+    scores, log_p = model(row, written=True)
     loss = ranking_loss(scores, pairs, settings.zero_coefficient, settings.length_normalisation)
-    return loss - settings.critique_coefficient * (row.written.weight * log_p).sum(), scores
+    return loss - settings.critique_coefficient * (row.weight * log_p).sum(), scores
 
 
 def judge_loss(model, row, pairs: Pairs, settings: Settings) -> tuple[Tensor, Tensor]:
-    scores, log_p = model(row, row.written)
-    return -(row.written.weight * log_p).sum(), scores
+    scores, log_p = model(row, written=True)
+    return -(row.weight * log_p).sum(), scores
 
 
 LOSSES = {"naive": loss_and_scores, "critic": critic_loss, "generative": judge_loss}
 
 
 def validation_accuracy_of(model) -> str:
-    """Name it. The data's critiques give away which response is better; 04 makes a model write."""
+    """Name the metric. The data's critiques give the answer away; in 04 a model writes its own."""
     if model.kind == "critic" or model.kind == "generative" and model.asks["rationale"]:
         return "validation_accuracy_with_given_critiques"
     return "validation_accuracy"
@@ -876,7 +875,7 @@ def validation_accuracy_of(model) -> str:
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, **_) -> Tensor:
-    """Stand in for attention, which on a GPU keeps no matrix of weights as it does elsewhere."""
+    """Stand in for attention as it is on a GPU, where it stores no T x T weights."""
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
@@ -950,7 +949,7 @@ def memory(model: nn.Module, activations: int, ranks: int) -> dict[str, float]:
         "AdamW's two moments": 8 * trained / ranks,
         "activations": activations,
         "gathered parameters": width * (root + 2 * layer),  # one layer in use and the next
-        # of one layer: as computed, in float32, and a rank's share of that
+        # one layer's: as computed, in float32 to be summed over ranks, and this rank's share of it
         "gradients on their way": (width + 4 + 4 / ranks) * trained_layer,
     }
 
@@ -975,7 +974,7 @@ def model_to_plan(settings: Settings) -> RewardModel:
         backbone.activation_checkpointing_enable()
         backbone.disable_input_require_grads()
     parts = model_stage.parts_of(backbone)
-    # InternVL and Qwen3-VL read numbers here, which this device has none of; both steps are cheap.
+    # Skip two cheap steps, in which InternVL and Qwen3-VL read numbers: this device has none.
     parts.language.rotary_emb.rope_type = "default"
     parts.language._deepstack_process = add_without_mask
     return RewardModel(backbone, head, data.load_processors(settings.model)).train()
@@ -1014,7 +1013,7 @@ def print_plan(settings: Settings) -> None:
     count = settings.plan_comparisons or len(comparisons)
     steps = settings.steps or math.ceil(count * settings.epochs / settings.batch_size)
 
-    # The first steps as they will be. Rank 0 has the largest micro-batches, and the others wait.
+    # Plan the first steps as the run will. Rank 0 has the largest micro-batches; the others wait.
     beginning = dataclasses.replace(settings, steps=min(steps, 20))
     order = order_of_training(len(comparisons), beginning)
     micro_batches = plan(order, tokens, patches, settings.micro_tokens, 0, gpus)

@@ -11,10 +11,10 @@ In    Reward models (03) and prepared benchmarks (01); by default artifacts/rewa
 Out   A table per benchmark. In artifacts/scores/<model>/: <benchmark>.safetensors (raw scores),
       summary.json, cost.json (GFLOP and seconds of a comparison), report.html (the worst errors).
 
-A reward model learns differences between responses to one prompt, and a benchmark asks for their
-sign. A pair is two responses to one prompt, one of them ranked better; it is right if that one
-scores strictly higher. A tie is wrong, because a model that scores everything alike has no opinion.
-Scores are saved as float32, as the model gives them: rounding would make ties.
+A reward model learns differences between responses to one prompt, and a benchmark asks which one
+scores higher. A pair is two responses to one prompt, one of them ranked better; it is right if that
+one scores strictly higher. A tie is wrong, because a model that scores everything alike has no
+opinion. Scores are saved as float32, as the model gives them: rounding would make ties.
 
 An accuracy needs two companions, which the paper does not give. A baseline: `longer wins` alone
 gets 71.8% of MM-RLHF-RewardBench. An interval: with that benchmark's 46 groups, 78% and 80% cannot
@@ -51,38 +51,29 @@ DEFAULT_BENCHMARKS = [f"artifacts/data/{name}" for name in HELD_OUT]
 
 Array = np.ndarray
 Scores = list[Array]  # one array [N] per comparison, in the benchmark's order
-Rows = dict[str, dict]  # {table row: {"accuracy", "items" (pairs, groups or rows), "low", "high"}}
+Rows = dict[str, dict]  # {table row: {"accuracy", "low", "high", "items": how many it counts}}
 
 
 @torch.inference_mode()
 def score_comparisons(
     model: Reward, comparisons: Comparisons, device: torch.device, micro_tokens: int = 8192
 ) -> Scores:
-    """Score a benchmark: the ranks share the work, and every rank returns all scores.
-
-    Raises UserError if a text-only model meets images.
-    """
+    """Score a benchmark: the ranks share the work, and every rank returns all scores."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    data.use_pixel_limits(model.processors, [comparisons])
+    data.ready_for_images(model.processors, [comparisons])
     tokens, patches = comparisons.sizes()  # [n] each
-    if model.processors.image_processor is None and patches.any():
-        raise UserError(f"{comparisons.folder}: has images, but the model is text-only")
 
-    # Bin packing as in training, so that all ranks have about equal work: one step has everything.
+    # Bin packing as in training, all comparisons as one step: all ranks have about equal work.
     everything = [list(range(len(comparisons)))]
     micro_batches = training.plan(everything, tokens, patches, micro_tokens, rank, world)
     starts = np.cumsum([0, *comparisons.response_counts()])  # [n + 1]
     flat = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)  # float64 to average
-    work = sum(sum(batch.costs) for batch in micro_batches)  # tokens and patches / 4, all ranks
-    with tqdm(total=work, desc=comparisons.info["name"], unit=" tokens", disable=rank > 0) as bar:
-        for batch in micro_batches:
-            if batch.indices:  # a rank's bin may be empty
-                chosen = [comparisons[i] for i in batch.indices]
-                scores = model.score_encoded(chosen, micro_tokens)
-                counts = [len(comparison.responses) for comparison in chosen]
-                for i, part in zip(batch.indices, scores.split(counts)):
-                    flat[starts[i] : starts[i + 1]] = part
-            bar.update(sum(batch.costs))
+    for batch in tqdm(micro_batches, comparisons.info["name"], unit=" rows", disable=rank > 0):
+        chosen = [comparisons[i] for i in batch.indices]  # a rank's bin may be empty
+        scores = model.score_encoded(chosen, micro_tokens)
+        counts = [len(comparison.responses) for comparison in chosen]
+        for i, part in zip(batch.indices, scores.split(counts)):
+            flat[starts[i] : starts[i + 1]] = part
     dist.all_reduce(flat)  # a sum: each score is zero on all ranks but one
     return np.split(flat.cpu().numpy(), starts[1:-1])
 
@@ -94,14 +85,12 @@ def score_comparisons(
 
 @dataclass
 class Items:
-    """What metrics must know of a benchmark: one entry per comparison, in the order of scores."""
+    """What a metric needs to know about each comparison of a benchmark, in the order of scores."""
 
     ranks: list[list[int]]  # of its responses; 1 is best, equal ranks tie
     categories: list[str]
     groups: list[str]  # comparisons that go right and wrong together, like those of one picture
-    characters: list[list[int]] = field(default_factory=list)  # length of each response
-    subsets: list[str] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)  # not always unique
+    records: list[dict] = field(default_factory=list)  # fields carried along: id, subset, ...
     weights: Array | None = None  # [..., items]; None: ones
 
     def __post_init__(self):
@@ -111,84 +100,75 @@ class Items:
     @classmethod
     def of(cls, comparisons: Iterable[data.Comparison]) -> "Items":
         """Read the items of prepared comparisons; without a `group` each is a group of its own."""
-        ranks, records = [], []
-        for comparison in comparisons:
+        ranks, categories, groups, records = [], [], [], []
+        for i, comparison in enumerate(comparisons):
+            record = comparison.record
             ranks.append(comparison.ranks)
-            records.append(comparison.record)
-        groups = []
-        for i, record in enumerate(records):
+            categories.append(record.get("category", "all"))
             groups.append(f"group {record['group']}" if "group" in record else f"item {i}")
-        return cls(
-            ranks,
-            categories=[record.get("category", "all") for record in records],
-            groups=groups,
-            characters=[record["characters"] for record in records],
-            subsets=[record.get("subset", "") for record in records],
-            ids=[str(record.get("id", "")) for record in records],
-        )
+            records.append(record)
+        return cls(ranks, categories, groups, records)
 
 
-def right_pairs(scores: Scores, items: Items) -> tuple[Array, ...]:
-    """Judge every (better, worse) pair of responses.
+def right_pairs(scores: Scores, items: Items) -> tuple[Array, Array]:
+    """Count each item's (better, worse) pairs of responses: the right ones and all, [items] each.
 
-    Returns right [pairs], whether the better one scores strictly higher; and each pair's category
-    [pairs], group [pairs] and weight [..., pairs]. Raises ValueError if a score is missing.
+    A pair is right if the better one scores strictly higher. ValueError if a score is missing.
     """
-    right, places = [], []
+    right = np.zeros(len(scores))
+    pairs = np.zeros(len(scores))
     for i, (score, ranks) in enumerate(zip(scores, items.ranks, strict=True)):
         if len(score) != len(ranks):
             raise ValueError(f"item {i}: {len(score)} scores of {len(ranks)} responses")
         for better, worse in data.ordered_pairs(ranks):
-            right.append(score[better] > score[worse])  # False for a tie and for nan
-            places.append(i)
-    categories, groups = np.array(items.categories), np.array(items.groups)
-    return np.array(right), categories[places], groups[places], items.weights[..., places]
+            right[i] += score[better] > score[worse]  # not for a tie or nan
+            pairs[i] += 1
+    return right, pairs
 
 
-def accuracy(right: Array, weights: Array) -> dict:
-    """Give the share of what is right, nan if empty: right [n], weights [..., n] -> [...]."""
+def accuracy(right: Array, pairs: Array, weights: Array) -> dict:
+    """Give the share of right pairs, nan if there are none: [n], [n], [..., n] -> [...]."""
     with np.errstate(invalid="ignore"):
-        share = (weights @ right) / weights.sum(-1)
-    return {"accuracy": share, "items": len(right)}
+        share = (weights @ right) / (weights @ pairs)
+    return {"accuracy": share, "items": int(pairs.sum())}
 
 
 def acc_plus(right: Array, groups: Array, weights: Array | None = None) -> dict:
-    """Give the share of groups with every pair right. All pairs of a group weigh the same."""
+    """Give the share of groups with every item right, bool [n]. Items of a group weigh the same."""
     weights = np.ones(len(right)) if weights is None else weights
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-    wrong_pairs = np.bincount(group, np.logical_not(right))  # [groups]
-    all_right = wrong_pairs == 0
-    return accuracy(all_right, weights[..., first])
+    wrong = np.bincount(group, np.logical_not(right))  # [groups]
+    return accuracy(wrong == 0, np.ones(len(first)), weights[..., first])
 
 
-def by_category(right: Array, categories: Array, weights: Array) -> Rows:
+def by_category(right: Array, pairs: Array, items: Items) -> Rows:
     """Give the accuracy of each category."""
     rows = {}
+    categories = np.array(items.categories)
     for name in np.unique(categories).tolist():
-        mask = categories == name  # [pairs]
-        rows[name] = accuracy(right[mask], weights[..., mask])
+        mask = categories == name  # [items]
+        rows[name] = accuracy(right[mask], pairs[mask], items.weights[..., mask])
     return rows
 
 
-def mean_of(rows: Collection[dict], weights: list[float] | None = None) -> dict:
+def mean_of(rows: Collection[dict], weights: float | list[float] = 1.0) -> dict:
     """Average table rows, by one weight per row if given. A row without items does not count."""
     shares = np.stack([row["accuracy"] for row in rows], -1)  # [..., rows]
-    weights = np.ones(shares.shape[-1]) if weights is None else np.array(weights)
     weights = weights * ~np.isnan(shares)
     with np.errstate(invalid="ignore"):
-        mean = (weights * np.nan_to_num(shares)).sum(-1) / weights.sum(-1)
+        mean = np.nansum(shares * weights, -1) / weights.sum(-1)
     return {"accuracy": mean, "items": len(rows)}
 
 
 def metrics(scores: Scores, items: Items) -> Rows:
     """Measure a set that has no official metric: accuracy over all pairs, its plain mean over the
     categories, the share of groups with every pair right, and the accuracy of each category."""
-    right, categories, groups, weights = right_pairs(scores, items)
-    rows = by_category(right, categories, weights)
+    right, pairs = right_pairs(scores, items)
+    rows = by_category(right, pairs, items)
     return {
-        "overall": accuracy(right, weights),
+        "overall": accuracy(right, pairs, items.weights),
         "macro": mean_of(rows.values()),
-        "Acc+": acc_plus(right, groups, weights),
+        "Acc+": acc_plus(right == pairs, items.groups, items.weights),
         **rows,
     }
 
@@ -199,7 +179,7 @@ def with_intervals(measure: Callable, scores: Scores, items: Items, draws: int =
     A draw takes as many groups as there are, with replacement: the benchmark as it might have been.
     Groups, not pairs, because the pairs of a group go right and wrong together. A group drawn twice
     counts twice, so draws are weights [draws, items], and any metric measures all of them at once.
-    The seed is fixed. A row that is right throughout does not vary: its interval has no width.
+    The seed is fixed. Where all items are right all draws are, too: no width does not mean certain.
     """
     rows = measure(scores, items)
     _, group = np.unique(items.groups, return_inverse=True)  # [items]
@@ -216,7 +196,7 @@ def with_intervals(measure: Callable, scores: Scores, items: Items, draws: int =
 
 def baselines(items: Items, measure: Callable = metrics, draws: int = 200) -> dict[str, Rows]:
     """Measure systems that know nothing: `longer wins`, and `random`, the mean of some draws."""
-    lengths = [np.array(characters) for characters in items.characters]
+    lengths = [np.array(record["characters"]) for record in items.records]
     rng = np.random.default_rng(0)
     results = []
     for _ in range(draws):
@@ -240,7 +220,9 @@ def main(settings: "Settings") -> None:
     check_names(folders)
 
     # 1. All ranks score every benchmark with every model.
-    results = read_results(settings)  # {system: {benchmark: scores}}; empty without --scores_from
+    results = {}  # {system: {benchmark: scores}}
+    if settings.scores_from:
+        results = read_results(settings)
     for name, path in models_of(settings).items():
         model = model_stage.place(model_stage.load_reward(path, settings.text_model), device)
         results[name] = {}
@@ -300,8 +282,9 @@ class Settings:
 def overall_and_categories(scores: Scores, items: Items) -> Rows:
     """Multimodal RewardBench (github.com/facebookresearch/multimodal_rewardbench) and LLMBar (arXiv
     2310.07641): accuracy over all pairs, and by category."""
-    right, categories, _, weights = right_pairs(scores, items)
-    return {"overall": accuracy(right, weights), **by_category(right, categories, weights)}
+    rows = metrics(scores, items)
+    del rows["macro"], rows["Acc+"]
+    return rows
 
 
 def vl_rewardbench(scores: Scores, items: Items) -> Rows:
@@ -313,7 +296,7 @@ def vl_rewardbench(scores: Scores, items: Items) -> Rows:
     Compare with those papers by the rows "as BaseReward groups".
     """
     patterns = {"reasoning": "mmmu|mathverse", "hallucination": "hallucination|rlhf|rlaif"}
-    groups = [data.first_match(name, **patterns, general="") for name in items.ids]
+    groups = [data.first_match(record["id"], **patterns, general="") for record in items.records]
     rows = metrics(scores, items)
     paper = metrics(scores, replace(items, categories=groups))
     del rows["Acc+"], paper["Acc+"], paper["overall"]
@@ -323,12 +306,14 @@ def vl_rewardbench(scores: Scores, items: Items) -> Rows:
 def mm_rlhf_rewardbench(scores: Scores, items: Items) -> Rows:
     """MM-RLHF-RewardBench (github.com/yfzhang114/r1_reward, MM-RLHF-Reward/get_acc.py): the share
     of right pairs, and Acc+, the share of ids with every pair right; both also by category."""
-    right, categories, groups, weights = right_pairs(scores, items)
-    rows = {"overall": accuracy(right, weights), "Acc+": acc_plus(right, groups, weights)}
-    for name, row in by_category(right, categories, weights).items():
+    right, pairs = right_pairs(scores, items)
+    rows = metrics(scores, items)
+    del rows["macro"]
+    categories, groups = np.array(items.categories), np.array(items.groups)
+    for name in np.unique(categories).tolist():
         mask = categories == name
-        rows[name] = row
-        rows[f"{name}, Acc+"] = acc_plus(right[mask], groups[mask], weights[..., mask])
+        whole = (right == pairs)[mask]
+        rows[f"{name}, Acc+"] = acc_plus(whole, groups[mask], items.weights[..., mask])
     return rows
 
 
@@ -355,8 +340,7 @@ def rewardbench(scores: Scores, items: Items) -> Rows:
     The code (rewardbench/constants.py) has two weights of Safety interchanged; compare with its
     results by the rows "as the code weighs".
     """
-    right, categories, _, weights = right_pairs(scores, items)
-    subsets = by_category(right, categories, weights)
+    subsets = by_category(*right_pairs(scores, items), items)
     rows = sections(subsets, REWARDBENCH)
     safety = REWARDBENCH["Safety"] | SAFETY_IN_THE_CODE
     code = sections(subsets, REWARDBENCH | {"Safety": safety})
@@ -379,13 +363,14 @@ def sections(subsets: Rows, sizes: dict[str, dict[str, int]]) -> Rows:
 
 def rewardbench_2(scores: Scores, items: Items) -> Rows:
     """RewardBench 2 (arXiv 2506.01937; github.com/allenai/reward-bench, rewardbench/utils.py): the
-    mean of six subsets. Best of four: 1 if the right response scores highest, shared by ties."""
+    mean of six subsets. Best of four: 1 / k if the right response is among the k that score highest
+    (k is 1 without ties)."""
     best = []
     for score, ranks in zip(scores, items.ranks):
         highest = score == score.max()  # none, if one is nan
         right = np.array(ranks) == 1
         best.append((highest & right).any() / max(1, highest.sum()))
-    rows = by_category(np.array(best), np.array(items.categories), items.weights)
+    rows = by_category(np.array(best), np.ones(len(best)), items)
     if "Ties" in rows:
         rows["Ties"] = ties(scores, items)
     return {"overall": mean_of(rows.values()), **rows}
@@ -393,29 +378,29 @@ def rewardbench_2(scores: Scores, items: Items) -> Rows:
 
 def ties(scores: Scores, items: Items) -> dict:
     """The subset Ties of RewardBench 2: right responses should lie above the wrong ones, and close
-    together. A question is there as "tied:7" with many right responses and "ref:7" with one."""
-    gaps, spreads, places = {}, {}, {}  # right to wrong, right to right; by id
-    for i, name in enumerate(items.ids):
+    together. A question comes twice: "tied:7" has many right responses, "ref:7" has one."""
+    measured = {}  # by id: gap between right and wrong, spread among right, place
+    for i, (score, ranks, record) in enumerate(zip(scores, items.ranks, items.records)):
         if items.categories[i] == "Ties":
-            mask = np.array(items.ranks[i]) == 1
-            right = scores[i][mask]
-            gaps[name] = right.min() - scores[i][~mask].max()
-            spreads[name] = right.max() - right.min()
-            places[name] = i
+            mask = np.array(ranks) == 1
+            right = score[mask]
+            gap = right.min() - score[~mask].max()
+            measured[record["id"]] = gap, right.max() - right.min(), i
     points, counted = [], []
-    for name, gap in gaps.items():
+    for name, (gap, spread, place) in measured.items():
         other = name.replace("tied:", "ref:")
-        if name == other or other not in gaps:
+        if name == other or other not in measured:
             continue
-        spread = spreads[name]
-        smaller = np.minimum(gap, gaps[other])
+        other_gap, _, _ = measured[other]
+        smaller = np.minimum(gap, other_gap)
+        point = 0.30 * (gap > 0) + 0.30 * (other_gap > 0)
+        point += 0.20 * (gap > spread) + 0.20 * (smaller > spread)
         with np.errstate(divide="ignore", invalid="ignore"):
-            margin = np.nan_to_num(np.tanh(smaller / spread - 1))  # 0 / 0 counts 0
-        above = 0.30 * (gap > 0) + 0.30 * (gaps[other] > 0)
-        close = 0.20 * (gap > spread) + 0.20 * (smaller > spread)
-        points.append(above + close + 0.01 * margin)
-        counted.append(places[name])
-    return accuracy(np.array(points), items.weights[..., counted])
+            ratio = smaller / spread
+        point += 0.01 * np.nan_to_num(np.tanh(ratio - 1))  # 0 / 0 counts 0
+        points.append(point)
+        counted.append(place)
+    return accuracy(np.array(points), np.ones(len(points)), items.weights[..., counted])
 
 
 def rm_bench(scores: Scores, items: Items) -> Rows:
@@ -428,14 +413,12 @@ def rm_bench(scores: Scores, items: Items) -> Rows:
         right.append(chosen[:, None] > rejected)
     right = np.array(right)  # [prompts, chosen, rejected]
     i, j = np.indices((3, 3))
-    levels = {"easy": i > j, "normal": i == j, "hard": i < j, "overall": i < 3}
-    domains = np.array(items.categories)
-    rows = {"overall": {}}  # first in the table
+    levels = {"overall": i < 3, "easy": i > j, "normal": i == j, "hard": i < j}
+    rows, ones = {}, np.ones(len(right))
     for level, mask in levels.items():
         shares = right[:, mask].mean(1)  # [prompts]
-        by_domain = by_category(shares, domains, items.weights)
-        rows[level] = mean_of(by_domain.values())
-    return rows | by_domain  # over all levels
+        rows[level] = mean_of(by_category(shares, ones, items).values())
+    return rows | by_category(right.mean((1, 2)), ones, items)
 
 
 def judgebench(scores: Scores, items: Items) -> Rows:
@@ -443,7 +426,8 @@ def judgebench(scores: Scores, items: Items) -> Rows:
     of source, and by model if there are several; the paper's tables have GPT-4o alone. That code
     counts a tie as "B>A", by its position; here a tie is wrong."""
     rows = overall_and_categories(scores, items)
-    models = overall_and_categories(scores, replace(items, categories=items.subsets))
+    models = [record["subset"] for record in items.records]
+    models = overall_and_categories(scores, replace(items, categories=models))
     del models["overall"]
     return rows | models if len(models) > 1 else rows
 
@@ -543,11 +527,9 @@ def models_of(settings: Settings) -> dict[str, str]:
 def read_results(settings: Settings) -> dict[str, dict[str, Scores]]:
     """{system: {benchmark: scores}} of --scores_from, one JSON list of N numbers per comparison.
 
-    Empty without --scores_from. Raises UserError with the line that does not fit.
+    Raises UserError with the line that does not fit.
     """
     file = Path(settings.scores_from)
-    if not settings.scores_from:
-        return {}
     if len(settings.benchmark) != 1 or settings.model:
         raise UserError("--scores_from: needs the one --benchmark of its scores, and no --model")
     comparisons = Comparisons(settings.benchmark[0])
@@ -600,8 +582,7 @@ def measuring_cost(name: str, model: Reward, comparisons: Comparisons, out: str)
     dist.all_reduce(total)
     if dist.get_rank() > 0:
         return
-    for unit, value in zip(cost, total.tolist()):
-        cost[unit] = value / len(comparisons)
+    cost = dict(zip(cost, (total / len(comparisons)).tolist()))
     title = benchmark_title(comparisons)
     path = Path(out, name, "cost.json")
     costs = json.loads(path.read_text()) if path.is_file() else {}  # of other benchmarks
@@ -618,14 +599,14 @@ def matrix_size(module: torch.nn.Module | None) -> int:
 
 
 def print_overlap(system: str, trained_on: list[str], comparisons: Comparisons) -> None:
-    """Print one line if the training data has this benchmark, or the text of some of its prompts
-    without pictures, or some of its pictures; byte for byte."""
+    """Print how many of the benchmark's pictures, and of its prompts without pictures, are in the
+    training data byte for byte, if any are."""
     folders = [folder for folder in trained_on if Path(folder, "dataset.json").is_file()]
-    if str(comparisons.folder) in folders:
+    if any(comparisons.folder.samefile(folder) for folder in folders):
         return print(f"{system}: this is training data")
     prompts, pictures = set(), set()
     for folder in folders:
-        with suppress(UserError):  # an older format of shards is no reason to lose the scores
+        with suppress(UserError):  # data in an older format: skip it, scoring goes on
             index = Comparisons(folder).index
             prompts.update(index["prompt_hashes"].tolist())
             pictures.update(index["image_hashes"].tolist())
@@ -684,8 +665,8 @@ def scored_lines(
 
 
 def score_lines(model: Reward, lines: list[bytes], folder: Path, settings: Settings) -> list[dict]:
-    """Score lines in the JSON form of 01, which need no ranks here; image paths are relative to
-    `folder`. Adds `scores` of `responses`, or of chosen and rejected, or the reason as `error`."""
+    """Score lines in the JSON form of 01, here without ranks; image paths are relative to `folder`.
+    Adds `scores` of `responses`, or of chosen and rejected, or the reason as `error`."""
     records, scored, comparisons = [], [], []
     for line in lines:
         record = {"line": line.decode(errors="replace")}
@@ -773,7 +754,8 @@ p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem }
 
 def write_report(out: Path, results: dict[str, Scores], settings: Settings) -> None:
     """Write report.html: learning curves, and per benchmark margins and the worst comparisons."""
-    path = models_of(settings).get(out.name, "")
+    path = models_of(settings).get(out.name)  # None with --scores_from
+    learning = learning_curves(path) if path else {}
     benchmarks = []
     for folder, scores in results.items():
         comparisons = Comparisons(folder)
@@ -781,7 +763,7 @@ def write_report(out: Path, results: dict[str, Scores], settings: Settings) -> N
         benchmark["title"] = benchmark_title(comparisons)
         benchmarks.append(benchmark)
     processors = data.load_processors(path or comparisons.info["backbone"])
-    html = render(out.name, learning_curves(path), benchmarks, processors)
+    html = render(out.name, learning, benchmarks, processors)
     data.write_file(out / "report.html", html)
 
 

@@ -11,7 +11,8 @@ Models on different backbones should err on different items, so their mean errs 
 finds the plain mean of raw scores better than means weighted by each member's accuracy or
 confidence (here mean |margin|) on 1,000 training pairs. On text it adds a text-only LLM to the mean
 ("voted"); for reinforcement learning it has that LLM alone score inputs without images ("routed").
-Scores have no common scale, and the widest are the loudest in a plain mean: see the printed spread.
+Scores have no common scale: the member that spreads them widest decides most of a plain mean. The
+script prints the spreads.
 """
 
 import importlib
@@ -47,12 +48,12 @@ class Settings:
 
 
 def combine(scores: Array, weights: dict, text: list[Array], has_image: Array) -> dict[str, Array]:
-    """Combine scores [members, responses] of multimodal models, and those of a text-only one (none
-    or one array) on the responses without images. Returns {combination: [responses]}."""
+    """Combine scores [members, responses] of multimodal models: {combination: [responses]}. `text`
+    has a text-only model's scores of the responses without images, or nothing."""
     systems = {"mean": scores.mean(0)}  # the paper's choice
     for name, values in weights.items():
         systems[f"by {name}"] = np.average(scores, axis=0, weights=values)
-    if text:  # on responses without images it is one member more, or scores alone
+    if text:  # voted: it joins the mean of responses without images; routed: it replaces it
         voters = {"text voted": [*scores[:, ~has_image], *text], "text routed": text}
         for name, members in voters.items():
             systems[f"mean, {name}"] = systems["mean"].copy()
@@ -62,15 +63,10 @@ def combine(scores: Array, weights: dict, text: list[Array], has_image: Array) -
     return systems
 
 
-def fit_weights(scores: Array, ranks: list[list[int]]) -> dict[str, Array]:
+def fit_weights(scores: Array, heldout) -> dict[str, Array]:
     """Weigh members by how they do on held-out scores [members, responses]: {name: [members]}."""
-    better, worse, start = [], [], 0
-    for ranks_of_comparison in ranks:
-        for i, j in data.ordered_pairs(ranks_of_comparison):
-            better.append(start + i)
-            worse.append(start + j)
-        start += len(ranks_of_comparison)
-    margins = scores[:, better] - scores[:, worse]  # [members, pairs]
+    pairs = training.pairs_of(heldout)  # indices into the responses of all comparisons
+    margins = scores[:, pairs.better.numpy()] - scores[:, pairs.worse.numpy()]  # [members, pairs]
     return {"accuracy": (margins > 0).mean(1), "confidence": np.abs(margins).mean(1)}
 
 
@@ -104,7 +100,7 @@ def main(settings: Settings) -> None:
     # Weights come from held-out training pairs, never from a benchmark.
     names = evaluation.short_names(members)
     heldout_scores = np.array(scores[settings.heldout])  # [members, responses]
-    weights = fit_weights(heldout_scores, [comparison.ranks for comparison in heldout])
+    weights = fit_weights(heldout_scores, heldout)
     for i, name in enumerate(names):
         fitted = ", ".join(f"{key} {values[i]:.3f}" for key, values in weights.items())
         print(f"{name}: spread of held-out scores {heldout_scores[i].std():.2f}, {fitted}")

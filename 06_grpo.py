@@ -69,8 +69,8 @@ option, UserError = data.option, data.UserError
 class Policy(model_stage.Writer):
     """A language model `lm` with its LM head.
 
-    `Writer` (appendix of 02) adds logits, in float32: the LM head's divided by the temperature, and
-    -inf for special tokens but end-of-turn, since a sampled <|image_pad|> would have no picture.
+    `Writer` (appendix of 02) adds logits, in float32: the LM head's, divided by the temperature.
+    Special tokens except end-of-turn get -inf: a sampled <|image_pad|> would have no picture.
     `empty` leaves the weights on the meta device, for `shard`.
     """
 
@@ -81,13 +81,15 @@ class Policy(model_stage.Writer):
 
     def forward(self, row):
         """Return log-probability and entropy at all response tokens of a packed row, [tokens]."""
-        # A token is predicted at the one before it, every response's first at its prompt's last. In
+        # A token is predicted at the token before it, a response's first at its prompt's last. In
         # the row [p1 p2 | a1 a2 | b1], a1 is predicted at p2, a2 at a1, and b1 at p2.
         places, predictors = model_stage.response_tokens(row)  # indices in the row, [tokens] each
         hidden = model_stage.run_backbone(self.lm, row)[predictors]  # [tokens, hidden]
         # logits.log_softmax(-1) at the tokens, in parts: for 8,192 tokens and Qwen's vocabulary the
         # whole would be 5 GB, several times over.
-        return self.log_p_and_entropy(hidden, row.input_ids[0, places])
+        tokens = row.input_ids[0, places]
+        vocabulary = self.lm.lm_head.out_features
+        return model_stage.log_p_and_entropy(self.logits, hidden, tokens, vocabulary)
 
 
 def rollout(actor, prompts, G, max_new_tokens, noise=None):
@@ -140,7 +142,7 @@ def advantage_of(reward, scale) -> Tensor:
 
     GRPO as published divides by the group's deviation. Take a closed question with wrong answers
     only, and rewards of 0.24 and 0.26: divided, they become -0.7 and +0.7, as 0 and 1 would.
-    "batch" divides by the deviation of all centred rewards, for raw scores, which have any scale.
+    "batch" divides by the deviation of all centred rewards: for raw scores, of arbitrary scale.
     """
     centred = reward - reward.mean(1, keepdim=True)
     if scale == "batch":
@@ -158,8 +160,8 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
     DeepSeekMath a mean within each response comes first, so a long wrong response is punished less
     per token.
     """
-    # KL = q/p - 1 - log(q/p), p by the policy and q by the reference: never negative. Averaged over
-    # samples of p, q/p - 1 gives 0, and -log(q/p) gives the KL divergence.
+    # KL = q/p - 1 - log(q/p), p by the policy and q by the reference: never negative. Over samples
+    # from p, q/p - 1 has the mean 0, so the mean of all is that of -log(q/p): the divergence.
     log_ratio = reference_log_p - log_p
     kl = log_ratio.exp() - log_ratio - 1
     # p / p_old, as published. In the only update of a batch p_old is p: the value is 1, and the
@@ -175,22 +177,21 @@ def grpo_loss(log_p, reference_log_p, advantage, kl_coefficient):
 def update(policy, reference, optimizer, prompts, samples, sampled_log_p, advantage, settings):
     """Take one optimizer step on samples [B, G, max_new_tokens] and advantages [B, G].
 
-    A sample that is all -1 is left out. Returns the gradient's norm and means over tokens. The
-    `sampler_gap`, by how much the log-probabilities of policy and sampler differ, must be near 0,
-    or the two do not compute the same.
+    Returns the gradient's norm and means over tokens. The `sampler_gap` is the mean difference of
+    the policy's and the sampler's log-probabilities. If it is not near 0, the two compute different
+    things.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     device = samples.device
     advantage = advantage.to(device)
     lengths = (samples >= 0).sum(-1)  # [B, G]
-    total = lengths.sum().clamp(min=1)  # tokens of the step; every rank has all samples
+    total = lengths.sum()  # tokens of the step; every rank has all samples
     groups = []
     token_ids = samples.cpu().numpy().astype(np.int32)
     for prompt, group in zip(prompts, token_ids):
-        responses = [ids[ids >= 0] for ids in group if ids[0] >= 0]
+        responses = [ids[ids >= 0] for ids in group]
         groups.append(replace(prompt, responses=responses, ranks=[]))
-    # One step of all groups with responses to learn from, planned and dealt to ranks as in 03.
-    steps = [[i for i, group in enumerate(groups) if group.responses]]
+    steps = [list(range(len(groups)))]  # one step, planned and dealt to ranks as in 03
     tokens = np.array([group.length for group in groups])
     patches = np.array([group.patches for group in groups])
     micro_batches = training.plan(steps, tokens, patches, settings.micro_tokens, rank, world)
@@ -243,8 +244,6 @@ class Recipe:
     standardise: bool = option(
         False, "hybrid: sigmoid of (score - mean) / deviation, as 03 measured them (paper: raw)"
     )
-    filter_equal: bool = option(False, "leave out groups of equal rewards (DAPO also refills them)")
-    mask_cut: bool = option(False, "leave out responses cut at --max_new_tokens (as DAPO)")
     kl_coefficient: float = option(0.1, "weight of the KL divergence to the reference policy")
     clip: float = option(1.0, "largest gradient norm; 0: any")
     seed: int = option(0, "seed of the order of prompts and of sampling, for any number of ranks")
@@ -304,9 +303,8 @@ def train(settings):
         warmup = min(1, (step + 1) / 5)
         decay = 1 - step / settings.steps
         optimizer.param_groups[0]["lr"] = settings.learning_rate * warmup * decay
-        learned = samples_to_learn_from(samples, reward, processors, settings)  # by default all
         updated = update(
-            policy, reference, optimizer, prompts, learned, sampled_log_p, advantage, settings
+            policy, reference, optimizer, prompts, samples, sampled_log_p, advantage, settings
         )
 
         # 5. Copy the sharded weights to the actor, so the next rollouts come from the new policy.
@@ -326,7 +324,7 @@ def train(settings):
     after = evaluate(actor, held_out, settings)
     dtype = model_stage.DTYPES[settings.export_dtype]
     with data.writing(settings.out):
-        model_stage.export(policy.lm, processors, settings.out, dtype, settings.export_file_size)
+        model_stage.export(policy.lm, processors, settings.out, dtype)
     if rank == 0:
         write_results(settings, held_out, before, after, processors.tokenizer)
     return before[0], after[0]
@@ -349,7 +347,6 @@ class Settings(Recipe):
     resume: bool = option(False, "continue from the newest checkpoint in --out, if there is one")
     resume_changed: bool = option(False, "with --resume: even if recipe or data have changed")
     export_dtype: Literal["fp32", "bf16"] = option("fp32", "dtype of the exported policy")
-    export_file_size: str = option("5GB", "largest file of the export")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -362,7 +359,7 @@ def open_questions(settings, models):
         sets = [data.Comparisons(settings.data, model.fingerprint)]
         if settings.benchmark:
             sets.append(data.Comparisons(settings.benchmark, model.fingerprint))
-        data.use_pixel_limits(model.processors, sets)
+        data.ready_for_images(model.processors, sets)
     if not len(sets[0]):
         raise UserError(f"{settings.data}: no questions to train on")
     return sets if settings.benchmark else (sets[0], [])
@@ -440,36 +437,12 @@ def standardise(score, prompts, reward_model) -> Tensor:
     return torch.stack(standardised)
 
 
-def samples_to_learn_from(samples, reward, processors, settings) -> Tensor:
-    """Return samples [B, G, tokens], all -1 where --filter_equal or --mask_cut leaves them out.
-
-    Such tokens get no KL term either, and do not count in the mean over the step's tokens.
-    """
-    left_out = torch.zeros(reward.shape, dtype=torch.bool)  # [B, G]
-    if settings.filter_equal:
-        left_out |= equal_rewards(reward)[:, None]
-    if settings.mask_cut:
-        left_out |= is_cut(samples, processors).cpu()
-    return samples.masked_fill(left_out[..., None].to(samples.device), -1)
-
-
-def equal_rewards(reward) -> Tensor:
-    """Return which groups have one reward for all: [B, G] -> [B]. Their advantages are zero."""
-    return reward.amax(1) - reward.amin(1) < 1e-6
-
-
-def is_cut(samples, processors) -> Tensor:
-    """Return which responses did not end: [B, G, tokens] -> [B, G]."""
-    last = samples[..., -1]  # -1 where the response has ended before
-    return (last >= 0) & (last != processors.end_token)
-
-
 def phantom_share(advantage, match, closed) -> float:
     """Return the "phantom" share of |advantage| [B, G]: that of closed questions nobody got right.
 
     If all answers to a closed question are wrong, a rule gives each 0 and teaches nothing. The
     reward model still prefers some and pushes the policy towards a wrong answer. Undivided, such
-    advantages are as small as the differences of sigmoid(score), and --fallback_scale halves them.
+    advantages stay as small as the differences of sigmoid(score); --fallback_scale halves them.
     """
     size = advantage.abs().sum(1)  # [B]
     hopeless = closed[:, 0] & (match.sum(1) == 0)  # the reward model compares wrong answers
@@ -480,19 +453,20 @@ def phantom_share(advantage, match, closed) -> float:
 def rollout_metrics(samples, processors, closed, match, score, reward, advantage):
     """Describe the rollouts of a step: samples [B, G, tokens], closed [B, 1], all others [B, G]."""
     chances = closed.sum() * match.shape[1]  # responses to closed questions
+    equal_rewards = reward.amax(1) - reward.amin(1) < 1e-6  # [B]: groups that teach nothing
+    last = samples[..., -1]  # -1 where the response has ended before
+    is_cut = (last >= 0) & (last != processors.end_token)  # at --max_new_tokens
     metrics = {
         "match": match.sum() / max(1, chances),
         "phantom": phantom_share(advantage, match, closed),
         "score": score.mean(),
         "score_std": score.std(),
-        "zero_variance": equal_rewards(reward).float().mean(),  # groups that teach nothing
-        "cut": is_cut(samples, processors).float().mean(),
+        "zero_variance": equal_rewards.float().mean(),
+        "cut": is_cut.float().mean(),
         "length": (samples >= 0).sum(-1).float().mean(),
     }
     is_closed = closed[:, 0]
-    parts = {"": reward}
-    parts["_closed"] = reward[is_closed]
-    parts["_open"] = reward[~is_closed]
+    parts = {"": reward, "_closed": reward[is_closed], "_open": reward[~is_closed]}
     for part, rewards in parts.items():
         if len(rewards):
             metrics[f"reward{part}"] = rewards.mean()
@@ -510,8 +484,8 @@ def open_grade(prompts, texts):
     return {"open_grade": float(np.mean(grades))} if grades else {}
 
 
-# A rule reads a value from a text, and a response is right if it reads the same as the answer. What
-# is not clear is wrong, because a policy learns to write whatever a rule rewards.
+# A rule reads a value from a text. A response is right if the rule reads the same from it as from
+# the answer. An unclear one is wrong, because a policy learns to write whatever a rule rewards.
 
 
 def matches(prompts, texts) -> tuple[Tensor, Tensor]:
@@ -547,7 +521,8 @@ def read_text(text, rule=None):
 def read_letter(text, rule):
     """Read the letter of the option that a text chooses, None where that is not clear.
 
-    MathVista would take the option nearest in spelling, VLMEvalKit one that a short answer names.
+    Not done here: MathVista takes the option nearest in spelling, VLMEvalKit any option that a
+    short answer names.
     """
     options = rule.get("options", [])
     letters = string.ascii_uppercase[: len(options) or 8]
@@ -619,7 +594,6 @@ RULES = {
     "yes_no": read_yes_no,
     "number": read_number,
 }
-METRICS = ("accuracy", "circular", "mme")  # of benchmarks for policies
 JUDGES = ("llava-in-the-wild", "wildvision")  # benchmarks that need a judge model
 MME_COGNITION = (
     "commonsense_reasoning",
@@ -632,17 +606,15 @@ MME_COGNITION = (
 def benchmark_metrics(name, prompts, match):
     """Return the metric of a benchmark from matches [n, 1]; by default accuracy by category.
 
-    circular: MMBench's CircularEval, a question is right if it is with its options in every
-    rotation. mme: accuracy + accuracy+, which wants both questions of a picture right, summed over
-    categories; published, and printed, times 100: at most 2000 for perception, 800 for cognition.
+    circular: MMBench's CircularEval; a question counts as right only if all rotations of its
+    options are answered right. mme: accuracy + accuracy+, which wants both questions of a picture
+    right, summed over categories; published, and printed, times 100: at most 2000 for perception,
+    800 for cognition.
     """
-    right, categories, groups = [], [], []
-    for i, prompt in enumerate(prompts):
-        if prompt.record.get("answer") is not None:
-            right.append(match[i].item() > 0)
-            categories.append(prompt.record.get("category", "closed"))
-            groups.append(f"{categories[-1]} {prompt.record.get('group', f'item {i}')}")
-    right, categories, groups = np.array(right), np.array(categories), np.array(groups)
+    closed = [i for i, prompt in enumerate(prompts) if prompt.record.get("answer") is not None]
+    items = evaluation.Items.of([prompts[i] for i in closed])
+    categories, groups = np.array(items.categories), np.array(items.groups)
+    right = match[closed, 0].numpy()
     single, joined = {}, {}
     for category in np.unique(categories).tolist():
         mask = categories == category
@@ -663,12 +635,10 @@ def judge_line(metric, judged, text, model, tokenizer):
     """Return a response in the form that the benchmark's judge reads."""
     if metric == "llava-in-the-wild":  # model_vqa.py writes it, eval_gpt_review_bench.py reads it
         answer_id = f"{model}-{judged['question_id']}"
-        answer = {"text": text, "answer_id": answer_id, "model_id": model, "metadata": {}}
-        return judged | answer
+        return judged | {"text": text, "answer_id": answer_id, "model_id": model, "metadata": {}}
     # gen_answers.py writes it, with the tokens of GPT-3.5, and get_judgement.py reads it
     tokens = len(data.tokenize_text(text, tokenizer))
-    answer = {"output": text, "model": model, "token_len": tokens}
-    return judged | answer
+    return judged | {"output": text, "model": model, "token_len": tokens}
 
 
 def write_results(settings, questions, before, after, tokenizer):
@@ -676,21 +646,20 @@ def write_results(settings, questions, before, after, tokenizer):
     out = Path(settings.out)
     summary = {"reward": settings.reward, "before": before[0], "after": after[0]}
     data.write_file(out / "evaluation.json", json.dumps(summary, indent=1))
-    files = {"samples": [], "answers_before": [], "answers_after": []}
     metric = questions.info["metric"] if questions else ""
+    models = {"before": Path(settings.backbone).name, "after": out.name}
+    files = {"samples": []}
     for i in range(len(before[1])):
         record = questions[i].record
         texts = {"before": before[1][i][0], "after": after[1][i][0]}
         files["samples"].append({"id": record.get("id", i), **texts})
         if metric in JUDGES:
-            for when, model in (("before", settings.backbone), ("after", settings.out)):
-                model = Path(model).name
-                line = judge_line(metric, record["judged"], texts[when], model, tokenizer)
-                files[f"answers_{when}"].append(line)
+            for when, text in texts.items():
+                line = judge_line(metric, record["judged"], text, models[when], tokenizer)
+                files.setdefault(f"answers_{when}", []).append(line)
     for name, records in files.items():
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        if name == "samples" or lines:
-            data.write_file(out / f"{name}.jsonl", "".join(lines))
+        data.write_file(out / f"{name}.jsonl", "".join(lines))
     if metric in JUDGES:
         count = f"{len(before[1])} of the {questions.info['read']} questions of {metric}"
         print(f"{out}/answers_before.jsonl, answers_after.jsonl: {count}, for its judge model")

@@ -216,6 +216,8 @@ def write_tokenizer(name: str, folder: Path, published: bool = False) -> int:
     kind = name if name in ("internvl", "llama") else "qwen"
     tiny = json.loads(Path(TINY, "tokenizer.json").read_text())
     vocab = tiny["model"]["vocab"]
+    vocab["AB"] = len(vocab)  # as in the published vocabularies: a judge's letters are two tokens
+    tiny["model"]["merges"].append(["A", "B"])
     whole = 128000 if kind == "llama" else 151643
     size = whole if published else len(vocab)
     vocab |= {f"unused {i}": i for i in range(len(vocab), size)}

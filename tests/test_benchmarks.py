@@ -365,13 +365,14 @@ def test_the_order_of_the_responses_decides_nothing(metric):
     rows = []
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
         shuffled = [np.array(each)[order].tolist() for each in ranks]
-        items = evaluation.Items(shuffled, categories, ids, [[1] * 4] * 40, ["a"] * 40, ids)
+        records = [{"id": name, "subset": "a"} for name in ids]
+        items = evaluation.Items(shuffled, categories, ids, records)
         rows.append(evaluation.METRICS[metric]([score[order] for score in scores], items))
     assert rows[0] == rows[1] and 0 < rows[0]["overall"]["accuracy"] < 1
 
 
 def test_every_metric_of_a_source_is_known_and_benchmarks_of_two_are_not_mixed():
-    of_policies = {*stages.grpo.METRICS, *stages.grpo.JUDGES}
+    of_policies = {"accuracy", "circular", "mme", *stages.grpo.JUDGES}
     assert {source.metric for source in data.SOURCES.values()} == {
         *evaluation.METRICS,
         *of_policies,

@@ -27,7 +27,9 @@ def test_means_weights_and_routing_are_those_by_hand():
 def test_weights_are_each_members_accuracy_and_mean_margin():
     # Two comparisons of two responses; the first response is better, then the second.
     scores = np.array([[2.0, 1.0, 0.0, 4.0], [0.0, 3.0, 1.0, 0.0]])
-    weights = ensemble.fit_weights(scores, [[1, 2], [2, 1]])
+    one = np.zeros(1, np.int32)
+    heldout = [data.Comparison(one, [one, one], ranks) for ranks in ([1, 2], [2, 1])]
+    weights = ensemble.fit_weights(scores, heldout)
     assert weights["accuracy"].tolist() == [1.0, 0.0]
     assert weights["confidence"].tolist() == [2.5, 2.0]
 

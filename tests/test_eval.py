@@ -19,9 +19,9 @@ Items = evaluation.Items
 
 def items(ranks, categories=None, groups=None) -> Items:
     n = len(ranks)
-    characters = [[10] * len(r) for r in ranks]
+    records = [{"characters": [10] * len(r)} for r in ranks]
     numbers = [str(i) for i in range(n)]
-    return Items(ranks, categories or ["all"] * n, groups or numbers, characters)
+    return Items(ranks, categories or ["all"] * n, groups or numbers, records)
 
 
 def arrays(*scores):
@@ -82,9 +82,11 @@ def test_an_item_of_weight_2_counts_like_the_item_twice_in_every_metric():
 
     def benchmark(indices, copies, weights=None):
         part = [categories[i] for i in indices]
-        named = [f"{ids[i]}-{k}" for i, k in zip(indices, copies)]
+        records = []
+        for i, k in zip(indices, copies):
+            records.append({"id": f"{ids[i]}-{k}", "subset": categories[i]})
         groups = [f"{i // 2}-{k}" for i, k in zip(indices, copies)]
-        return Items([ranks[i] for i in indices], part, groups, [], part, named, weights)
+        return Items([ranks[i] for i in indices], part, groups, records, weights)
 
     for name, measure in evaluation.METRICS.items():
         weighted = measure(scores, benchmark(range(60), [0] * 60, weights[None]))

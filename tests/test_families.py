@@ -464,7 +464,7 @@ def test_a_critic_and_a_judge_score_as_plain_forwards_write_greedily_and_are_exp
     critiques = critic.write_critiques([comparison])
     asked = [model.with_critiques(comparison, critiques, critic.request)]
     row = model.pack_written(asked, critic.processors)
-    hidden = critic.hidden_states(row)[row.written.predictors]
+    hidden = critic.hidden_states(row)[row.predictors]
     likeliest = model.Writer(critic.backbone, critic.processors).logits(hidden).argmax(-1)
     for critique, tokens in zip(critiques, likeliest.split(list(map(len, critiques)))):
         assert tokens[:5].tolist() == critique[:5].tolist()  # after 5 tokens it is ended
@@ -479,7 +479,7 @@ def test_a_critic_and_a_judge_score_as_plain_forwards_write_greedily_and_are_exp
         inputs |= {"input_ids": ids}
         if "mm_token_type_ids" in inputs:
             inputs["mm_token_type_ids"] = (ids == judge.processors.image_token).int()
-        letters = data.tokenize_text("AB", judge.processors.tokenizer)
+        letters = judge.processors.tokenizer.convert_tokens_to_ids(["A", "B"])
         a, b = plain(**inputs).logits[0, -1, letters]
         odds[pair] = a - b
     expected = [sum(odds[i, j] - odds[j, i] for j in range(3) if j != i) / 2 for i in range(3)]

@@ -209,20 +209,6 @@ def test_phantom_advantages_carry_a_policy_away_where_no_answer_is_right(scale, 
     assert (moved > 0.5) == wanders, moved
 
 
-def test_equal_groups_and_cut_responses_are_left_out_where_asked(processors):
-    end = processors.end_token
-    samples = torch.tensor([[[5, end, -1], [5, 6, 7]], [[8, end, -1], [9, 8, end]]])
-    reward = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
-    cases = {(False, False): [3, 3], (True, False): [3, 0], (False, True): [1, 3]}
-    cases[True, True] = [1, 0]
-    for (equal, cut), kept in cases.items():
-        settings = grpo.Settings(filter_equal=equal, mask_cut=cut)
-        learned = grpo.samples_to_learn_from(samples, reward, processors, settings)
-        kept_responses = torch.tensor([[True, kept[0] == 3], [kept[1] == 3] * 2])
-        assert torch.equal(learned[kept_responses], samples[kept_responses])
-        assert (learned[~kept_responses] == -1).all()
-
-
 def test_standardised_scores_do_not_depend_on_the_scale_of_the_head(reward, comparisons, tmp_path):
     score = reward.score_encoded(comparisons)[None]
     standardised = []

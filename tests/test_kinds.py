@@ -159,9 +159,9 @@ def test_the_critiques_loss_is_transformers_own_over_all_their_tokens(
             labels[:, : -len(critique)] = -100
             losses.append(plain(**inputs, labels=labels).loss * len(critique))
         with torch.no_grad():
-            _, log_p = critic(row, row.written)
+            _, log_p = critic(row, written=True)
         expected = sum(losses) / sum(map(len, critiques))
-        loss = -(row.written.weight * log_p).sum()
+        loss = -(row.weight * log_p).sum()
         torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
 
 
@@ -263,8 +263,8 @@ def test_a_judge_learns_the_right_letter_in_both_orders_and_nothing_of_ties(
         labels[:, :-1] = -100
         losses.append(plain(**inputs, labels=labels).loss)
     with torch.no_grad():
-        _, log_p = judge(row, row.written)
-    loss = -(row.written.weight * log_p).sum()
+        _, log_p = judge(row, written=True)
+    loss = -(row.weight * log_p).sum()
     torch.testing.assert_close(loss, sum(losses) / 4, atol=1e-5, rtol=0)
 
 

@@ -408,18 +408,18 @@ def test_equal_words_about_equal_pictures_are_one_prompt_and_an_empty_completion
     one = data.open_image(picture(seed=1))
     same = data.open_image(picture(seed=1))
     other = data.open_image(picture(seed=2))
-    completions = [[assistant(text)] for text in ("A dog", "", "A dog", "A cat")]
+    completions = [[assistant(text)] for text in ("A dog", "", "A cat", "A dog")]
     found = model.trl_reward(
         reward,
         [prompt] * 4,
         completions,
-        images=[[one], [same], [other], [one]],
+        images=[[one], [same], [one], [other]],
         log_metric=logged.__setitem__,
         answer=[None] * 4,
     )
     assert logged == {"completions_per_prompt": 2} and len(set(found)) == 4
     alone = reward.score(prompt, ["A dog", "A cat"], [picture(seed=1)])
-    assert [found[0], found[3]] == pytest.approx(alone.tolist(), abs=1e-5)
+    assert [found[0], found[2]] == pytest.approx(alone.tolist(), abs=1e-5)
     two_turns = [assistant("A call"), {"role": "tool", "content": "5"}]
     with pytest.raises(ValueError, match="completions"):
         model.trl_reward(reward, ["What?"], [two_turns])
