@@ -2,7 +2,7 @@
 
     python tests/bench/grpo_step.py
 
-In float32, in one process: 8 prompts of 100-300 tokens, 8 responses to each of exactly 96 tokens
+In float32, in one process: 8 prompts of 245 to 376 tokens, 8 responses to each of exactly 96 tokens
 (the end-of-turn token is never sampled), a KL term to the frozen start. Timed separately: the
 rollout, scoring by the reward model, and the update (log-probabilities by policy and reference,
 loss, backward, AdamW, and here the copy to the actor). First the log-probabilities that both
@@ -36,7 +36,7 @@ def make_checkpoints(folder: Path) -> None:
     """Write a policy and a backbone for the reward model, 6 layers of width 256, random weights."""
     tokenizer = common.data.load_processors(common.TINY).tokenizer
     config = Qwen2Config(
-        vocab_size=576,
+        vocab_size=640,
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=6,
