@@ -296,7 +296,8 @@ def vl_rewardbench(scores: Scores, items: Items) -> Rows:
     Compare with those papers by the rows "as BaseReward groups".
     """
     patterns = {"reasoning": "mmmu|mathverse", "hallucination": "hallucination|rlhf|rlaif"}
-    groups = [data.first_match(record["id"], **patterns, general="") for record in items.records]
+    ids = [str(record.get("id", "")) for record in items.records]
+    groups = [data.first_match(name, **patterns, general="") for name in ids]
     rows = metrics(scores, items)
     paper = metrics(scores, replace(items, categories=groups))
     del rows["Acc+"], paper["Acc+"], paper["overall"]
@@ -385,7 +386,8 @@ def ties(scores: Scores, items: Items) -> dict:
             mask = np.array(ranks) == 1
             right = score[mask]
             gap = right.min() - score[~mask].max()
-            measured[record["id"]] = gap, right.max() - right.min(), i
+            spread = right.max() - right.min()
+            measured[str(record.get("id", i))] = gap, spread, i
     points, counted = [], []
     for name, (gap, spread, place) in measured.items():
         other = name.replace("tied:", "ref:")
@@ -426,7 +428,7 @@ def judgebench(scores: Scores, items: Items) -> Rows:
     of source, and by model if there are several; the paper's tables have GPT-4o alone. That code
     counts a tie as "B>A", by its position; here a tie is wrong."""
     rows = overall_and_categories(scores, items)
-    models = [record["subset"] for record in items.records]
+    models = [record.get("subset", "") for record in items.records]
     models = overall_and_categories(scores, replace(items, categories=models))
     del models["overall"]
     return rows | models if len(models) > 1 else rows
@@ -582,7 +584,8 @@ def measuring_cost(name: str, model: Reward, comparisons: Comparisons, out: str)
     dist.all_reduce(total)
     if dist.get_rank() > 0:
         return
-    cost = dict(zip(cost, (total / len(comparisons)).tolist()))
+    values = (total / len(comparisons)).tolist()
+    cost = dict(zip(cost, values))
     title = benchmark_title(comparisons)
     path = Path(out, name, "cost.json")
     costs = json.loads(path.read_text()) if path.is_file() else {}  # of other benchmarks
