@@ -851,6 +851,8 @@ def check_messages(prompt: str | list, without_images: bool = False) -> list[dic
                     parts.append({"type": kind, kind: part.get(kind)})
             only_text = all(part["type"] == "text" for part in parts)
             content = "".join(part["text"] for part in parts) if only_text else parts
+        elif without_images:
+            content = content.replace("<image>", "")  # the mark of a place
         messages.append({"role": turn["role"], "content": content})
     last = messages[-1]["role"] if messages else "of nobody"
     require(last == "user", f"prompt: ends with the role {last!r}, not 'user'")
@@ -1122,7 +1124,7 @@ def load_processors(path: str, max_pixels: int = 0) -> Processors:
 
 
 def ready_for_images(processors: Processors, sets: list[Comparisons]) -> None:
-    """Give the image processor the limits of prepared data, so that tokens and patches agree.
+    """Set the image processor's pixel limits to those that the data was prepared with.
 
     Raises UserError if the data has images and the processors are those of a text-only model.
     """
@@ -1174,7 +1176,7 @@ class VisionShape:
     patch: int  # side of a patch in pixels
     merge: int  # merge x merge patches become one token
     window: int = 0  # side of an attention window in pixels; 0: attention over whole images
-    table: int = 0  # side of a table of positions that is stretched over each image; 0: none
+    table: int = 0  # rows of the learned position table, stretched over each image; 0: none
 
 
 def family_of(config, path: str) -> Family:
@@ -1584,7 +1586,7 @@ def pictures(row, file, frames):
 
 
 def trl(row):
-    """Convert rows with a prompt, or without one: then it is what both responses begin with."""
+    """Convert a row. Without a prompt, the common beginning of both responses is the prompt."""
     record = dict(row)
     image = record.pop("image", None)
     record["images"] = row.get("images") or ([image] if image else [])
@@ -1704,7 +1706,7 @@ def shp(row):
 
 
 def read_shp(path):
-    """Keep the first 5 usable pairs of a post. Every rank counts all rows, so all ranks agree."""
+    """Keep the first 5 usable pairs of a post. Every rank parses all rows, to count alike."""
     pairs = Counter()
     for file, line, read in read_rows(path, shp, "**/train*.json*"):
         try:
@@ -1881,7 +1883,7 @@ def thinklite_vl(row):
 
 
 def read_mmbench(path):
-    """Give rotations of a question the picture of the row whose index they have in its place."""
+    """Fill in pictures: a rotation has, instead of one, the index of the row that has it."""
     images = {}  # index: picture in base64
     for file, line, read in read_rows(path, dict, "**/*.tsv"):
         row = read()

@@ -167,6 +167,17 @@ def test_lengths_known_for_planning_are_the_rows_lengths(world, processors):
         assert patches[i] == (len(row.images.pixel_values) if row.images else 0)
 
 
+def test_without_images_nothing_is_left_of_them_in_either_form_of_a_prompt(processors):
+    parts = [{"type": "image"}, {"type": "text", "text": "How many?"}]
+    records = [
+        {"prompt": "How many?", "chosen": "2", "rejected": "3"},
+        {"prompt": "<image>How many?", "images": ["1.png"], "chosen": "2", "rejected": "3"},
+        {"prompt": [{"role": "user", "content": parts}], "chosen": "2", "rejected": "3"},
+    ]
+    made = [data.encode_record(each, processors, 99, without_images=True) for each in records]
+    assert made[0].prompt.tolist() == made[1].prompt.tolist() == made[2].prompt.tolist()
+
+
 def test_max_pixels_bounds_the_cost_of_an_image(tmp_path, processors):
     (tmp_path / "large.png").write_bytes(picture(1400, 1400))
     file = write_jsonl(tmp_path / "one.jsonl", [{**PAIR, "images": ["large.png"]}])
