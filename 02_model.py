@@ -1447,6 +1447,7 @@ def main(settings: Settings) -> None:
     comparisons = []
     if prepared:
         comparisons = data.Comparisons(settings.data, model.fingerprint)
+        data.ready_for_images(model.processors, [comparisons])
     model.save_pretrained(settings.out)
     print(f"{settings.out}: a new reward model ({model.kind}) on {settings.backbone}")
     if Path(settings.backbone, HEAD_FILE).is_file():
@@ -1469,7 +1470,6 @@ def main(settings: Settings) -> None:
 @torch.no_grad()
 def show_comparison(model: RewardModel, comparisons) -> None:
     """Print the shapes of a prepared data set's first comparison on its way to scores."""
-    data.ready_for_images(model.processors, [comparisons])
     comparison = comparisons[0]
     if model.rewrite:
         comparison = model.rewrite(comparison)

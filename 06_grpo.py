@@ -359,7 +359,8 @@ def open_questions(settings, models):
         sets = [data.Comparisons(settings.data, model.fingerprint)]
         if settings.benchmark:
             sets.append(data.Comparisons(settings.benchmark, model.fingerprint))
-        data.ready_for_images(model.processors, sets)
+        read = sets if isinstance(model, Policy) else sets[:1]  # only policies answer the benchmark
+        data.ready_for_images(model.processors, read)
     if not len(sets[0]):
         raise UserError(f"{settings.data}: no questions to train on")
     return sets if settings.benchmark else (sets[0], [])

@@ -453,6 +453,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_along_a_cosine():
     [
         (["--model", "no/such/model"], "run 02_model.py"),
         (["--data", "no/such/data"], "03_train.py: no/such/data"),
+        (["--data", "{world}/data/questions"], "prompts without responses"),
         (["--validation", "{world}/data/questions"], "prompts without responses"),
         (["--shard_size", "2"], "has to divide the number of ranks, 3"),
         (["--out", "{world}/data/train/dataset.json/out"], "could not be written: Not a directory"),
